@@ -1,0 +1,1 @@
+"""Entry points: `deepspeed launch/train.py` and the `gearshift` command."""
