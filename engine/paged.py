@@ -1,0 +1,259 @@
+"""Attention over the paged cache, inside any Hugging Face decoder.
+
+transformers looks its attention function up by name (`AttentionInterface`), so the same module
+class that trains also generates: only `config._attn_implementation` differs. A forward packs the
+tokens of all sequences in one row, [1, N]; which token belongs to whom is in the `Step` that is
+current while it runs. No mask function is registered under our name: transformers then builds no
+mask (masking_utils, "custom attention without equivalent mask creation").
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from gearshift.engine.kv_cache import KVCache, LayerCache, LayerShape
+from gearshift.engine.sampling import accepts
+
+NAME = "gearshift_paged"
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Consecutive rows of the packed batch that are a chunk of one prompt."""
+
+    start: int
+    stop: int
+    context: Tensor | None  # [past + chunk] int64 cache slots; None where nothing precedes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward computes: rows [0, len(lengths)) decode one token each, then the spans."""
+
+    cache: KVCache
+    slots: Tensor  # [N] int64: where each row's key and value go
+    block_tables: Tensor  # [S, blocks] int32, of the decoding rows
+    lengths: Tensor  # [S] int32: tokens in the cache, this one included
+    spans: list[Span]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A forward that only shows what each attention layer keeps per token."""
+
+    shapes: dict[nn.Module, LayerShape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How one layer attends, beyond plain causal attention."""
+
+    scale: float
+    window: int | None  # a token sees itself and window - 1 before it
+    softcap: float | None  # c * tanh(score / c), Gemma 2
+    sinks: Tensor | None  # [heads] logits that take probability and give no value, gpt-oss
+
+
+_current: Step | Probe | None = None
+
+
+def supports(module: nn.Module) -> str | None:
+    """Why the module cannot generate with paged attention; None if it can."""
+    name = type(module).__name__
+    if not getattr(module, "_supports_attention_backend", False):
+        return f"{name} does not take its attention from transformers' AttentionInterface"
+    if not accepts(module, "logits_to_keep"):
+        return f"{name}.forward has no logits_to_keep"
+    config = module.config.get_text_config()
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{name} attends in both directions"
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if unknown or getattr(module, "_is_stateful", False):
+        return f"{name} has layers other than full or windowed attention ({', '.join(unknown)})"
+    moving = sorted(_rope_types(config) & {"dynamic", "longrope"})
+    if moving:
+        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving[0]})"
+    return None
+
+
+def _rope_types(config) -> set[str]:
+    """The rope types of all layers; the parameters are one dict, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return {entry.get("rope_type", "default") for entry in [parameters, *nested]}
+
+
+@contextmanager
+def running(step: Step | Probe) -> Iterator[None]:
+    """Makes `step` the one that attention layers read."""
+    global _current
+    assert _current is None, "a forward inside a forward"
+    _current = step
+    try:
+        yield
+    finally:
+        _current = None
+
+
+@contextmanager
+def attending(module: nn.Module) -> Iterator[None]:
+    """The module attends through the paged cache, in eval mode; leaves it as it was found."""
+    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    training = [part for part in module.modules() if part.training]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        for part in training:
+            part.training = True
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """The AttentionInterface function: [1, heads, N, size] -> [1, N, heads, size of values]."""
+    step = _current
+    assert step is not None, "paged attention outside the rollout engine"
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if isinstance(step, Probe):
+        return _observe(step, module, query, key, value, others)
+    rules = Rules(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=_window(module, sliding_window),
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    layer = step.cache.layers[module]
+    layer.write(step.slots, key, value)
+    decoding = len(step.lengths)
+    if decoding == len(query):
+        return decode_attention(query, layer, step, rules)[None], None
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    if decoding:
+        out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
+    for span in step.spans:
+        rows = slice(span.start, span.stop)
+        past = span.context is not None
+        keys = layer.key_tokens[span.context] if past else key[rows]
+        values = layer.value_tokens[span.context] if past else value[rows]
+        out[rows] = prefill_attention(query[rows], keys, values, rules)
+    return out[None], None
+
+
+def _observe(
+    probe: Probe, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, others: dict
+) -> tuple[Tensor, None]:
+    unknown = [
+        name
+        for name, argument in others.items()
+        if isinstance(argument, Tensor) and name not in ("position_ids", "cache_position")
+    ]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the paged "
+            "engine would ignore; set rollout.engine: hf"
+        )
+    shape = LayerShape(key=tuple(key.shape[1:]), value=tuple(value.shape[1:]), dtype=key.dtype)
+    probe.shapes[module] = shape
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1)[None], None
+
+
+def _window(module: nn.Module, given: int | None) -> int | None:
+    """The layer's window; from the config where the model applies it through the mask alone."""
+    if given is not None:
+        return given
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if types is None or index is None or types[index] != "sliding_attention":
+        return None
+    return config.sliding_window
+
+
+def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules) -> Tensor:
+    """One new token per sequence: query [S, HQ, D] -> [S, HQ, DV]."""
+    tables = step.block_tables
+    rows, heads = len(query), layer.key.shape[2]
+    key = layer.key[tables].flatten(1, 2).transpose(1, 2)  # [S, HK, T, D]
+    value = layer.value[tables].flatten(1, 2).transpose(1, 2)
+    position = torch.arange(key.shape[2], device=query.device)
+    lengths = step.lengths[:, None]
+    visible = position < lengths
+    if rules.window is not None:
+        visible &= position >= lengths - rules.window
+    # The heads of a group share their keys: they are as many queries of one key-value head.
+    grouped = query.reshape(rows, heads, -1, query.shape[-1])
+    sinks = None if rules.sinks is None else rules.sinks.view(heads, -1)
+    return _attend(grouped, key, value, visible[:, None, None], rules, sinks).flatten(1, 2)
+
+
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
+    """The last n of t tokens of one sequence: query [n, HQ, D], key [t, HK, D] -> [n, HQ, DV]."""
+    (n, heads, _), (t, groups, _) = query.shape, key.shape
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    plain = rules.softcap is None and rules.sinks is None
+    if plain and n == t and (rules.window is None or rules.window >= t):
+        out = scaled_dot_product_attention(
+            query[None],
+            key[None],
+            value[None],
+            is_causal=True,
+            scale=rules.scale,
+            enable_gqa=heads != groups,
+        )
+        return out[0].transpose(0, 1)
+    distance = torch.arange(t - n, t, device=query.device)[:, None] - torch.arange(
+        t, device=query.device
+    )
+    visible = distance >= 0
+    if rules.window is not None:
+        visible &= distance < rules.window
+    grouped = query.unflatten(0, (groups, -1))  # [HK, group, n, D]
+    sinks = None if rules.sinks is None else rules.sinks.view(groups, -1, 1)
+    out = _attend(grouped, key[:, None], value[:, None], visible, rules, sinks)
+    return out.flatten(0, 1).transpose(0, 1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, rules: Rules, sinks: Tensor | None
+) -> Tensor:
+    """Attention with an explicit mask; every row sees at least one key."""
+    if rules.softcap is None and sinks is None:
+        if key.shape[1] == 1 != query.shape[1]:
+            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=rules.scale)
+    scores = (query @ key.transpose(-1, -2)).float() * rules.scale
+    if rules.softcap is not None:
+        scores = torch.tanh(scores / rules.softcap) * rules.softcap
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.float()[..., None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : key.shape[-2]]
+    return weights.to(value.dtype) @ value
+
+
+AttentionInterface.register(NAME, attention)
