@@ -1,0 +1,56 @@
+"""Files that `gearshift fetch` brought: where they lie, and the `asset:` form of a path.
+
+A path in a configuration may be written `asset:NAME` (the asset's main file) or `asset:NAME/FILE`.
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+PREFIX = "asset:"
+
+# The files of every asset, its main file first.
+FILES: dict[str, tuple[str, ...]] = {
+    "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "movie-prompts": ("prompts.jsonl", "reviews.jsonl"),
+    "imdb": ("prompts.jsonl", "reviews.jsonl"),
+}
+
+
+def cache_dir() -> Path:
+    """$GEARSHIFT_CACHE, or ~/.cache/gearshift."""
+    return Path(os.environ.get("GEARSHIFT_CACHE") or "~/.cache/gearshift").expanduser()
+
+
+def asset_path(name: str, file: str | None = None) -> Path:
+    """The path of an asset's main file, or of another of its files.
+
+    Raises ValueError when there is no such asset or file, or when it was not fetched.
+    """
+    require_known(name)
+    file = file or FILES[name][0]
+    if file not in FILES[name]:
+        raise ValueError(
+            f"{PREFIX}{name}/{file}: no such file; the asset has {', '.join(FILES[name])}"
+        )
+    path = cache_dir() / name / file
+    if not path.is_file():
+        raise ValueError(f"{PREFIX}{name}: {path} is not there; run: gearshift fetch {name}")
+    return path
+
+
+def require_known(name: str) -> None:
+    """Raises ValueError, with the nearest name, unless `name` is an asset's."""
+    if name in FILES:
+        return
+    near = difflib.get_close_matches(name, FILES, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"{name}: no such asset; {hint}There are {', '.join(FILES)}")
+
+
+def resolve(path: str) -> str:
+    """`asset:NAME[/FILE]` becomes the path of that file; any other path is returned as it is."""
+    if not path.startswith(PREFIX):
+        return path
+    name, _, file = path.removeprefix(PREFIX).partition("/")
+    return str(asset_path(name, file or None))

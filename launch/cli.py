@@ -1,0 +1,76 @@
+"""The `gearshift` command: one module per command, imported only when it is called.
+
+A command's module has `add_arguments(parser)` and `main(args) -> int`. Exit status: 0 done, 2 the
+user's mistake (one line on stderr), 1 a fault (with its traceback).
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from importlib.metadata import version
+
+COMMANDS = {
+    "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
+    "config-docs": ("gearshift.launch.config_docs", "write docs/config.md from the configuration"),
+}
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gearshift COMMAND [arguments]",
+            "",
+            "PPO for large language models on DeepSpeed.",
+            "Training is started with: deepspeed launch/train.py --config FILE",
+            "",
+            *lines,
+            "",
+            "gearshift COMMAND --help explains a command.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if argv[0] == "--version":
+        print(f"gearshift {version('gearshift')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return fail(f"{argv[0]}: no such command; {hint}")
+    return run(argv[0], argv[1:])
+
+
+def run(command: str, argv: list[str]) -> int:
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(f"gearshift {command}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return module.main(args)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        return fail(" ".join(str(error).split("\n")))
+    except KeyboardInterrupt:
+        return 130
+
+
+def fail(message: str) -> int:
+    print(f"gearshift: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
