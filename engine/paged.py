@@ -66,10 +66,6 @@ _current: Step | Probe | None = None
 def supports(module: nn.Module) -> str | None:
     """Why the module cannot generate with paged attention; None if it can."""
     name = type(module).__name__
-    if not getattr(module, "_supports_attention_backend", False):
-        return f"{name} does not take its attention from transformers' AttentionInterface"
-    if not accepts(module, "logits_to_keep"):
-        return f"{name}.forward has no logits_to_keep"
     config = module.config.get_text_config()
     if config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
@@ -77,7 +73,12 @@ def supports(module: nn.Module) -> str | None:
         return f"{name} attends in both directions"
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if unknown or getattr(module, "_is_stateful", False):
-        return f"{name} has layers other than full or windowed attention ({', '.join(unknown)})"
+        kinds = ", ".join(unknown) or "a state"
+        return f"{name} has layers other than full or windowed attention ({kinds})"
+    if not getattr(module, "_supports_attention_backend", False):
+        return f"{name} does not take its attention from transformers' AttentionInterface"
+    if not accepts(module, "logits_to_keep"):
+        return f"{name}.forward has no logits_to_keep"
     moving = sorted(_rope_types(config) & {"dynamic", "longrope"})
     if moving:
         return f"the rotary frequencies of {name} depend on a batch's longest row ({moving[0]})"
