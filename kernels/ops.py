@@ -1,15 +1,26 @@
 """The public kernels: one import for everything that computes. Each op documents itself."""
 
+from gearshift.kernels.kl_gae import Advantages, kl_estimate, kl_reward_gae
 from gearshift.kernels.linear_cross_entropy import linear_cross_entropy
 from gearshift.kernels.linear_logprob import linear_logprob
 from gearshift.kernels.linear_loss import PolicyLoss
 from gearshift.kernels.linear_ppo import linear_ppo_loss
 from gearshift.kernels.logprob import logprob_entropy
+from gearshift.kernels.sample import sample_tokens
+from gearshift.kernels.value_loss import ValueLoss, value_loss
+from gearshift.kernels.whiten import whiten
 
 __all__ = [
+    "Advantages",
     "PolicyLoss",
+    "ValueLoss",
+    "kl_estimate",
+    "kl_reward_gae",
     "linear_cross_entropy",
     "linear_logprob",
     "linear_ppo_loss",
     "logprob_entropy",
+    "sample_tokens",
+    "value_loss",
+    "whiten",
 ]
