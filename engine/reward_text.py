@@ -1,0 +1,150 @@
+"""What a reward reads: the text of a rollout's rows, and a reward model's own tokens for it."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from gearshift.engine.batch import Rollout
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used or gave no usable score; one line that names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRows:
+    """A rollout as lists, one entry per row."""
+
+    prompts: list[str | list[Message]]  # as in the dataset: a string, or a list of messages
+    responses: list[str]  # without special tokens and without the end token
+    prompt_ids: list[list[int]]  # live tokens only
+    response_ids: list[list[int]]  # live tokens only, the end token included
+    finished: list[bool]
+    columns: dict[str, list[Any]]  # the dataset's other columns
+
+    @property
+    def completions(self) -> list[str | list[Message]]:
+        """In TRL's form: a string; one assistant message in a list where the prompt is a chat."""
+        return [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(self.prompts, self.responses, strict=True)
+        ]
+
+    def row(self, i: int) -> str:
+        """Row i for an error message, shortened."""
+        return f"prompt {_shorten(self.prompts[i])}, completion {_shorten(self.responses[i])}"
+
+
+def read_rows(rollout: Rollout, tokenizer: Any) -> TextRows:
+    """Decodes a rollout with the policy's tokenizer.
+
+    The column "prompt" is the prompt as the dataset had it; without one, the prompt's tokens are
+    decoded.
+    """
+    prompt_ids = _live(rollout.prompt_ids, rollout.prompt_mask)
+    response_ids = _live(rollout.response_ids, rollout.response_mask)
+    finished = rollout.finished.tolist()
+    columns = dict(rollout.columns)
+    prompts = columns.pop("prompt", None)
+    if prompts is None:
+        prompts = [decode(tokenizer, ids) for ids in prompt_ids]
+    bodies = [
+        # An end token that is not marked special would otherwise be read as text.
+        ids[:-1] if done and ids[-1] == tokenizer.eos_token_id else ids
+        for ids, done in zip(response_ids, finished, strict=True)
+    ]
+    return TextRows(
+        prompts=prompts,
+        responses=[decode(tokenizer, ids) for ids in bodies],
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        finished=finished,
+        columns=columns,
+    )
+
+
+def decode(tokenizer: Any, token_ids: list[int]) -> str:
+    """Text without special tokens, its spaces untouched."""
+    return tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@lru_cache(maxsize=16)  # comparing two large vocabularies takes a tenth of a second
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """Whether a token id, and a chat, mean the same to both."""
+    return first is second or (
+        first.chat_template == second.chat_template and first.get_vocab() == second.get_vocab()
+    )
+
+
+def render_for_reward(
+    rows: TextRows, policy_tokenizer: Any, reward_tokenizer: Any, *, chat_template: bool
+) -> list[list[int]]:
+    """Token ids of prompt and response for a reward model, which is read at the last token.
+
+    The tokenizers agree (vocabulary and chat template): the ids that the policy saw and sampled,
+    never tokenised again. Only a chat with chat_template=False is rendered as below even then.
+
+    They differ: the text is rendered and tokenised with the reward model's own tokenizer.
+      - A chat, chat_template=True and the tokenizer has a template: that template. A finished
+        response is closed as the template closes a turn; one cut by length stays open.
+      - Otherwise plain text: the contents of the messages, a blank line between them, or prompt and
+        response run together. A finished response ends with the reward tokenizer's end token, if
+        it has one; one cut by length does not.
+    """
+    same = same_tokenizer(policy_tokenizer, reward_tokenizer)
+    templated = chat_template and reward_tokenizer.chat_template is not None
+    rendered = []
+    for i, prompt in enumerate(rows.prompts):
+        is_chat = isinstance(prompt, list)
+        if same and (chat_template or not is_chat):
+            rendered.append(rows.prompt_ids[i] + rows.response_ids[i])
+        elif is_chat and templated:
+            rendered.append(_render_chat(rows, i, reward_tokenizer))
+        else:
+            rendered.append(_render_plain(rows, i, reward_tokenizer))
+    return rendered
+
+
+def plain_prompt(prompt: str | list[Message]) -> str:
+    """A prompt without a template: a chat's contents, a blank line after each."""
+    if isinstance(prompt, str):
+        return prompt
+    return "".join(f"{message['content']}\n\n" for message in prompt)
+
+
+def _render_chat(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
+    if rows.finished[i]:
+        chat = [*rows.prompts[i], {"role": "assistant", "content": rows.responses[i]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    else:
+        opening = tokenizer.apply_chat_template(
+            rows.prompts[i], tokenize=False, add_generation_prompt=True
+        )
+        text = opening + rows.responses[i]
+    # The template writes the special tokens itself.
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _render_plain(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
+    ids = tokenizer(plain_prompt(rows.prompts[i]) + rows.responses[i])["input_ids"]
+    end = tokenizer.eos_token_id
+    # Some tokenizers append their end token to every text; a cut response must not show one.
+    while end is not None and ids and ids[-1] == end:
+        ids = ids[:-1]
+    return [*ids, end] if rows.finished[i] and end is not None else ids
+
+
+def _live(ids: Any, mask: Any) -> list[list[int]]:
+    table, live = ids.tolist(), mask.tolist()
+    return [
+        [token for token, keep in zip(row, kept, strict=True) if keep]
+        for row, kept in zip(table, live, strict=True)
+    ]
+
+
+def _shorten(value: Any, limit: int = 200) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else f"{text[: limit - 40]} ... {text[-35:]}"
