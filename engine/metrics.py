@@ -1,0 +1,235 @@
+"""One step's figures: sums kept on the device, reduced over all ranks once, by reduce().
+
+Nothing here waits for the device before reduce().
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor
+
+from gearshift.engine import distributed
+
+# Width of the reduction of maxima. Fixed, so that ranks with different keys meet in one collective
+# of one size and are told apart there.
+_MAXIMA = 256
+_GB = 1e9
+
+_Sums = list[Tensor]  # float64 scalars, added over calls and ranks
+
+
+class StepMetrics:
+    """Every rank adds the same names, in any order; reduce() asserts it.
+
+    Calls with one name add up, so the micro-batches of a step need no list. Masked entries are
+    never read and may be NaN; a live NaN makes its metric NaN (in a maximum or minimum: infinite).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._sums: dict[str, _Sums] = {}
+        self._finish: dict[str, Callable[..., Tensor]] = {}
+        self._maxima: dict[str, Tensor] = {}
+        self._minima: dict[str, Tensor] = {}
+        self._values: dict[str, float] = {}
+        self._memory_gb: dict[str, float] = {}
+        self._spans: dict[str, list[_Span]] = {}
+
+    def add_mean(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """sum(weights * values) / sum(weights); weights: a mask or factors, all 1 if not given."""
+        live, weight = _live(values, weights)
+        self._add(name, _mean, (weight * live).sum(), weight.sum())
+
+    def add_sum(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """sum(weights * values)."""
+        live, weight = _live(values, weights)
+        self._add(name, _total, (weight * live).sum())
+
+    def add_variance(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Weighted variance, dividing by sum(weights)."""
+        live, weight = _live(values, weights)
+        self._add(name, _variance, *_moments(live, weight))
+
+    def add_std(self, name: str, values: Tensor, weights: Tensor | None = None) -> None:
+        """Root of the weighted variance."""
+        live, weight = _live(values, weights)
+        self._add(name, _std, *_moments(live, weight))
+
+    def add_explained_variance(
+        self, name: str, values: Tensor, returns: Tensor, mask: Tensor
+    ) -> None:
+        """1 - var(returns - values) / var(returns) over the mask; NaN for constant returns."""
+        target, weight = _live(returns, mask)
+        error, _ = _live(returns.detach() - values.detach(), mask)
+        self._add(name, _explained, *_moments(target, weight), *_moments(error, weight))
+
+    def add_max(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Largest live value; -inf where no rank has one."""
+        found = _largest(values, mask)
+        self._maxima[name] = torch.maximum(self._maxima.get(name, found), found)
+
+    def add_min(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
+        """Smallest live value; inf where no rank has one."""
+        found = _largest(-values, mask)
+        self._minima[name] = torch.maximum(self._minima.get(name, found), found)
+
+    def add_value(self, name: str, value: float) -> None:
+        """A number that every rank already has; the last one given counts."""
+        self._values[name] = float(value)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Adds the seconds inside to timing_s/<name>, of which the slowest rank counts.
+
+        On CUDA it is the time between two events of the current stream.
+        """
+        span = _Span(self.device)
+        yield
+        span.stop()
+        self._spans.setdefault(f"timing_s/{name}", []).append(span)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """time(), and the highest peak_memory() of any rank as memory_gb/<name>. Does not nest."""
+        reset_peak_memory(self.device)
+        with self.time(name):
+            yield
+        key = f"memory_gb/{name}"
+        self._memory_gb[key] = max(self._memory_gb.get(key, 0.0), peak_memory(self.device))
+
+    def reduce(self) -> dict[str, float]:
+        """All figures over all ranks, by name. A collective: two reductions, whatever the names."""
+        maxima = self._reduced_maxima()
+        figures = self._values | maxima | self._reduced_sums()
+        return dict(sorted(figures.items()))
+
+    def _reduced_sums(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = distributed.global_sum(torch.stack([s for name in names for s in self._sums[name]]))
+        parts = sums.split([len(self._sums[name]) for name in names])
+        finished = [self._finish[name](*part) for name, part in zip(names, parts, strict=True)]
+        return dict(zip(names, torch.stack(finished).tolist(), strict=True))
+
+    def _reduced_maxima(self) -> dict[str, float]:
+        names = sorted(self._maxima) + sorted(self._minima)
+        tensors = [self._maxima[n] for n in sorted(self._maxima)]
+        tensors += [self._minima[n] for n in sorted(self._minima)]
+        seconds = {name: sum(span.seconds() for span in s) for name, s in self._spans.items()}
+        floats = dict(sorted((seconds | self._memory_gb).items()))
+        names += floats
+        assert len(names) + 2 <= _MAXIMA, "more maxima than their reduction has room for"
+
+        row = torch.zeros(_MAXIMA, dtype=torch.float64, device=self.device)
+        key = self._hash(names)
+        row[:2] = torch.tensor([key, -key], dtype=torch.float64)
+        if tensors:
+            # Collectives differ in what they make of NaN in a maximum; infinity they all keep.
+            row[2 : 2 + len(tensors)] = torch.stack(tensors).nan_to_num(
+                nan=torch.inf, posinf=torch.inf, neginf=-torch.inf
+            )
+        row[2 + len(tensors) : 2 + len(names)] = torch.tensor(
+            list(floats.values()), dtype=torch.float64
+        )
+        largest, negative, *reduced = distributed.global_max(row).tolist()
+        assert largest == -negative, f"ranks measured different metrics; here: {self._names(names)}"
+        result = dict(zip(names, reduced, strict=False))
+        return {n: -v if n in self._minima else v for n, v in result.items()}
+
+    def _add(self, name: str, finish: Callable[..., Tensor], *parts: Tensor) -> None:
+        assert self._finish.get(name, finish) is finish, f"{name} was added in two ways"
+        self._finish[name] = finish
+        before = self._sums.get(name)
+        self._sums[name] = (
+            [a + b for a, b in zip(before, parts, strict=True)] if before else list(parts)
+        )
+
+    def _names(self, maxima: list[str]) -> list[str]:
+        sums = [f"{name} ({self._finish[name].__name__})" for name in sorted(self._sums)]
+        return [*maxima, *sums, *sorted(self._values)]
+
+    def _hash(self, maxima: list[str]) -> int:
+        """32 bits: exact in float64."""
+        return zlib.crc32("\n".join(self._names(maxima)).encode())
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB (1e9 bytes). CUDA: most memory allocated since reset_peak_memory; CPU: resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GB
+    return psutil.Process().memory_info().rss / _GB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class _Span:
+    """Seconds between making and stop(), read only after the device has got there."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._begin = self._now()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self._end = self._now()
+
+    def seconds(self) -> float:
+        if not self._cuda:
+            return self._end - self._begin
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1000
+
+
+def _live(values: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values and weights in float64, values 0 where the weight is: 0 * NaN would be NaN."""
+    values = values.detach().double()
+    if weights is None:
+        return values, torch.ones_like(values)
+    weights = weights.detach().double()
+    return torch.where(weights != 0, values, 0.0), weights
+
+
+def _largest(values: Tensor, mask: Tensor | None) -> Tensor:
+    values = values.detach().double()
+    return (values if mask is None else torch.where(mask.bool(), values, -torch.inf)).amax()
+
+
+def _moments(values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return weight.sum(), (weight * values).sum(), (weight * values * values).sum()
+
+
+def _total(total: Tensor) -> Tensor:
+    return total
+
+
+def _mean(total: Tensor, weight: Tensor) -> Tensor:
+    return total / weight
+
+
+def _variance(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return (second / weight - (first / weight) ** 2).clamp(min=0)
+
+
+def _std(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return _variance(weight, first, second).sqrt()
+
+
+def _explained(*moments: Tensor) -> Tensor:
+    target, error = _variance(*moments[:3]), _variance(*moments[3:])
+    # Sums of squares cancel: below this the returns are constant to rounding.
+    rounding = 1e-12 * moments[2] / moments[0]
+    return torch.where(target > rounding, 1 - error / target, torch.nan)

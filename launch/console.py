@@ -1,0 +1,162 @@
+"""What a run says on the terminal: a line per step, a bar while it works, tables of samples.
+
+On a terminal through rich; into a file or pipe as plain lines, without bars or control characters.
+"""
+
+import math
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+# label, key, format; a figure that a run does not have is left out.
+_FIGURES = (
+    ("score", "objective/scores", "{:+.3f}"),
+    ("kl", "objective/kl", "{:.3f}"),
+    ("policy", "loss/policy_avg", "{:+.4f}"),
+    ("value", "loss/value_avg", "{:.4f}"),
+    ("clip", "policy/clipfrac_avg", "{:.1%}"),
+    ("entropy", "policy/entropy_avg", "{:.3f}"),
+    ("length", "response_length/mean", "{:.1f}"),
+    ("tok/s", "throughput/tokens_per_s", "{:,.0f}"),
+)
+# In the order of a step.
+PHASES = (
+    "generate",
+    "shift",
+    "rewards",
+    "logprobs",
+    "ref",
+    "values",
+    "update_actor",
+    "update_critic",
+    "swap",
+    "checkpoint",
+)
+_LEAST_SHARE = 0.01  # phases below this share of the step are not worth their width
+
+
+class Console:
+    """The terminal of one run.
+
+    total_steps: PPO steps of the whole run. stream: where to write. quiet: say nothing, for the
+    ranks other than 0.
+    """
+
+    def __init__(self, total_steps: int, *, stream: TextIO | None = None, quiet: bool = False):
+        self._total, self._quiet = total_steps, quiet
+        self._stream = sys.stdout if stream is None else stream
+        self._rich = RichConsole(file=self._stream, highlight=False)
+        self._bars = not quiet and self._stream.isatty() and not self._rich.is_dumb_terminal
+
+    def step(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line: the step's key figures and where its seconds went."""
+        pairs = [
+            (label, form.format(figures[key]), math.isfinite(figures[key]))
+            for label, key, form in _FIGURES
+            if key in figures
+        ]
+        width = len(str(self._total))
+        line = Text(f"step {step:>{width}}/{self._total}", style="bold")
+        for label, value, finite in pairs:
+            line.append(f"  {label} ", style="not bold dim")
+            line.append(value, style="not bold" if finite else "bold red")
+        line.append(_seconds(figures), style="not bold dim")
+        self._print(line)
+
+    def note(self, text: str) -> None:
+        """One line of anything else."""
+        self._print(Text(printable(text)))
+
+    def warn(self, text: str) -> None:
+        """One line that should be seen."""
+        self._print(Text(f"warning: {printable(text)}", style="yellow"))
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar while the block runs; yields advance(done, total). It leaves no trace behind."""
+        if not self._bars:
+            yield lambda done, total: None
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+        with Progress(
+            *columns, TimeElapsedColumn(), console=self._rich, transient=True
+        ) as progress:
+            task = progress.add_task(label, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """A table of rows {"prompt", "response", "score"}."""
+        if self._bars:
+            return self._rich.print(_table(step, rows))
+        for row in rows:
+            self._print(
+                Text(
+                    f"sample {step}  score {row['score']:+.3f}  "
+                    f"prompt {_one_line(row['prompt'])}  response {_one_line(row['response'])}"
+                )
+            )
+
+    def _print(self, line: Text) -> None:
+        if self._quiet:
+            return
+        if self._bars:
+            return self._rich.print(line, soft_wrap=True)
+        # Not through rich: it would wrap a log's lines at 80 columns.
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = line.plain.encode(encoding, "backslashreplace").decode(encoding)
+        print(text, file=self._stream, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters spelled out, new lines kept.
+
+    A model can write any byte, escape sequences included; a terminal must not obey them.
+    """
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cs") else ascii(c)[1:-1]
+        for c in text
+    )
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as a person reads it: a chat has a line `role: content` per message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def _seconds(figures: Mapping[str, float]) -> str:
+    whole = figures.get("timing_s/step")
+    if whole is None:
+        return ""
+    spent = [(name, figures.get(f"timing_s/{name}", 0.0)) for name in PHASES]
+    parts = " ".join(f"{name} {s:.1f}" for name, s in spent if s >= _LEAST_SHARE * whole)
+    return f"  {whole:.1f}s" + (f" ({parts})" if parts else "")
+
+
+def _table(step: int, rows: list[dict[str, Any]]) -> Table:
+    title = f"Samples of step {step}"
+    table = Table(title=title, title_justify="left", expand=True, show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("response", ratio=3, overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    for row in rows:
+        # Text, not str: a sample may hold rich's markup.
+        table.add_row(
+            Text(printable(prompt_text(row["prompt"]))),
+            Text(printable(row["response"])),
+            f"{row['score']:+.3f}",
+        )
+    return table
+
+
+def _one_line(value: str | list[dict[str, Any]], limit: int = 160) -> str:
+    text = printable(prompt_text(value)).replace("\n", "\\n")
+    return f'"{text if len(text) <= limit else text[: limit - 4] + " ..."}"'
