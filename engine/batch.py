@@ -34,6 +34,14 @@ class PromptBatch:
         """All fields by name; what the next record is built from."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
+    def to(self, device: torch.device) -> Self:
+        """The same record with its tensors on `device`."""
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.tensors().items()
+        }
+        return type(self)(**moved)
+
     def rows(self, index: Tensor) -> Self:
         """The rows `index` [n] int64, in that order."""
         picked = {

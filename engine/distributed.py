@@ -1,4 +1,4 @@
-"""Starting up under `deepspeed`, `torchrun`, `srun`, `mpirun` or plain `python`, and what ranks share."""
+"""Starting up under deepspeed, torchrun, srun, mpirun or plain python, and what ranks share."""
 
 import os
 import random
@@ -67,6 +67,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """The group of all ranks, None before `start`."""
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def is_main() -> bool:

@@ -1,0 +1,157 @@
+"""From a configuration to the roles that play it: what fits together is checked, then loaded."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from gearshift.engine import ds_config
+from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
+from gearshift.engine.models import load_config, load_model, load_tokenizer
+from gearshift.engine.ppo import Roles
+from gearshift.engine.reward_text import same_tokenizer
+from gearshift.engine.rewards import RewardSum
+from gearshift.engine.roles import Actor, Critic, Reference, RewardModel
+
+logger = logging.getLogger("gearshift")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What is known before any weight is read."""
+
+    config: Config
+    tokenizer: Any
+    hf_config: Any  # the actor's
+    deepspeed: dict[str, dict]  # by role; a reward's by its name
+    rewards: RewardSum
+    reward_tokenizers: dict[str, Any]  # of the reward models, by name
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and response together that the actor can read."""
+        return getattr(self.hf_config, "max_position_embeddings", None) or 2**31
+
+
+def draw_up(config: Config) -> Blueprint:
+    """Reads configurations and tokenizers only; raises ValueError for whatever cannot work."""
+    deepspeed = {"actor": ds_config.load(config.actor.deepspeed)}
+    if config.ppo.estimator == "gae":
+        deepspeed["critic"] = ds_config.load(config.critic.deepspeed)
+    if needs_reference(config):
+        deepspeed["reference"] = ds_config.load(config.reference.deepspeed)
+    rewards = RewardSum(config.rewards)
+    for reward in rewards.model_configs:
+        deepspeed[reward.name] = ds_config.load(reward.deepspeed)
+    blueprint = Blueprint(
+        config=config,
+        tokenizer=load_tokenizer(config.actor),
+        hf_config=load_config(config.actor, "policy"),
+        deepspeed=deepspeed,
+        rewards=rewards,
+        reward_tokenizers={r.name: load_tokenizer(r) for r in rewards.model_configs},
+    )
+    _check_vocabulary(blueprint)
+    _check_context(blueprint)
+    return blueprint
+
+
+def needs_reference(config: Config) -> bool:
+    return config.ppo.kl_coef > 0
+
+
+def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
+    """Loads every model. steps: optimizer steps of the whole run, for the schedules."""
+    config, ds = blueprint.config, blueprint.deepspeed
+    scorers = {
+        reward.name: RewardModel(
+            load_model(reward, "reward", ds[reward.name]),
+            blueprint.reward_tokenizers[reward.name],
+            reward.batch_size,
+            ds[reward.name],
+        )
+        for reward in blueprint.rewards.model_configs
+    }
+    blueprint.rewards.join(scorers)
+    reference = None
+    if "reference" in ds:
+        model = load_model(_reference_source(config), "policy", ds["reference"])
+        reference = Reference(model, config.ppo, config.sampling.temperature, ds["reference"])
+    critic = None
+    if "critic" in ds:
+        source, from_reward = critic_source(blueprint)
+        model = load_model(source, "critic", ds["critic"], fresh_head=not from_reward)
+        critic = Critic(model, config, ds["critic"], steps)
+    model = load_model(config.actor, "policy", ds["actor"])
+    actor = Actor(model, blueprint.tokenizer, config, ds["actor"], steps)
+    return Roles(
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        rewards=blueprint.rewards,
+        pretrain=pretrain,
+    )
+
+
+def critic_source(blueprint: Blueprint) -> tuple[CriticConfig, bool]:
+    """Where the critic starts, and whether that checkpoint has a score head to keep.
+
+    critic.path; else the first reward model that reads the actor's tokens; else the actor's trunk.
+    """
+    config = blueprint.config
+    own, source, from_reward = config.critic, config.critic.path, False
+    revision = own.revision
+    if source is not None:
+        head = load_config(own, "critic").architectures or [""]
+        from_reward = head[0].endswith(("ForSequenceClassification", "ForTokenClassification"))
+    else:
+        reward = _reward_with_tokens_of_actor(blueprint)
+        from_reward = reward is not None
+        start: ModelConfig = reward or config.actor
+        source, revision = start.path, start.revision
+    values = vars(own) | {"path": source, "revision": revision}
+    return CriticConfig(**values), from_reward
+
+
+def _reward_with_tokens_of_actor(blueprint: Blueprint) -> RewardConfig | None:
+    for reward in blueprint.rewards.model_configs:
+        architectures = load_config(reward, "reward").architectures or [""]
+        decoder = "Bert" not in architectures[0]
+        if decoder and same_tokenizer(
+            blueprint.tokenizer, blueprint.reward_tokenizers[reward.name]
+        ):
+            return reward
+    return None
+
+
+def _reference_source(config: Config) -> ModelConfig:
+    if config.reference.path is not None:
+        return config.reference
+    same = {"path": config.actor.path, "revision": config.actor.revision}
+    return ModelConfig(**(vars(config.reference) | same))
+
+
+def _check_vocabulary(blueprint: Blueprint) -> None:
+    """Every model that reads the actor's token ids must have an embedding for each of them."""
+    config, needed = blueprint.config, len(blueprint.tokenizer)
+    readers = {"actor": blueprint.hf_config}
+    if "reference" in blueprint.deepspeed:
+        readers["reference"] = load_config(_reference_source(config), "policy")
+    if "critic" in blueprint.deepspeed:
+        readers["critic"] = load_config(critic_source(blueprint)[0], "critic")
+    for role, read in readers.items():
+        if read.vocab_size < needed:
+            raise ValueError(
+                f"{role}.path: its vocabulary of {read.vocab_size} is smaller than the actor's "
+                f"tokenizer ({needed} tokens); use a model with the same tokenizer"
+            )
+
+
+def _check_context(blueprint: Blueprint) -> None:
+    config = blueprint.config
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    if longest > blueprint.max_context:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_new_tokens="
+            f"{config.sampling.max_new_tokens} exceed the actor's context of "
+            f"{blueprint.max_context}; lower either"
+        )

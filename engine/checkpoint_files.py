@@ -1,0 +1,76 @@
+"""The tensors of a Hugging Face checkpoint, read lazily from its safetensors files."""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+
+class CheckpointFiles:
+    """Names and memory-mapped tensors of a directory or hub id.
+
+    Raises ValueError when there is no safetensors file or the index names a file that is missing.
+    """
+
+    def __init__(self, location: str, revision: str | None = None):
+        directory = Path(location)
+        if not directory.is_dir():
+            directory = _snapshot(location, revision)
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        if index.exists():
+            shards = json.loads(index.read_text())["weight_map"]
+        elif single.exists():
+            with safe_open(single, "pt") as file:
+                shards = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise ValueError(
+                f"path={location!r}: no model.safetensors; convert pickled weights with "
+                "transformers' save_pretrained first"
+            )
+        for name in set(shards.values()):
+            if not (directory / name).exists():
+                raise ValueError(f"path={location!r}: {name} is in the index but not on disk")
+        self.location = location
+        self._shards = {key: directory / name for key, name in shards.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shards
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from disk: pages are read when used and given back with the tensor."""
+        with safe_open(self._shards[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def match(self, module: nn.Module, fresh: tuple[str, ...]) -> dict[str, str | None] | None:
+        """Which tensor fills which parameter or persistent buffer of `module`.
+
+        fresh: names that may be absent; they map to None and start at zero.
+        Returns None when the names differ in ways that only transformers' own loader knows.
+        """
+        prefix = getattr(module, "base_model_prefix", "") + "."
+        found: dict[str, str | None] = {}
+        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        for name in module.state_dict():
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            source = next((key for key in candidates if key in self._shards), None)
+            if name in fresh and (source is None or name == "score.weight"):
+                found[name] = None
+            elif source is not None:
+                found[name] = source
+            elif name not in tied:
+                return None
+        return found
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"path={hub_id!r}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,119 @@
+"""What runs inside an engine's forward: trunk, then the head on response tokens only.
+
+B rows, T = P + R tokens of prompt and response, N live response tokens of a micro-batch, H hidden
+size, V vocabulary. The language head is never a module call: its weight goes to a kernel that takes
+log-probs in chunks, so no [B, T, V] tensor exists.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a family's logits differ from hidden @ weight.T; keywords of the kernels' ops."""
+
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> "HeadOptions":
+        """From a configuration: Gemma's soft cap, Cohere's factor, Granite's divisor."""
+        scale = getattr(config, "logit_scale", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return cls(
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
+            logit_scale=scale / divisor,
+        )
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, T] int64: live tokens numbered from 0, whatever the padding on the left."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, T, H] of the trunk, without its head."""
+    output = model.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    )
+    return output.last_hidden_state
+
+
+@contextmanager
+def gathered(*parameters: nn.Parameter | None) -> Iterator[None]:
+    """Whole parameters inside an engine's forward, whatever the ZeRO stage."""
+    absent = [p for p in parameters if p is not None and _is_partitioned(p)]
+    if not absent:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(absent):
+        yield
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
+
+
+class Policy(nn.Module):
+    """A causal LM whose head is a kernel: `head(hidden [N, H], weight [V, H], bias [V] | None)`."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+        self.options = HeadOptions.of(lm.config)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, predicted: Tensor, head: Callable
+    ) -> Any:
+        """predicted [B, R] bool: the last R tokens whose log-probs the head is given, in order."""
+        hidden = hidden_states(self.lm, input_ids, attention_mask)
+        length = predicted.shape[1]
+        rows = hidden[:, -length - 1 : -1][predicted]
+        output = self.lm.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        with gathered(output.weight, bias):
+            return head(rows, output.weight, bias)
+
+
+class ValueModel(nn.Module):
+    """A per-token scalar head; V_t is read where token t is predicted, before it is seen."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """[B, R + 1] float32: the value before each of `length` response tokens, and after all."""
+        hidden = hidden_states(self.model, input_ids, attention_mask)
+        return self.model.score(hidden[:, -length - 1 :]).squeeze(-1).float()
+
+
+class ScoreModel(nn.Module):
+    """A sequence score, read at the last live token whatever the pad id is."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B] float32; rows are right-padded."""
+        if not isinstance(getattr(self.model, "score", None), nn.Linear):  # encoders such as BERT
+            return (
+                self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
+            )
+        hidden = hidden_states(self.model, input_ids, attention_mask)
+        last = attention_mask.long().sum(1) - 1
+        rows = hidden[torch.arange(len(last), device=last.device), last]
+        return self.model.score(rows)[:, 0].float()

@@ -1,0 +1,126 @@
+"""PPO's arithmetic over the kernels' ops: pure functions of tensors, and the KL coefficient.
+
+B rows on this rank, R response tokens; masked positions are exactly 0 in every result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gearshift.engine.config import PPOConfig
+from gearshift.kernels import ops
+
+
+def token_weights(mask: Tensor, aggregation: str, rows: int, tokens: Tensor) -> Tensor:
+    """[B, R] float32 weights of the token losses; they sum to 1 over a whole optimizer step.
+
+    rows and tokens (0-dim) count the step's responses and live tokens over all ranks and
+    micro-batches, so neither the micro-batch size nor the world size changes the update.
+    seq_sum weighs every token 1 / rows: longer responses then count for more.
+    """
+    live = mask.float()
+    if aggregation == "seq_mean_token_mean":
+        return live / (live.sum(1, keepdim=True).clamp(min=1) * rows)
+    if aggregation == "token_mean":
+        return live / tokens
+    return live / rows
+
+
+def shape_scores(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
+    """[B] scores as they enter the reward: affine, missing-EOS rule, then the clip."""
+    shaped = (scores - config.score_shift) / config.score_scale
+    if config.missing_eos == "replace":
+        shaped = torch.where(finished, shaped, -config.missing_eos_value)
+    elif config.missing_eos == "subtract":
+        shaped = torch.where(finished, shaped, shaped - config.missing_eos_value)
+    if config.score_clip is not None:
+        shaped = shaped.clamp(-config.score_clip, config.score_clip)
+    return shaped
+
+
+def estimate_advantages(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    *,
+    config: PPOConfig,
+    kl_coef: float,
+    bootstrap_values: Tensor | None = None,
+    group=None,
+) -> ops.Advantages:
+    """Rewards, advantages as trained on, returns and per-token KL, all [B, R] float32.
+
+    gae: reward_t = -kl_coef * kl_t + [t last] * score, GAE (Schulman et al. 2016).
+    reinforce_pp: the same rewards, returns-to-go without a critic (Hu et al. 2025).
+    rloo: leave-one-out baseline over the prompt's samples (Ahmadian et al. 2024).
+    grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024).
+    gae and reinforce_pp are whitened over `group`, the ranks of the whole rollout. The rows of one
+    prompt are on one rank, sample-major: row k * prompts + p is sample k of prompt p.
+    """
+    gae = config.estimator == "gae"
+    result = ops.kl_reward_gae(
+        logprobs,
+        ref_logprobs,
+        values if gae else torch.zeros_like(logprobs),
+        mask,
+        scores,
+        kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
+        kl_estimator=config.kl_estimator,
+        gamma=config.gamma,
+        lam=config.lam if gae else 1.0,
+        bootstrap_values=bootstrap_values if gae else None,
+    )
+    advantages = result.advantages
+    if config.estimator in ("rloo", "grpo"):
+        baselined = _against_group(result.rewards.sum(1), config)
+        advantages = torch.where(mask, baselined[:, None], 0.0)
+    elif config.whiten_advantages:
+        advantages = ops.whiten(advantages, mask, group=group)
+    return result._replace(advantages=advantages)
+
+
+def _against_group(totals: Tensor, config: PPOConfig) -> Tensor:
+    """[B] sequence rewards against those of the same prompt's other samples."""
+    samples = config.samples_per_prompt
+    grouped = totals.view(samples, -1)
+    if config.estimator == "rloo":
+        others = (grouped.sum(0) - grouped) / (samples - 1)
+        return (grouped - others).flatten()
+    centred = grouped - grouped.mean(0)
+    std = grouped.std(0)
+    # Equal rewards differ by rounding only: dividing by that noise would make a signal of it.
+    constant = std < 1e-6 * grouped.abs().amax(0)
+    return torch.where(constant, 0.0, centred / (std + 1e-8)).flatten()
+
+
+def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights min(pi_train / pi_rollout, cap), [B, R] (Yao et al. 2025)."""
+    return (logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=cap)
+
+
+@dataclass
+class KLController:
+    """The KL coefficient. `adapt` is Ziegler et al. 2019, section 2.2; fixed leaves it alone."""
+
+    coef: float
+    target: float
+    horizon: int
+    adaptive: bool
+
+    @classmethod
+    def of(cls, config: PPOConfig) -> "KLController":
+        return cls(
+            coef=config.kl_coef,
+            target=config.kl_target,
+            horizon=config.kl_horizon,
+            adaptive=config.kl_controller == "adaptive",
+        )
+
+    def adapt(self, kl: float, responses: int) -> None:
+        """After a step: `kl` is the mean over responses of the KL summed over tokens, in nats."""
+        if self.adaptive:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * responses / self.horizon

@@ -1,0 +1,226 @@
+"""Proximal policy optimisation of a language model: one step, start to end.
+
+Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022. The formulas are in objective.py and
+the kernels; docs/objective.md says where they differ from common write-ups. This file knows neither
+DeepSpeed nor transformers.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift.engine import distributed
+from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
+from gearshift.engine.config import Config
+from gearshift.engine.figures import (
+    add_throughput,
+    report_experience,
+    report_policy,
+    report_rollout,
+)
+from gearshift.engine.metrics import StepMetrics
+from gearshift.engine.objective import (
+    KLController,
+    estimate_advantages,
+    importance_weights,
+    shape_scores,
+    token_weights,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who takes part. No critic without GAE, no reference when the KL has no weight."""
+
+    actor: Any
+    critic: Any | None
+    reference: Any | None
+    rewards: Any
+    pretrain: Any | None = None  # an endless stream of text for PPO-ptx
+
+
+class PPOTrainer:
+    """Rollout, judgement, update; `step` is all there is."""
+
+    def __init__(self, config: Config, roles: Roles):
+        self.config, self.ppo, self.roles = config, config.ppo, roles
+        self.actor, self.critic = roles.actor, roles.critic
+        self.kl = KLController.of(config.ppo)
+        self.steps_done = 0
+
+    def step(
+        self, prompts: PromptBatch, progress: Any = None
+    ) -> tuple[dict[str, float], Experience]:
+        """One PPO step: returns its figures over all ranks, and this rank's rows."""
+        metrics = StepMetrics(prompts.prompt_ids.device)
+        metrics.add_value("step", self.steps_done + 1)
+        metrics.add_value("episode", (self.steps_done + 1) * self.ppo.rows_per_step)
+        metrics.add_value("objective/kl_coef", self.kl.coef)
+        with metrics.time("step"):
+            with metrics.phase("generate"):
+                rollout = self.actor.generate(prompts, self.config.sampling, progress)
+            experience = self.make_experience(rollout, metrics)
+            self.update(experience, metrics)
+        figures = add_throughput(metrics.reduce())
+        self.kl.adapt(figures["objective/kl"], self.ppo.rows_per_step)
+        self.steps_done += 1
+        return figures, experience
+
+    @torch.no_grad()
+    def make_experience(self, rollout: Rollout, metrics: StepMetrics) -> Experience:
+        """Judges the rollout and credits each token."""
+        mask, ppo = rollout.response_mask, self.ppo
+        with metrics.phase("rewards"):
+            raw, by_name = self.roles.rewards.scores(rollout, self.actor.tokenizer)
+        with metrics.phase("logprobs"):
+            logprobs = self._old_logprobs(rollout, metrics)
+        with metrics.phase("ref"):
+            reference = self.roles.reference
+            ref_logprobs = reference.logprobs(rollout) if reference else logprobs
+        with metrics.phase("values"):
+            values, after = torch.zeros_like(logprobs), torch.zeros_like(raw)
+            if self.critic:
+                values, after = self.critic.values(rollout)
+            after = torch.where(rollout.finished, 0.0, after)
+        report_rollout(metrics, rollout, raw, by_name)
+        scores = shape_scores(raw, rollout.finished, ppo)
+        judged = estimate_advantages(
+            logprobs,
+            ref_logprobs,
+            values,
+            mask,
+            scores,
+            config=ppo,
+            kl_coef=self.kl.coef,
+            bootstrap_values=after if ppo.bootstrap_truncated else None,
+            group=distributed.world_group(),
+        )
+        experience = Experience(
+            **rollout.tensors(),
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            advantages=judged.advantages,
+            returns=judged.returns,
+            scores=scores,
+        )
+        has_critic = self.critic is not None
+        report_experience(metrics, experience, judged.rewards, judged.kl, critic=has_critic)
+        return experience
+
+    def update(self, experience: Experience, metrics: StepMetrics) -> None:
+        """The epochs of clipped updates: actor then critic, or both on every minibatch."""
+        actor = self.actor if self.steps_done >= self.ppo.critic_warmup_steps else None
+        if self.ppo.update == "joint":
+            with metrics.phase("update_actor"):
+                self._epochs(experience, actor, self.critic, metrics)
+            return
+        if actor:
+            with metrics.phase("update_actor"):
+                self._epochs(experience, actor, None, metrics)
+        if self.critic:
+            with metrics.phase("update_critic"):
+                self._epochs(experience, None, self.critic, metrics)
+
+    def _epochs(
+        self, experience: Experience, actor: Any, critic: Any, metrics: StepMetrics
+    ) -> None:
+        size, ranks = self.ppo.minibatch_size, distributed.world_size()
+        taken = 0
+        for epoch in range(self.ppo.epochs):
+            seed = (self.config.run.seed * 1_000_003 + self.steps_done) * 1_000 + epoch
+            for minibatch in minibatches(experience, size, ranks, seed):
+                drift = self._optimize(minibatch, actor, critic, metrics, first=not taken)
+                taken += 1
+                if actor and self._drifted_too_far(drift):
+                    metrics.add_value("policy/optimizer_steps", taken)
+                    return
+        if actor:
+            metrics.add_value("policy/optimizer_steps", taken)
+
+    def _optimize(
+        self, minibatch: Experience, actor: Any, critic: Any, metrics: StepMetrics, *, first: bool
+    ) -> Tensor:
+        """One optimizer step of `actor`, `critic` or both; returns report_policy's sums."""
+        ppo = self.ppo
+        tokens = distributed.global_sum(minibatch.response_mask.sum())
+        pieces = list(minibatch.split(ppo.micro_batch_size))
+        drift = torch.zeros(2, dtype=torch.float64, device=minibatch.prompt_ids.device)
+        for i, micro in enumerate(pieces):
+            last = i == len(pieces) - 1
+            weights = token_weights(
+                micro.response_mask, ppo.loss_aggregation, ppo.minibatch_size, tokens
+            )
+            if actor:
+                loss, stats = actor.loss(micro, self._corrected(micro, weights))
+                actor.backward(loss, last=last and not ppo.ptx_coef)
+                drift += report_policy(metrics, micro, stats, first=first)
+                metrics.add_sum("loss/policy_avg", loss / self._steps_a_rollout)
+            if critic:
+                loss, stats = critic.loss(micro, weights)
+                joint = actor is not None
+                critic.backward(loss * ppo.vf_coef if joint else loss, last=last)
+                metrics.add_sum("loss/value_avg", loss / self._steps_a_rollout)
+                metrics.add_mean("val/clipfrac_avg", stats["clipped"])
+        if actor:
+            self._pretrain(metrics)
+            metrics.add_value("lr", actor.learning_rate)
+            metrics.add_value("actor/grad_norm", actor.step())
+        if critic:
+            metrics.add_value("critic/lr", critic.learning_rate)
+            metrics.add_value("critic/grad_norm", critic.step())
+        return drift
+
+    def _pretrain(self, metrics: StepMetrics) -> None:
+        """PPO-ptx: pretraining gradients into the same optimizer step."""
+        if not self.ppo.ptx_coef:
+            return
+        tokens = self.roles.pretrain.next_batch()
+        in_step = tokens[:, 1:].numel() * distributed.world_size()
+        pieces = tokens.split(self.ppo.micro_batch_size)
+        for i, piece in enumerate(pieces):
+            loss = self.actor.pretrain_loss(piece, in_step)
+            self.actor.backward(loss, last=i == len(pieces) - 1)
+            metrics.add_sum("loss/ptx_avg", loss / self._steps_a_rollout)
+
+    def _old_logprobs(self, rollout: Rollout, metrics: StepMetrics) -> Tensor:
+        """log pi_old from the training path, or the sampler's where the run trusts it.
+
+        Trusted log-probs are checked on the first scoring batch of every step.
+        """
+        trust = self.ppo.old_logprobs == "rollout"
+        checked = next(rollout.split(self.ppo.score_batch_size)) if trust else rollout
+        logprobs = self.actor.logprobs(checked)
+        error = (logprobs - checked.rollout_logprobs).abs()
+        metrics.add_mean("rollout/logprob_error_mean", error, checked.response_mask)
+        metrics.add_max("rollout/logprob_error_max", error, checked.response_mask)
+        if not trust:
+            return logprobs
+        live = checked.response_mask.sum()
+        sums = distributed.global_sum(torch.stack([error.sum(), live.float()]))
+        mean = float(sums[0] / sums[1])
+        if mean > self.ppo.max_logprob_error:
+            raise ValueError(
+                f"ppo.old_logprobs=rollout: the sampler's log-probs are off by {mean:.3g} nats on "
+                f"average, above ppo.max_logprob_error={self.ppo.max_logprob_error}; use train"
+            )
+        return rollout.rollout_logprobs
+
+    def _corrected(self, micro: Experience, weights: Tensor) -> Tensor:
+        """Token weights with truncated importance factors, where those are on."""
+        cap = self.ppo.rollout_is_cap
+        if cap is None:
+            return weights
+        return weights * importance_weights(micro.logprobs, micro.rollout_logprobs, cap)
+
+    def _drifted_too_far(self, drift: Tensor) -> bool:
+        if self.ppo.target_kl is None:
+            return False
+        kl, tokens = distributed.global_sum(drift).tolist()
+        return kl / tokens > self.ppo.target_kl
+
+    @property
+    def _steps_a_rollout(self) -> int:
+        return self.ppo.optimizer_steps_per_step

@@ -1,0 +1,235 @@
+"""Actor, Critic, Reference and RewardModel: the only callers of deepspeed.initialize.
+
+A role hides DeepSpeed, the model's head and the memory it uses; its methods take and return the
+records of batch.py, [B, R] float32 tensors with exact zeros where masked.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from gearshift.engine import distributed
+from gearshift.engine.batch import Experience, PromptBatch, Rollout
+from gearshift.engine.config import Config, PPOConfig, SamplingConfig, TrainedConfig
+from gearshift.engine.heads import Policy, ScoreModel, ValueModel
+from gearshift.engine.hybrid import Gearbox
+from gearshift.engine.optim import build_optimizer, build_schedule
+from gearshift.engine.responses import end_token_ids, generate_responses
+from gearshift.engine.rollout import RolloutEngine
+from gearshift.kernels import ops
+
+
+class Trained:
+    """An engine with its optimizer: what Actor and Critic share."""
+
+    def __init__(self, module: nn.Module, config: TrainedConfig, ds_config: dict, steps: int):
+        """steps: optimizer steps of the whole run, for the schedule."""
+        optimizer = build_optimizer(module, config.optimizer, ds_config)
+        self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=build_schedule(optimizer, config.optimizer, steps),
+            config=ds_config,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.engine.get_lr()[0]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates gradients of this rank's part of the loss; `last` ends the optimizer step.
+
+        DeepSpeed averages gradients over ranks, but our losses are parts of one global sum.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * distributed.world_size())
+
+    def step(self) -> float:
+        """One optimizer step; returns the global gradient norm before clipping."""
+        norm = None
+        if self.engine.zero_optimization_stage() == 0:
+            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+
+class Actor(Trained):
+    """The policy that is trained, and that generates."""
+
+    def __init__(self, lm: nn.Module, tokenizer: Any, config: Config, ds_config: dict, steps: int):
+        super().__init__(Policy(lm), config.actor, ds_config, steps)
+        self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
+        self.temperature = config.sampling.temperature
+        self.ends = end_token_ids(tokenizer, lm)
+        self.gearbox = Gearbox(self.engine, lm, config.rollout, device=self.engine.device)
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, progress=None) -> Rollout:
+        """One response per row; a row's tokens depend on its row_id, not on its batch or rank."""
+        with self.gearbox.generation() as module:
+            engine = RolloutEngine(
+                module,
+                self.config.rollout,
+                eos_token_ids=self.ends,
+                pad_token_id=self.ends[0],
+                tokenizer=self.tokenizer,
+                group=self.gearbox.tp_group,
+                device=self.engine.device,
+            )
+            seed, group = self.config.run.seed, self.gearbox.tp_group
+            rollout = generate_responses(engine, prompts, sampling, seed, group, progress)
+            engine.release()
+        return rollout
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """[B, R] log-probs of the responses under the current weights and the run's temperature."""
+        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+
+    def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the policy loss, with gradient, and [N] token statistics."""
+        ppo, live = self.ppo, micro.response_mask
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
+            return tuple(
+                ops.linear_ppo_loss(
+                    hidden,
+                    weight,
+                    micro.response_ids[live],
+                    micro.logprobs[live],
+                    micro.advantages[live],
+                    weights[live],
+                    clip_low=ppo.clip_low,
+                    clip_high=ppo.clip_high,
+                    dual_clip=ppo.dual_clip,
+                    temperature=self.temperature,
+                    entropy_coef=ppo.entropy_coef,
+                    ref_logprobs=micro.ref_logprobs[live] if ppo.kl_in == "loss" else None,
+                    kl_loss_coef=ppo.kl_coef if ppo.kl_in == "loss" else 0.0,
+                    kl_estimator=ppo.kl_estimator,
+                    bias=bias,
+                    **vars(self.engine.module.options),
+                )
+            )
+
+        self.engine.train()
+        loss, logprobs, entropy, clipped = self.engine(
+            micro.input_ids, micro.attention_mask, live, head
+        )
+        return loss, {"logprobs": logprobs, "entropy": entropy, "clipped": clipped}
+
+    def pretrain_loss(self, tokens: Tensor, tokens_in_step: int) -> Tensor:
+        """PPO-ptx: ptx_coef times this rank's part of the mean negative log-prob of [B, T] text."""
+        predicted = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+        targets = tokens[:, 1:].flatten()
+        weights = torch.full(
+            targets.shape, self.ppo.ptx_coef / tokens_in_step, device=tokens.device
+        )
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            options = vars(self.engine.module.options)
+            return ops.linear_cross_entropy(hidden, weight, targets, weights, bias=bias, **options)
+
+        self.engine.train()
+        return self.engine(tokens, torch.ones_like(tokens, dtype=torch.bool), predicted, head)
+
+
+class Critic(Trained):
+    """The value model."""
+
+    def __init__(self, model: nn.Module, config: Config, ds_config: dict, steps: int):
+        super().__init__(ValueModel(model), config.critic, ds_config, steps)
+        self.model, self.ppo = model, config.ppo
+
+    @torch.no_grad()
+    def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """[B, R] values before each response token, and [B] after the last one."""
+        self.engine.eval()
+        values = torch.zeros_like(rollout.rollout_logprobs)
+        after = []
+        for start, micro in _pieces(rollout, self.ppo.score_batch_size):
+            live = micro.response_mask
+            read = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])
+            rows = slice(start, start + len(micro))
+            values[rows, : live.shape[1]] = torch.where(live, read[:, :-1], 0.0)
+            after.append(read.gather(1, micro.lengths[:, None])[:, 0])
+        return values, torch.cat(after)
+
+    def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's part of the value loss (with gradient) and its [N] clip flags."""
+        live = micro.response_mask
+        self.engine.train()
+        values = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])[:, :-1][live]
+        loss, clipped = ops.value_loss(
+            values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
+        )
+        return loss, {"clipped": clipped}
+
+
+class Reference:
+    """The frozen policy that the KL is measured against."""
+
+    def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, ds_config: dict):
+        self.engine = frozen_engine(Policy(lm), ds_config)
+        self.ppo, self.temperature = ppo, temperature
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """[B, R] log-probs of the responses."""
+        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+
+
+class RewardModel:
+    """A frozen sequence classifier with one label."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, ds_config: dict):
+        self.engine = frozen_engine(ScoreModel(model), ds_config)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+
+    @torch.no_grad()
+    def score_ids(self, sequences: list[list[int]]) -> Tensor:
+        """[B] float32 scores of token sequences; every rank must pass equally many."""
+        scores, device = [], self.engine.device
+        for start in range(0, len(sequences), self.batch_size):
+            rows = [torch.tensor(s) for s in sequences[start : start + self.batch_size]]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            scores.append(self.engine(ids, mask))
+        return torch.cat(scores)
+
+
+def frozen_engine(module: nn.Module, ds_config: dict) -> deepspeed.DeepSpeedEngine:
+    """An engine without an optimizer."""
+    module.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=module, config=ds_config)
+    engine.eval()
+    return engine
+
+
+@torch.no_grad()
+def policy_logprobs(
+    engine: Callable, rollout: Rollout, batch_size: int, temperature: float
+) -> Tensor:
+    """[B, R] float32 log-probs of the responses, in micro-batches of `batch_size` rows."""
+    engine.eval()
+    result = torch.zeros_like(rollout.rollout_logprobs)
+    for start, micro in _pieces(rollout, batch_size):
+        live = micro.response_mask
+        targets = micro.response_ids[live]
+
+        def head(hidden, weight, bias, targets=targets):
+            options = vars(engine.module.options)
+            return ops.linear_logprob(
+                hidden, weight, targets, temperature=temperature, bias=bias, **options
+            )[0]
+
+        scored = engine(micro.input_ids, micro.attention_mask, live, head)
+        result[start : start + len(micro), : live.shape[1]].masked_scatter_(live, scored)
+    return result
+
+
+def _pieces(rollout: Rollout, size: int):
+    """(first row, trimmed piece) over a rollout."""
+    return zip(range(0, len(rollout), size), rollout.split(size), strict=True)

@@ -1,0 +1,88 @@
+"""The main job: `deepspeed launch/train.py --config FILE [--section.key value ...]`.
+
+Runs the same under torchrun, srun, mpirun or plain python. Exit codes: 0 done, 2 the user's
+mistake (one line, no traceback), 1 a fault.
+"""
+
+import logging
+import os
+import sys
+import time
+import warnings
+
+from gearshift.engine import config_check, config_load, distributed
+
+USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
+# Seconds that ranks other than 0 wait with their error: most mistakes are seen by all ranks, and
+# the launcher ends the others when rank 0 has told.
+_RANK0_SPEAKS_FIRST_S = 5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reports a user's mistake in one line; everything else keeps its traceback."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError) as error:
+        if os.environ.get("GEARSHIFT_TRACEBACK"):
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(_RANK0_SPEAKS_FIRST_S)
+        where = f" (rank {rank})" if rank else ""
+        print(
+            f"gearshift: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True
+        )
+        return 2
+
+
+def run(argv: list[str]) -> int:
+    path, overrides, printing = parse(argv)
+    resolved = config_load.load(path, overrides)
+    if printing:
+        print(config_load.dump(resolved), end="")
+        return 0
+    quiet_libraries()
+    distributed.adopt_launcher_environment()
+    warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
+    from gearshift.launch.session import Session  # after the cheap checks: it imports everything
+
+    session = Session(resolved, warned)
+    session.train()
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[str | None, list[str], bool]:
+    """(config file, overrides, whether to print them); a launcher's --local_rank is dropped."""
+    path, printing, rest = None, False, []
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            _ = value or next(words, "")
+        elif name in ("--help", "-h"):
+            print(f"{USAGE}\nevery key: docs/config.md")
+            raise SystemExit(0)
+        elif name == "--config":
+            path = value or next(words, None)
+            if path is None:
+                raise ValueError("--config: give a YAML file")
+        elif name == "--print-config":
+            printing = True
+        else:
+            rest.append(word)
+    if path is None and not rest:
+        raise ValueError(f"--config: missing; {USAGE}")
+    return path, rest, printing
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries' chatter off the console, where their own variables do not ask for it."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
