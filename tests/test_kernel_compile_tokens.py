@@ -1,0 +1,63 @@
+"""python -m pytest tests/test_kernel_compile_tokens.py
+
+What ptxas makes of the per-token kernels: no GPU needed. The hot loops are the sampler's; kl_gae is
+bound by its launch and reads time backwards, so its loads stay 32-bit.
+"""
+
+import pathlib
+import runpy
+
+import pytest
+
+pytest.importorskip("triton", reason="cross-compiling needs the triton package")
+COMPILER = runpy.run_path(str(pathlib.Path(__file__).with_name("compile_report.py")))
+Case, compile_kernels = COMPILER["Case"], COMPILER["compile_kernels"]
+
+
+def kl_gae(dtype, estimator):
+    grids = dict.fromkeys(("logprobs_ptr", "ref_ptr", "values_ptr"), dtype)
+    rows = dict.fromkeys(("scores_ptr", "bootstrap_ptr"), "*fp32")
+    out = dict.fromkeys(("rewards_ptr", "advantages_ptr", "returns_ptr", "kl_ptr"), "*fp32")
+    numbers = dict(R="i32", kl_coef="fp32", gamma="fp32", decay="fp32")
+    types = grids | rows | out | numbers | {"mask_ptr": "*i1"}
+    constants = dict(ESTIMATOR=estimator, LIMIT=20.0, BLOCK=1024)
+    return Case("gearshift.kernels.kl_gae:_kl_gae_kernel", types, constants, unaligned=("R",))
+
+
+def value_loss(dtype):
+    names = ("old_ptr", "returns_ptr", "weights_ptr", "partial_ptr", "slope_ptr")
+    types = dict.fromkeys(names, "*fp32")
+    types |= dict(values_ptr=dtype, clipped_ptr="*i1", N="i32", clip="fp32")
+    constants = dict(CLIP=True, BLOCK=1024)
+    return Case("gearshift.kernels.value_loss:_value_loss_kernel", types, constants)
+
+
+def sample(dtype, greedy=False, truncated=False):
+    types = dict.fromkeys(("seeds_ptr", "positions_ptr", "tokens_ptr"), "*i64")
+    types |= dict.fromkeys(("stride", "V", "top_k", "top_p31"), "i32")
+    types |= dict(logits_ptr=dtype, logprobs_ptr="*fp32", scale="fp32")
+    constants = dict(GREEDY=greedy, TOP_K=truncated, TOP_P=truncated, BITS=40, LN2=0.6931471805599)
+    constants |= dict(DIGITS=8 if dtype == "*bf16" else 16, BLOCK=2048, TILES=128)
+    kernel = "gearshift.kernels.sample:_sample_kernel"
+    return Case(kernel, types, constants, num_warps=8, unaligned=("top_k", "top_p31"))
+
+
+CASES = {  # -> (case, register ceiling, 128-bit loads at least)
+    "kl_gae k1": (kl_gae("*fp32", "k1"), 128, 0),
+    "kl_gae k3 bf16": (kl_gae("*bf16", "k3"), 128, 0),
+    "value_loss": (value_loss("*fp32"), 64, 4),
+    "sample greedy": (sample("*fp32", greedy=True), 64, 2),
+    "sample": (sample("*bf16"), 64, 2),
+    "sample truncated": (sample("*bf16", truncated=True), 128, 4),
+    "sample truncated fp32": (sample("*fp32", truncated=True), 128, 4),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_spill_no_double_wide_loads(capability):
+    reports = compile_kernels([case for case, _, _ in CASES.values()], capability)
+    for (name, (_, registers, loads)), report in zip(CASES.items(), reports, strict=True):
+        assert report.stack == 0, f"{name} spills {report.stack} bytes"
+        assert report.registers <= registers, f"{name}: {report.registers} registers"
+        assert report.count(r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|.*\bF64\b.*") == 0, name
+        assert report.count(r"LDG\..*128.*") >= loads, f"{name}: {report.opcodes}"
