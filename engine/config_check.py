@@ -113,6 +113,8 @@ def _warnings(config: Config) -> list[str]:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")
     if ppo.vf_coef != 1 and ppo.update == "separate":
         found.append(f"ppo.vf_coef={ppo.vf_coef}: has no effect with ppo.update=separate")
+    if config.data.system_prompt is not None and config.data.chat_template == "never":
+        found.append("data.system_prompt: has no effect with data.chat_template=never")
     if not any(reward.weight for reward in config.rewards):
         found.append("rewards: every weight is 0, so every score is 0")
     return found

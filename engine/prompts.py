@@ -1,0 +1,101 @@
+"""One dataset row -> the token ids of a prompt: formats, chat template, special tokens."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gearshift.engine.config import DataConfig
+from gearshift.engine.readers import Row
+
+Message = dict[str, Any]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A prompt as the dataset had it, and as the model reads it."""
+
+    prompt: Prompt
+    rendered: str
+    templated: bool
+
+
+class PromptEncoder:
+    """Applies the chat template once and tokenises once.
+
+    Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}; of the last, the answer
+    in a trailing assistant turn is dropped. A templated prompt is tokenised without further special
+    tokens. A plain string gets those of its tokenizer, but never an end token. A prompt without
+    tokens becomes the BOS token.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any):
+        self.config, self.tokenizer = config, tokenizer
+        end = tokenizer.eos_token_id
+        self.appends_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end]
+        if config.chat_template == "always":
+            self._require_template("data.chat_template=always")
+
+    def read(self, row: Row, key: str) -> PromptText:
+        """Raises ValueError for a row without a prompt."""
+        if key not in row and "messages" in row:
+            prompt = _without_answer(row["messages"])
+        else:
+            prompt = row.get(key)
+        if isinstance(prompt, str):
+            as_chat = self.config.chat_template == "always"
+            messages = [{"role": "user", "content": prompt}] if as_chat else None
+        elif _is_chat(prompt):
+            messages = prompt
+        else:
+            raise ValueError(
+                f"{key}={str(prompt)[:60]!r}: must be a string or a list of messages with role and "
+                "content"
+            )
+        if messages is None:
+            return PromptText(prompt, prompt, templated=False)
+        return PromptText(prompt, self._render(messages), templated=True)
+
+    def encode(self, text: PromptText) -> list[int]:
+        """Token ids, at least one. Raises ValueError for an empty prompt without a BOS token."""
+        ids = self.tokenizer(text.rendered, add_special_tokens=not text.templated)["input_ids"]
+        if not text.templated and self.appends_end:
+            ids = ids[:-1]
+        if ids:
+            return ids
+        if self.tokenizer.bos_token_id is None:
+            raise ValueError(
+                "the prompt is empty, and the tokenizer has no BOS token; drop the row"
+            )
+        return [self.tokenizer.bos_token_id]
+
+    def _render(self, messages: list[Message]) -> str:
+        if self.config.chat_template == "never":
+            raise ValueError("the prompt is a chat; set data.chat_template=auto")
+        self._require_template("the prompt is a chat")
+        system = self.config.system_prompt
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def _require_template(self, reason: str) -> None:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{reason}, but the tokenizer has no chat template; set actor.tokenizer to one "
+                "that has, or use string prompts"
+            )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+    )
+
+
+def _without_answer(messages: Any) -> Any:
+    if _is_chat(messages) and messages[-1]["role"] == "assistant":
+        return messages[:-1]
+    return messages
