@@ -1,7 +1,8 @@
 """The `gearshift` command: one module per command, imported only when it is called.
 
 A command's module has `add_arguments(parser)` and `main(args) -> int`. Exit status: 0 done, 2 the
-user's mistake (one line on stderr), 1 a fault (with its traceback).
+user's mistake (one line on stderr), 1 a fault (with its traceback). GEARSHIFT_TRACEBACK=1 shows the
+traceback of a mistake, too.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def run(command: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
+        if os.environ.get("GEARSHIFT_TRACEBACK"):
+            raise
         return fail(" ".join(str(error).split("\n")))
     except KeyboardInterrupt:
         return 130
