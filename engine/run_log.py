@@ -34,7 +34,9 @@ class RunLog:
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """Writes one step's figures; NaN and infinities are written as null."""
-        self._files["metrics"].write({"step": step} | dict(figures) | {"step": step})
+        self._files["metrics"].write(
+            {"step": step} | {k: v for k, v in figures.items() if k != "step"}
+        )
         for tracker in self._trackers:
             tracker.log(step, figures)
 

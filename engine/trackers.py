@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,14 +77,11 @@ class _Online:
     def __init__(self, name: str, folder: Path, project: str, settings: Mapping[str, Any]):
         module = importlib.import_module(name)
         options: dict[str, Any] = {"project": project, "config": dict(settings)}
+        run_id = _run_id(folder)
         if name == "wandb":
-            marker = folder / "wandb_id"
-            if not marker.exists():
-                marker.write_text(module.util.generate_id())
-            options |= {"id": marker.read_text(), "dir": str(folder), "name": folder.name}
+            options |= {"id": run_id, "name": folder.name, "dir": str(folder)}
         else:
-            # trackio finds a run again by its name: two folders of one name are told apart.
-            options["name"] = f"{folder.name}-{folder.stat().st_ino:x}"
+            options["name"] = f"{folder.name}-{run_id}"  # by which trackio finds a run again
         self._run = module.init(resume="allow", **options)
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -91,3 +89,11 @@ class _Online:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _run_id(folder: Path) -> str:
+    """What tells this run from others of its name; kept in the folder for a resumed one."""
+    file = folder / "tracker_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:8])
+    return file.read_text()

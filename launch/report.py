@@ -186,7 +186,7 @@ def _timeline(run: Run) -> str:
     layers = []
     for key in _in_order(run.keys("timing_s/")):
         points = condense(run.series(key), groups)
-        if key != "timing_s/step" and any(points):
+        if key != "timing_s/step" and any(point and point.mean for point in points):
             layers.append((key.removeprefix("timing_s/"), [p.mean if p else 0.0 for p in points]))
     if not layers:
         return ""

@@ -92,7 +92,7 @@ _CHARTS = {
         ),
         Chart(
             "Ratio before any update",
-            "largest distance from 1; should be rounding only",
+            "largest distance from 1: rounding only",
             {"rollout/ratio_first_max": "ratio"},
         ),
         Chart(
@@ -150,7 +150,7 @@ def _card(run: Run, chart: Chart, groups: list[range]) -> str:
     drawing = line_chart(chart.title, names, curves, log=chart.log, percent=chart.percent)
     return (
         f'<section class="card"><div class="head"><h3>{escape(chart.title)}</h3>'
-        f'<span class="now">{_latest(curves[0], chart.percent)}</span></div>'
+        f'<span class="now">{_latest(run, chart)}</span></div>'
         f'<p class="about">{escape(about)}</p>{drawing}{_legend(curves)}</section>'
     )
 
@@ -170,9 +170,11 @@ def _band(
     return [(p.low, p.high) if p and p.high > p.low else None for p in points]
 
 
-def _latest(curve: Curve, percent: bool) -> str:
-    value = next(point.mean for point in reversed(curve.points) if point)
-    return f"{short(100 * value, 3)}%" if percent else short(value, 3)
+def _latest(run: Run, chart: Chart) -> str:
+    """The last value of the first line that has one."""
+    values = [value for key in chart.lines for value in reversed(run.series(key))]
+    value = next(value for value in values if value is not None)
+    return f"{short(100 * value, 3)}%" if chart.percent else short(value, 3)
 
 
 def _legend(curves: list[Curve]) -> str:

@@ -96,7 +96,7 @@ line.zero {{ stroke: var(--soft); stroke-width: 1; opacity: .6; }}
 .bar:hover {{ filter: brightness(1.12); }}
 {_SERIES}
 .scroll {{ overflow-x: auto; }}
-.scroll svg {{ min-width: 620px; }}
+.scroll svg {{ min-width: 760px; }}
 .pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 14px; margin-bottom: 14px; }}
 .sample .text {{
   white-space: pre-wrap; overflow-wrap: anywhere; font-size: 14px;

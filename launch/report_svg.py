@@ -38,7 +38,10 @@ class Axis:
         if not self.log:
             return nice_ticks(self.low, self.high, most)
         first, last = math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9)
-        every = max(1, math.ceil((last - first + 1) / most))
+        if last - first < 2:  # too few powers of ten to read a value by
+            near = [m * 10.0**power for power in range(first - 1, last + 1) for m in (1, 2, 5)]
+            return [tick for tick in near if self.low <= math.log10(tick) <= self.high]
+        every = math.ceil((last - first + 1) / most)
         return [10.0**power for power in range(first, last + 1, every)]
 
 
@@ -83,7 +86,7 @@ def line_chart(
 
 def stacked_bars(title: str, steps: list[str], layers: list[tuple[str, list[float]]]) -> str:
     """One bar per group of steps, made of the layers (label, seconds per group) from below."""
-    width, height = 940.0, 250.0
+    width, height = 1240.0, 270.0
     tops = [math.fsum(values[i] for _, values in layers) for i in range(len(steps))]
     y = Axis(0.0, max(tops) * 1.05 or 1.0, height - _BOTTOM, _TOP)
     x = Axis(-0.5, len(steps) - 0.5, _LEFT, width - _RIGHT)
@@ -139,10 +142,12 @@ def _step_labels(steps: list[str], x: Axis, height: float) -> str:
     labels = {bisect_right(firsts, tick) - 1: int(tick) for tick in round_steps if tick % 1 == 0}
     if not labels or x.at(min(labels)) - x.at(0) > 30:
         labels[0] = firsts[0]
-    return "".join(
-        f'<text class="tick" x="{x.at(i):.1f}" y="{height - 6}" text-anchor="middle">{step}</text>'
-        for i, step in labels.items()
-    )
+    parts = []
+    for i, step in labels.items():
+        middle = min(x.at(i), x.end + _RIGHT - 3.4 * len(str(step)))  # half a digit is 3.4 wide
+        place = f'x="{middle:.1f}" y="{height - 6}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {place}>{step}</text>')
+    return "".join(parts)
 
 
 def _band(curve: Curve, colour: int, x: Axis, y: Axis) -> str:
