@@ -282,7 +282,7 @@ def _config(run: Run) -> str:
 
 
 def _config_line(line: str) -> str:
-    body, mark, origin = line.rpartition("  # ")
+    body, mark, origin = line.rpartition(" # ")
     if not mark:
         return _safe(line)
     text = _safe(body) if origin.strip() == "default" else f'<span class="set">{_safe(body)}</span>'
