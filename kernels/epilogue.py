@@ -5,16 +5,8 @@ d = dloss/dlogp, b = weight * entropy_coef:
 
     dloss/dx_j = d [j = tok] + p_j (b (ln p_j + h) - d)
 
-Two passes compute that as it stands: scores first, then the gradient. Without an entropy bonus and
-a soft cap, one pass is enough, because the old log-prob is an input of PPO. Let
-c = x_tok - old, the log-sum-exp the row had under the old policy (the anchor):
-
-    E_j = exp(x_j - c)    S = sum_j E_j    t = sum_j E_j (x_j - c)
-    logp = old - ln S     h = ln S - t / S     dloss/dx = -d/S (E - S onehot(tok))
-
-so E can replace the logits before the loss is known; only a row factor and the target column
-depend on it. S = exp(old - logp) is 1 on-policy. Where it leaves ANCHOR_RANGE (an old log-prob
-more than about 40 nats off) the chunk is done again in two passes.
+Here that is done as it stands, for any row loss and head: scores first, then the gradient. The
+one-pass form that PPO without an entropy bonus allows is in anchored.py.
 """
 
 from typing import NamedTuple
@@ -28,20 +20,16 @@ from gearshift.kernels.logprob import (
     Scores,
     blocks,
     launch_shape,
+    readable_width,
     score_torch_,
     score_triton,
 )
-from gearshift.kernels.policy_terms import KL_ESTIMATORS, PolicyRows
 
 if dispatch.HAS_TRITON:
     import triton
     import triton.language as tl
 
     from gearshift.kernels.logprob import tanh
-    from gearshift.kernels.policy_terms import policy_terms
-
-ANCHOR_RANGE = (2.0**-60, 2.0**100)
-PROGRAMS = 1024  # enough to fill any GPU: fewer rows than this are split over the vocabulary
 
 
 class RowResults(NamedTuple):
@@ -125,119 +113,6 @@ def _derivative(
 if dispatch.HAS_TRITON:
 
     @triton.jit
-    def _anchored_kernel(
-        logits,
-        target_logits,
-        anchors,
-        out,
-        sums,
-        moments,
-        logits_stride,
-        out_stride,
-        vocab,
-        slope,
-        BLOCK: tl.constexpr,
-        SPLITS: tl.constexpr,
-    ):
-        """out = E, and this program's part of S and of t / ln 2: one read, one write. `out` may be
-        `logits`: a program reads each element before it writes it, and nobody else's."""
-        row = tl.program_id(0).to(tl.int64)
-        split = tl.program_id(1)
-        target = tl.load(target_logits + row)
-        anchor = tl.load(anchors + row) * 1.4426950408889634
-        logits += row * logits_stride
-        out += row * out_stride
-        lanes = tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        moment = tl.zeros((BLOCK,), tl.float32)
-        for start in range(split * BLOCK, vocab, SPLITS * BLOCK):
-            columns = start + lanes
-            inside = columns < vocab
-            z = tl.load(logits + columns, inside, other=float("-inf")).to(tl.float32)
-            # Subtracting the target first keeps the bits that matter of large logits. The clamps
-            # keep every term finite: exp2(-1000) is 0, and so is 0 * -1000.
-            x = tl.minimum(tl.maximum((z - target) * slope + anchor, -1000.0), 120.0)
-            e = tl.exp2(x)
-            total += e
-            moment += e * x
-            tl.store(out + columns, e.to(out.dtype.element_ty), inside)
-        tl.store(sums + row * SPLITS + split, tl.sum(total, 0))
-        tl.store(moments + row * SPLITS + split, tl.sum(moment, 0))
-
-    @triton.jit
-    def _finalize_kernel(
-        out,
-        token_ids,
-        weights,
-        olds,
-        advantages,
-        refs,
-        sums,
-        moments,
-        logprobs,
-        entropies,
-        losses,
-        clips,
-        scales,
-        out_stride,
-        count,
-        gain,
-        low,
-        high,
-        clip_low,
-        clip_high,
-        dual_clip,
-        kl_coef,
-        DUAL: tl.constexpr,
-        KL: tl.constexpr,
-        SPLITS: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """From S and t to the row's loss; E[tok] -= S; scale = -gain dloss/dlogp / S, NaN where the
-        anchor was too far off."""
-        rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = rows < count
-        total = tl.zeros((BLOCK,), tl.float32)
-        moment = tl.zeros((BLOCK,), tl.float32)
-        for split in range(SPLITS):
-            total += tl.load(sums + rows * SPLITS + split, inside, other=1.0)
-            moment += tl.load(moments + rows * SPLITS + split, inside, other=0.0)
-        old = tl.load(olds + rows, inside, other=0.0)
-        advantage = tl.load(advantages + rows, inside, other=0.0)
-        weight = tl.load(weights + rows, inside, other=0.0)
-        ref = old
-        if KL > 0:
-            ref = tl.load(refs + rows, inside, other=0.0)
-        log_sum = tl.log(total)
-        logp = old - log_sum
-        entropy = log_sum - 0.6931471805599453 * moment / total
-        loss, dlogp, clipped = policy_terms(
-            logp,
-            entropy,
-            old,
-            advantage,
-            weight,
-            ref,
-            clip_low,
-            clip_high,
-            dual_clip,
-            0.0,
-            kl_coef,
-            DUAL=DUAL,
-            KL=KL,
-        )
-        tl.store(logprobs + rows, logp, inside)
-        tl.store(entropies + rows, entropy, inside)
-        tl.store(losses + rows, loss, inside)
-        tl.store(clips + rows, clipped.to(tl.int8), inside)
-        exact = (total >= low) & (total <= high)
-        scale = tl.where(exact, -gain * dlogp / total, float("nan"))
-        tl.store(scales + rows, scale, inside)
-        token = tl.load(token_ids + rows, inside, other=0).to(tl.int64)
-        corrected = tl.exp(old) - total
-        tl.store(out + rows * out_stride + token, corrected.to(out.dtype.element_ty), inside)
-
-    @triton.jit
     def _gradient_kernel(
         logits,
         token_ids,
@@ -249,14 +124,15 @@ if dispatch.HAS_TRITON:
         out,
         logits_stride,
         out_stride,
-        vocab,
+        width,
         gain,
         bound,
         CAPPED: tl.constexpr,
         BONUS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """out = dloss/dy of a scored chunk: one read, one write; `out` may be `logits`."""
+        """out = dloss/dy of a scored chunk: one read, one write; `out` may be `logits`. Padding up
+        to width is treated as logits, and nobody reads what becomes of it."""
         row = tl.program_id(0).to(tl.int64)
         token = tl.load(token_ids + row)
         peak = tl.load(peaks + row)
@@ -267,16 +143,19 @@ if dispatch.HAS_TRITON:
         logits += row * logits_stride
         out += row * out_stride
         lanes = tl.arange(0, BLOCK)
-        for start in range(0, vocab, BLOCK):
+        for start in range(0, width, BLOCK):
             columns = start + lanes
-            inside = columns < vocab
-            x = tl.load(logits + columns, inside, other=0.0).to(tl.float32) * gain
+            inside = columns < width
+            z = tl.load(logits + columns, inside, other=0.0)
             derivative = gain
             if CAPPED:
-                x = tanh(x)
+                x = tanh(z * gain)
                 derivative = bound * gain * (1.0 - x * x)
-                x *= bound
-            log_p = tl.maximum(x - peak - log_sum, -1000.0)
+                log_p = bound * x - peak - log_sum
+            else:
+                log_p = (z - peak) * gain - log_sum
+            # exp2(-1000) is 0, and so is 0 * -1000; NaN must come through.
+            log_p = tl.maximum(log_p, -1000.0, propagate_nan=tl.PropagateNan.ALL)
             slope = base
             if BONUS:
                 slope += bonus * log_p
@@ -285,80 +164,19 @@ if dispatch.HAS_TRITON:
             tl.store(out + columns, g.to(out.dtype.element_ty), inside)
 
 
-def finish_triton(
-    logits: torch.Tensor, token_ids: torch.Tensor, rows, head: Head, *, out: torch.Tensor | None
-) -> tuple[RowResults, LogitGradient | None]:
-    """Scores a chunk of fp32 logits [C,V]; its gradient goes to `out`, which may be `logits`.
-
-    Returns None for the gradient where `out` is None. Returns scale NaN in rows whose anchor was
-    too far off: the caller then scores the chunk again with `finish_two_pass`.
-    """
-    anchored = isinstance(rows, PolicyRows) and rows.entropy_coef == 0
-    if out is None or not anchored or head.logit_map.bound is not None:
-        return finish_two_pass(logits, token_ids, rows, head, out=out)
-    count, vocab = logits.shape
-    shape = launch_shape(vocab)
-    splits = min(triton.cdiv(vocab, shape["BLOCK"]), max(1, PROGRAMS // count))
-    sums, moments = torch.empty(2, count, splits, dtype=torch.float32, device=logits.device)
-    target = logits.gather(1, token_ids.long()[:, None])[:, 0]
-    _anchored_kernel[(count, splits)](
-        logits,
-        target,
-        rows.old_logprobs,
-        out,
-        sums,
-        moments,
-        logits.stride(0),
-        out.stride(0),
-        vocab,
-        head.logit_map.gain * 1.4426950408889634,
-        SPLITS=splits,
-        **shape,
-    )
-    return _finalize(out, token_ids, rows, (sums, moments), head.logit_map.gain)
-
-
-def _finalize(out, token_ids, rows: PolicyRows, partials, gain: float):
-    """Launches `_finalize_kernel` over `out` = E."""
-    count, splits = partials[0].shape
-    logprobs, entropy, loss, scale = torch.empty(4, count, dtype=torch.float32, device=out.device)
-    clipped = torch.empty(count, dtype=torch.int8, device=out.device)
-    o, block = rows.objective, 128
-    with_kl = o.kl_loss_coef != 0
-    _finalize_kernel[(triton.cdiv(count, block),)](
-        out,
-        token_ids,
-        rows.weights,
-        rows.old_logprobs,
-        rows.advantages,
-        rows.ref_logprobs if with_kl else rows.old_logprobs,
-        *partials,
-        logprobs,
-        entropy,
-        loss,
-        clipped,
-        scale,
-        out.stride(0),
-        count,
-        gain,
-        *ANCHOR_RANGE,
-        o.clip_low,
-        o.clip_high,
-        o.dual_clip or 0.0,
-        o.kl_loss_coef,
-        DUAL=o.dual_clip is not None,
-        KL=KL_ESTIMATORS.index(o.kl_estimator) + 1 if with_kl else 0,
-        SPLITS=splits,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return RowResults(logprobs, entropy, loss, clipped.bool()), LogitGradient(out, scale)
+def writable_width(logits: torch.Tensor, out: torch.Tensor) -> int:
+    """Columns per row the kernels may load from `logits` and overwrite in `out`: buffers of
+    Head.buffer have the same padding, which is theirs to spoil."""
+    return min(readable_width(logits), readable_width(out))
 
 
 def finish_two_pass(
     logits: torch.Tensor, token_ids: torch.Tensor, rows, head: Head, *, out: torch.Tensor | None
 ) -> tuple[RowResults, LogitGradient | None]:
-    """As finish_triton, for any row loss and head; never NaN for finite logits."""
+    """Scores a chunk of fp32 logits [C,V]; its gradient goes to `out`, which may be `logits`.
+
+    `out` is a buffer of Head.buffer, whose padding is overwritten too; None asks for no gradient.
+    """
     scores = score_triton(logits, token_ids, head.logit_map)
     loss, dlogp, clipped = rows.terms(scores.logprobs, scores.entropy)
     results = RowResults(scores.logprobs, scores.entropy, loss, clipped)
@@ -375,7 +193,7 @@ def finish_two_pass(
         out,
         logits.stride(0),
         out.stride(0),
-        logits.shape[1],
+        writable_width(logits, out),
         head.logit_map.gain,
         bound or 0.0,
         CAPPED=bound is not None,

@@ -13,15 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from gearshift.kernels import arguments
-from gearshift.kernels.epilogue import (
-    LogitGradient,
-    RowResults,
-    finish_torch_,
-    finish_triton,
-    finish_two_pass,
-)
-from gearshift.kernels.linear_head import Head, HeadGradients
+from gearshift.kernels import anchored, arguments
+from gearshift.kernels.epilogue import RowResults, finish_torch_, finish_two_pass
+from gearshift.kernels.linear_head import Head, HeadGradients, LogitGradient
 
 
 class PolicyLoss(NamedTuple):
@@ -116,10 +110,13 @@ def _passes(hidden, token_ids, head, rows, live, chunks, gradients):
 
 
 def _finish_triton(x, z, token_ids, rows, head, out) -> tuple[RowResults, LogitGradient | None]:
-    target = None if out is None else out[: len(z)]
-    part, gradient = finish_triton(z, token_ids, rows, head, out=target)
-    if gradient is not None and bool(gradient.scale.isnan().any()):
+    if out is None:
+        return finish_two_pass(z, token_ids, rows, head, out=None)
+    out = out[: len(z)]
+    if anchored.applies(rows, head):
+        part, gradient = anchored.finish_anchored(z, token_ids, rows, head, out=out)
+        if not gradient.scale.isnan().any():
+            return part, gradient
         if out.data_ptr() == z.data_ptr():
-            head.logits_into(x, z)
-        return finish_two_pass(z, token_ids, rows, head, out=target)
-    return part, gradient
+            head.logits_into(x, z)  # the pass has written over them
+    return finish_two_pass(z, token_ids, rows, head, out=out)

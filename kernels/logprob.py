@@ -44,7 +44,8 @@ class LogitMap(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Per row, f32 [N]: the two results, and the max and ln S that a gradient needs."""
+    """Per row, f32 [N]: the two results, and what a gradient needs: ln S, and the largest logit as
+    it came (of a capped head: the largest x)."""
 
     logprobs: torch.Tensor
     entropy: torch.Tensor
@@ -83,13 +84,14 @@ if dispatch.HAS_TRITON:
         row_stride,
         column_stride,
         vocab,
+        width,
         gain,
         bound,
         CAPPED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         """One program per row, one read, online maximum. Sums stay per lane until the end, so the
-        only reduction across warps inside the loop is the maximum."""
+        only reduction across warps inside the loop is the maximum. See `readable_width`."""
         LN_2: tl.constexpr = 0.6931471805599453
         # Differences are scaled, not logits: a row near 1e4 keeps its last bits.
         slope = 1.4426950408889634 if CAPPED else gain * 1.4426950408889634
@@ -102,15 +104,16 @@ if dispatch.HAS_TRITON:
         moment = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab, BLOCK):
             columns = (start + lanes).to(tl.int64)
-            z = tl.load(logits + columns * column_stride, columns < vocab, other=float("-inf"))
-            x = z.to(tl.float32)
+            x = tl.load(logits + columns * column_stride, columns < width, other=0.0).to(tl.float32)
             if CAPPED:
-                x = tl.where(columns < vocab, bound * tanh(x * gain), float("-inf"))
+                x = bound * tanh(x * gain)
+            x = tl.where(columns < vocab, x, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(x, 0))
-            # exp2(-1000) is 0, and so is 0 * -1000.
+            # exp2(-1000) is 0, and so is 0 * -1000; NaN must come through.
             step = tl.maximum((peak - new_peak) * slope, -1000.0)
             shrink = tl.exp2(step)
-            below = tl.maximum((x - new_peak) * slope, -1000.0)
+            below = (x - new_peak) * slope
+            below = tl.maximum(below, -1000.0, propagate_nan=tl.PropagateNan.ALL)
             e = tl.exp2(below)
             moment = shrink * (moment + step * total) + e * below
             total = shrink * total + e
@@ -123,7 +126,7 @@ if dispatch.HAS_TRITON:
             target = bound * tanh(target * gain)
         tl.store(logprobs + row, LN_2 * ((target - peak) * slope - log_sum))
         tl.store(entropy + row, LN_2 * (log_sum - tl.sum(moment, 0) / sum_of_exp))
-        tl.store(peaks + row, LN_2 * slope * peak)
+        tl.store(peaks + row, peak)
         tl.store(log_sums + row, LN_2 * log_sum)
 
 
@@ -138,12 +141,26 @@ def score_triton(logits: torch.Tensor, token_ids: torch.Tensor, logit_map: Logit
             *scores,
             *logits.stride(),
             vocab,
+            readable_width(logits),
             logit_map.gain,
             logit_map.bound or 0.0,
             CAPPED=logit_map.bound is not None,
             **launch_shape(vocab),
         )
     return scores
+
+
+def readable_width(matrix: torch.Tensor) -> int:
+    """Columns a kernel may load in every row: up to the row stride, where memory goes that far.
+
+    A mask of `column < vocab` makes loads narrow unless vocab is divisible by 16; `column < width`
+    does not, where rows are padded as a head's buffers are. What lies beyond the vocabulary is
+    selected away.
+    """
+    stride, step = matrix.stride()
+    end = (matrix.storage_offset() + len(matrix) * stride) * matrix.element_size()
+    inside = step == 1 and matrix.shape[1] <= stride and end <= matrix.untyped_storage().nbytes()
+    return stride if inside else matrix.shape[1]
 
 
 def launch_shape(vocab: int) -> dict[str, int]:
@@ -183,7 +200,6 @@ def _score_block(z, scratch, token_ids, logit_map, out) -> None:
     x = torch.sub(z, peak[:, None], out=scratch[: len(z)])
     if gain != 1.0:
         x.mul_(gain)
-        peak.mul_(gain)
     target = x.gather(1, token_ids.long()[:, None])[:, 0]
     x.clamp_(min=FLOOR)
     total = torch.exp(x, out=z).sum(dim=1)
