@@ -155,11 +155,11 @@ def _read_hub(source: SourceConfig) -> Sequence[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not blank. Only \\n ends a line: texts may hold \\u2028."""
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    """Numbered lines that are not blank."""
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, line.rstrip("\r\n")
+                yield number, line.rstrip("\n")
 
 
 READERS: dict[str, Callable[[Path, SourceConfig], Sequence[Row]]] = {

@@ -13,7 +13,10 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
+    "demo": ("gearshift.launch.demo", "fetch a small model and train it: PPO in minutes"),
     "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
+    "generate": ("gearshift.launch.generate", "sample from an exported model"),
+    "report": ("gearshift.launch.report", "write a run folder's report.html"),
     "config-docs": ("gearshift.launch.config_docs", "write docs/config.md from the configuration"),
 }
 
