@@ -36,8 +36,7 @@ class Session:
         self._claim_folder()
         for text in warnings:
             self.console.warn(text)
-        self.console.note(self.streams["prompts"].report())
-        self.console.note(self.streams["prompts"].rendered_example())
+        self._describe_data()
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
@@ -99,23 +98,29 @@ class Session:
             self.console.note(f"report {write_report(self.folder)}")
 
     def _open_streams(self, blueprint: assemble.Blueprint) -> dict[str, Any]:
-        config = self.config
-        place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
-        streams = {
-            "prompts": PromptStream(
-                config.data,
-                blueprint.tokenizer,
-                prompts_per_step=config.ppo.prompts_per_step,
-                samples_per_prompt=config.ppo.samples_per_prompt,
-                seed=config.run.seed,
-                **place,
-            )
-        }
+        config, place = self.config, (distributed.rank(), distributed.world_size())
+        prompts = PromptStream(
+            config.data,
+            blueprint.tokenizer,
+            prompts_per_step=config.ppo.prompts_per_step,
+            samples_per_prompt=config.ppo.samples_per_prompt,
+            seed=config.run.seed,
+            rank=place[0],
+            world_size=place[1],
+            max_context=blueprint.max_context,
+            max_new_tokens=config.sampling.max_new_tokens,
+        )
+        streams: dict[str, Any] = {"prompts": prompts}
         if config.ppo.ptx_coef:
             streams["pretrain"] = TextStream(
-                config.pretrain, blueprint.tokenizer, seed=config.run.seed, **place
+                config.pretrain, blueprint.tokenizer, config.run.seed, *place
             )
         return streams
+
+    def _describe_data(self) -> None:
+        prompts = self.streams["prompts"]
+        self.console.note(prompts.report())
+        self.console.note(f"first prompt, as the model reads it: {prompts.rendered_example()!r}")
 
     def _claim_folder(self) -> None:
         """Refuses a folder that holds another run, unless that run is taken up again."""

@@ -76,12 +76,17 @@ def parse(argv: list[str]) -> tuple[str | None, list[str], bool]:
 
 
 def quiet_libraries() -> None:
-    """Keeps libraries' chatter off the console, where their own variables do not ask for it."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    """Imports the libraries without their chatter; their own variables bring it back."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.disable(logging.WARNING)
+    from deepspeed.utils import logger
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.disable(logging.NOTSET)
+    logger.setLevel(os.environ.get("DS_LOG_LEVEL", "ERROR").upper())
+    disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+# make demo: PPO on a real language model. make test: the suite. Both set up .venv first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test test-all lint
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "gearshift needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c requirements.lock torch
+	$(BIN)/pip install -q -c requirements.lock -e '.[demo,test]'
+	touch $@
+
+demo: setup
+	$(BIN)/gearshift demo
+
+test: setup
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/pytest -q -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,50 @@
+"""PPO on SmolLM2-135M: fetches the assets, then runs the demo recipe through `deepspeed`.
+
+Further arguments go to the job, as --run.steps 20 --run.seed 1.
+"""
+
+import argparse
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from gearshift.engine import assets
+from gearshift.launch import fetch
+
+ASSETS = ("smollm2", "movie-prompts")
+HERE = Path(__file__).parent
+_MOST_RANKS = 2  # what the recipe's batch is made for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, default=0, help="processes; 0: 2, or one per GPU")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key value ...")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Returns the exit status of the job."""
+    for name in ASSETS:
+        if fetch.fetch(name, assets.cache_dir()):
+            print(f"fetched {name}", flush=True)
+    return subprocess.run(command(args.ranks, args.overrides)).returncode
+
+
+def command(ranks: int, overrides: list[str]) -> list[str]:
+    """The launch line, on a port that is free."""
+    import torch
+
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
+    launcher += ["--master_port", str(free_port())]
+    if torch.cuda.is_available():
+        launcher += ["--num_gpus", str(ranks or min(_MOST_RANKS, torch.cuda.device_count()))]
+    else:
+        launcher += ["--num_accelerators", str(ranks or _MOST_RANKS)]
+    recipe = str(HERE / "recipes" / "demo.yaml")
+    return [*launcher, str(HERE / "train.py"), "--config", recipe, *overrides]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
