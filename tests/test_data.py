@@ -311,6 +311,13 @@ def test_a_dataset_of_overlong_prompts_ends(tmp_path):
         stream(path, config={"max_prompt_tokens": 2}).next_batch()
 
 
+def test_the_only_short_prompt_is_found_across_epochs(tmp_path):
+    rows = [{"prompt": "w1 w2 w3"}] * 7 + [{"prompt": "w4"}]
+    s = stream(write(tmp_path / "p.jsonl", rows), config={"max_prompt_tokens": 2})
+    for _ in range(5):
+        assert prompts_of(s.next_batch()) == ["w4"] * 4
+
+
 def test_model_context_limits_prompts(tmp_path):
     rows = [{"prompt": "w1 " * n, "n": n} for n in (1, 2, 3, 4)]
     path = write(tmp_path / "p.jsonl", rows)
