@@ -38,10 +38,12 @@ def draw_up(config: Config) -> Blueprint:
     if config.ppo.estimator == "gae":
         deepspeed["critic"] = ds_config.load(config.critic.deepspeed)
     if needs_reference(config):
-        deepspeed["reference"] = ds_config.load(config.reference.deepspeed)
+        deepspeed["reference"] = ds_config.load(config.reference.deepspeed, frozen=True)
     rewards = RewardSum(config.rewards)
     for reward in rewards.model_configs:
-        deepspeed[reward.name] = ds_config.load(reward.deepspeed)
+        deepspeed[reward.name] = ds_config.load(reward.deepspeed, frozen=True)
+    for settings in deepspeed.values():
+        ds_config.check_nvme(settings)
     blueprint = Blueprint(
         config=config,
         tokenizer=load_tokenizer(config.actor),
