@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from gearshift.engine.kv_cache import KVCache, LayerCache, LayerShape
 from gearshift.engine.sampling import accepts
@@ -33,13 +33,36 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Decoding rows of similar length, and what PyTorch needs to attend over their blocks.
+
+    Per row the copy of its keys and values is as long as the group's longest: hence by length.
+    """
+
+    rows: slice
+    blocks: Tensor  # [rows * width] int64
+    lengths: Tensor  # [rows, 1] int64
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window; made once a step
+
+    def mask(self, width: int, window: int | None) -> Tensor:
+        """[rows, 1, 1, width] bool: the keys each row sees."""
+        if window not in self.masks:
+            position = torch.arange(width, device=self.lengths.device)
+            visible = position < self.lengths
+            if window is not None:
+                visible &= position >= self.lengths - window
+            self.masks[window] = visible[:, None, None]
+        return self.masks[window]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one forward computes: rows [0, len(lengths)) decode one token each, then the spans."""
+    """What one forward computes: rows [0, decoding) one token each, then the spans."""
 
     cache: KVCache
     slots: Tensor  # [N] int64: where each row's key and value go
-    block_tables: Tensor  # [S, blocks] int32, of the decoding rows
-    lengths: Tensor  # [S] int32: tokens in the cache, this one included
+    decoding: int
+    gathers: list[Gather]  # the decoding rows
     spans: list[Span]
 
 
@@ -66,6 +89,8 @@ _current: Step | Probe | None = None
 def supports(module: nn.Module) -> str | None:
     """Why the module cannot generate with paged attention; None if it can."""
     name = type(module).__name__
+    if not isinstance(module, PreTrainedModel):
+        return f"{name} is not a transformers model"
     config = module.config.get_text_config()
     if config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
@@ -149,7 +174,7 @@ def attention(
     )
     layer = step.cache.layers[module]
     layer.write(step.slots, key, value)
-    decoding = len(step.lengths)
+    decoding = step.decoding
     if decoding == len(query):
         return decode_attention(query, layer, step, rules)[None], None
     out = query.new_empty(*query.shape[:2], value.shape[-1])
@@ -196,19 +221,25 @@ def _window(module: nn.Module, given: int | None) -> int | None:
 
 def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules) -> Tensor:
     """One new token per sequence: query [S, HQ, D] -> [S, HQ, DV]."""
-    tables = step.block_tables
-    rows, heads = len(query), layer.key.shape[2]
-    key = layer.key[tables].flatten(1, 2).transpose(1, 2)  # [S, HK, T, D]
-    value = layer.value[tables].flatten(1, 2).transpose(1, 2)
-    position = torch.arange(key.shape[2], device=query.device)
-    lengths = step.lengths[:, None]
-    visible = position < lengths
-    if rules.window is not None:
-        visible &= position >= lengths - rules.window
-    # The heads of a group share their keys: they are as many queries of one key-value head.
-    grouped = query.reshape(rows, heads, -1, query.shape[-1])
+    heads = layer.key.shape[2]
     sinks = None if rules.sinks is None else rules.sinks.view(heads, -1)
-    return _attend(grouped, key, value, visible[:, None, None], rules, sinks).flatten(1, 2)
+    outs = []
+    for gather in step.gathers:
+        rows = query[gather.rows]
+        # The heads of a group share their keys: they are as many queries of one key-value head.
+        grouped = rows.reshape(len(rows), heads, -1, rows.shape[-1])
+        key = _gathered(layer.key, gather)
+        value = _gathered(layer.value, gather)
+        visible = gather.mask(key.shape[2], rules.window)
+        outs.append(_attend(grouped, key, value, visible, rules, sinks).flatten(1, 2))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _gathered(blocks: Tensor, gather: Gather) -> Tensor:
+    """A copy of a group's blocks, [rows, heads, width, size]."""
+    # index_select of whole blocks is a memcpy each: twice as fast as indexing by the table.
+    picked = blocks.flatten(1).index_select(0, gather.blocks)
+    return picked.view(len(gather.lengths), -1, *blocks.shape[2:]).transpose(1, 2)
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
