@@ -10,8 +10,8 @@
 One random number a row and integer sums: additions commute exactly, so block order, batch and
 backend cannot move the choice, and a sequence samples the same tokens whatever it shares a batch
 with. What remains between backends is the last bit of exp: of 968,000 draws none moved when exp was
-rounded from float64 instead. Tokens less likely than 2^-40 of the most likely are never drawn. No sort on the GPU: a
-threshold is searched on the ordered bits of the logits, two bits a pass.
+rounded from float64 instead. Tokens less likely than 2^-40 of the most likely are never drawn.
+No sort on the GPU: a threshold is searched on the ordered bits of the logits, two bits a pass.
 """
 
 import math

@@ -22,7 +22,7 @@ def make(B, V, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     logits = (2 * torch.randn(B, V, generator=g)).to(dtype)
     seeds = torch.randint(-(2**63), 2**63 - 1, (B,), generator=g)
-    return logits, dict(seeds=seeds, positions=torch.arange(B) * 7)
+    return logits, dict(seeds=seeds, positions=torch.arange(B) * 7 + (5 << 31))
 
 
 def distribution(logits, temperature, top_k, top_p):
@@ -98,6 +98,33 @@ def test_ties_at_the_threshold_are_all_kept(setting):
     assert torch.equal(same, tokens[:8])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_draw_exactly_on_a_boundary_belongs_to_the_next_token(backend):
+    """Equal logits: the token is floor(u * V), also where u * V is whole.
+
+    The first seed lands on the first token of a block, the second inside one.
+    """
+    V, seeds = 1 << 20, torch.tensor([590814, 862])
+    keys = dict(seeds=seeds, positions=torch.zeros_like(seeds))
+    u = philox_uniform(**keys) >> 1
+    assert u[0] % (2**31 // V * 2048) == 0 and u[1] % (2**31 // V) == 0
+    tokens, logprobs = sample_tokens(torch.zeros(2, V), **PLAIN, **keys, backend=backend)
+    assert torch.equal(tokens, u * V >> 31)
+    assert logprobs[0].item() == pytest.approx(-math.log(V))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nucleus_of_exactly_top_p_is_enough(backend):
+    """At T = log2(e) the weights are powers of two: shares 1/2, 1/4, 1/4."""
+    logits = torch.tensor([[-1.0, 0.0, -1.0]]).expand(6, 3)
+    keys = dict(seeds=torch.arange(6), positions=torch.zeros(6, dtype=torch.int64))
+    setting = dict(temperature=math.log2(math.e), top_k=0)
+    half, _ = sample_tokens(logits, **setting, top_p=0.5, **keys, backend=backend)
+    more, _ = sample_tokens(logits, **setting, top_p=0.51, **keys, backend=backend)
+    assert half.tolist() == [1] * 6
+    assert more.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("V", [1, 7, 2048, 5003])
 def test_backends_agree_token_for_token(dtype, V, monkeypatch):
@@ -153,8 +180,8 @@ def test_seed_and_position_both_count(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_whatever_is_sharp_is_greedy(backend):
-    logits, keys = make(4, 777)
-    logits[0, [40, 500]] = 50.0
+    logits, keys = make(4, 2500)
+    logits[0, [40, 500, 2088]] = 50.0  # 2088 = 40 + 2048: the same lane of the next block
     tokens, logprobs = sample_tokens(
         logits, temperature=0.0, top_k=0, top_p=1.0, **keys, backend=backend
     )
@@ -164,7 +191,7 @@ def test_whatever_is_sharp_is_greedy(backend):
     for sharp in (dict(temperature=1e-6), dict(top_k=1), dict(top_p=1e-12), dict(top_p=1e-3)):
         got, _ = sample_tokens(logits, **(PLAIN | sharp), **keys, backend=backend)
         assert torch.equal(got[1:], tokens[1:]), sharp
-        assert got[0] in (40, 500), sharp
+        assert got[0] in (40, 500, 2088), sharp
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
