@@ -31,6 +31,7 @@ FAMILIES = {
         sliding_window=6,
         attn_logit_softcapping=3.0,
         final_logit_softcapping=20.0,
+        attn_implementation="eager",  # transformers 5.17 would pick sdpa, which drops the softcap
     ),
     "Gemma3": dict(  # two rotary bases, five windowed layers to one full
         head_dim=16, query_pre_attn_scalar=16, sliding_window=6, num_hidden_layers=6
