@@ -102,7 +102,7 @@ def plan_tensor_parallel(model: nn.Module, size: int) -> TPPlan:
     if size == 1:
         return plan_whole(model)
     _check_heads(model, size)
-    styles = _styles(model)
+    styles = _styles(model, size)
     heads = {}
     for name, module in model.named_modules():
         cuts = _attention(name, module, styles, size)
@@ -126,19 +126,17 @@ def plan_tensor_parallel(model: nn.Module, size: int) -> TPPlan:
 def _check_heads(model: nn.Module, size: int) -> None:
     family, heads = model.config.model_type, getattr(model.config, "num_attention_heads", None)
     if heads is not None and size > heads:
-        raise ValueError(
-            f"rollout.tp={size}: {family} has {heads} attention heads; use fewer ranks"
-        )
+        raise ValueError(f"rollout.tp={size}: must not exceed {family}'s {heads} attention heads")
 
 
-def _styles(model: nn.Module) -> dict[str, str]:
+def _styles(model: nn.Module, size: int) -> dict[str, str]:
     """Module or parameter name -> style, layer wildcards resolved; embedding and head included."""
     plan = dict(getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {})
     vocabulary = {"embed_tokens", "embed_in", "lm_head", "embed_out", "wte"}
     if all(key.rpartition(".")[2] in vocabulary for key in plan):
         raise ValueError(
-            f"rollout.tp: {model.config.model_type} has no tensor-parallel plan for its layers in "
-            "this version of transformers; set rollout.tp=1"
+            f"rollout.tp={size}: {model.config.model_type} has no tensor-parallel plan for its "
+            "layers in this version of transformers; set rollout.tp=1"
         )
     names = [name for name, _ in model.named_modules()]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -151,8 +149,8 @@ def _styles(model: nn.Module) -> dict[str, str]:
     for name, style in styles.items():
         if style not in _CUT and style not in _REDUCED and style not in _WHOLE:
             raise ValueError(
-                f"rollout.tp: {model.config.model_type} cuts {name} by {style!r}, which is not "
-                "supported; set rollout.tp=1"
+                f"rollout.tp={size}: {model.config.model_type} cuts {name} by {style!r}, which "
+                "is not supported; set rollout.tp=1"
             )
     return styles
 
@@ -252,10 +250,16 @@ def _spec(name, parameter, styles, heads, size: int, rank: int) -> Spec:
     dim = len(shape) - 1 if cut == "row" else max(len(shape) - 2, 0)
     if style in _PACKED:
         half = shape[dim] // 2
-        start, stop = balanced(half, size, rank)
+        start, stop = balanced(half, size, rank, grain=_grain(half, size))
         return Spec.cut(shape, dim, [(start, stop), (half + start, half + stop)])
     # A projection's weight is attention.q_proj.weight, a bare parameter is attention.sinks.
     attention, projection = (owner, leaf) if owner in heads else owner.rpartition(".")[::2]
     if attention in heads:
         return Spec.cut(shape, dim, heads[attention][rank].intervals(projection, shape[dim]))
-    return Spec.cut(shape, dim, [balanced(shape[dim], size, rank)])
+    rows = shape[dim]
+    return Spec.cut(shape, dim, [balanced(rows, size, rank, grain=_grain(rows, size))])
+
+
+def _grain(rows: int, size: int) -> int:
+    """Cuts in multiples of 8 where they fit: 16 bytes of bf16, which grouped GEMMs insist on."""
+    return 8 if rows % 8 == 0 and rows >= 8 * size else 1

@@ -9,11 +9,14 @@ from torch import Tensor
 Interval = tuple[int, int]
 
 
-def balanced(count: int, parts: int, index: int) -> Interval:
-    """Part `index` of [0, count) in `parts` parts whose sizes differ by at most one."""
-    size, extra = divmod(count, parts)
+def balanced(count: int, parts: int, index: int, *, grain: int = 1) -> Interval:
+    """Part `index` of [0, count) in `parts` parts whose sizes differ by at most one grain.
+
+    `grain` must divide count.
+    """
+    size, extra = divmod(count // grain, parts)
     start = index * size + min(index, extra)
-    return start, start + size + (index < extra)
+    return start * grain, (start + size + (index < extra)) * grain
 
 
 @dataclass(frozen=True)

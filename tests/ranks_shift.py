@@ -1,0 +1,187 @@
+"""Run on ranks: trains tiny models under ZeRO-3, generates from their shards, writes what it saw.
+
+    deepspeed --num_accelerators W ranks_shift.py OUT TP[,TP] NODE_SIZE FAMILY[,FAMILY]
+
+OUT/rank<r>.jsonl gets one object per family and TP size. The unsharded model is the judge.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+
+from gearshift.engine import distributed
+from gearshift.engine.config import RolloutConfig
+from gearshift.engine.hybrid import Gearbox
+from gearshift.engine.reshard import partition
+
+COMMON = dict(
+    vocab_size=509,  # prime: no TP size divides it
+    hidden_size=48,
+    intermediate_size=66,  # 17 + 17 + 16 + 16 on four ranks
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    initializer_range=0.2,  # far from ties, so that greedy decoding compares
+)
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "llama_9_3": ("Llama", dict(hidden_size=72, num_attention_heads=9, num_key_value_heads=3)),
+    "llama_mqa": ("Llama", dict(num_key_value_heads=1)),
+    "llama_12_3": ("Llama", dict(num_attention_heads=12, num_key_value_heads=3)),
+    "llama_tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama_bias": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", dict(head_dim=16)),
+    "mistral": ("Mistral", dict(sliding_window=5)),
+    "gemma2": ("Gemma2", dict(head_dim=12, sliding_window=5, query_pre_attn_scalar=12)),
+    "phi3": ("Phi3", {}),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, intermediate_size=40)),
+    "qwen3_moe": ("Qwen3Moe", dict(num_experts=4, head_dim=12, **MOE)),
+    "gpt_neox": ("GPTNeoX", dict(num_key_value_heads=4)),
+    "olmo2": ("Olmo2", {}),
+    "cohere": ("Cohere", {}),
+    "glm4": ("Glm4", dict(head_dim=12)),
+    "granite": ("Granite", {}),
+    "gemma3": ("Gemma3Text", dict(head_dim=12, sliding_window=5, query_pre_attn_scalar=12)),
+    "smollm3": ("SmolLM3", {}),
+}
+BUDGET = 2**17  # 128 kB: below the 97 kB embedding at two ranks' staging, so it is cut inside
+
+
+def build(family: str):
+    """A tiny random model, the same on every rank."""
+    kind, changes = FAMILIES[family]
+    config = getattr(transformers, kind + "Config")(**{**COMMON, **changes})
+    causal = kind.removesuffix("Text") + "ForCausalLM"
+    torch.manual_seed(0)
+    return getattr(transformers, causal)(config).float()
+
+
+def train(model, steps: int = 2):
+    """A DeepSpeed engine after `steps` AdamW steps on rank-dependent data."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    draw = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(steps):
+        ids = torch.randint(1, model.config.vocab_size, (2, 12), generator=draw)
+        engine.backward(engine(input_ids=ids, labels=ids, use_cache=False).loss)
+        engine.step()
+    return engine
+
+
+def full_copy(model, family: str):
+    """The unsharded model with the trained weights."""
+    parameters = dict(model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        weights = {name: value.detach().clone() for name, value in parameters.items()}
+    whole = build(family)
+    whole.load_state_dict(weights, strict=False)
+    return whole.eval(), weights
+
+
+@torch.no_grad()
+def greedy(model, ids, new_tokens: int = 6):
+    for _ in range(new_tokens):
+        logits = model(input_ids=ids, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def wrong_elements(gearbox, sources: dict[int, str], weights) -> int:
+    """Elements of the shards that differ from the same slice of the gathered weights."""
+    wrong = 0
+    for shard in gearbox._shards:
+        whole, spec = weights[sources[id(shard.source)]], shard.spec
+        rows = [torch.arange(start, stop) for start, stop in spec.intervals]
+        expected = whole.index_select(spec.dim, torch.cat(rows))
+        wrong += int((expected != shard.parameter).sum())
+    return wrong
+
+
+@torch.no_grad()
+def check(engine, model, whole, weights, tp: int) -> dict:
+    """Figures of both routes at one TP size."""
+    sources = {id(parameter): name for name, parameter in model.named_parameters()}
+    draw = torch.Generator().manual_seed(100 + dist.get_rank() // tp)  # prompts differ by group
+    ids = torch.randint(1, model.config.vocab_size, (2, 9), generator=draw)
+    want = whole(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    config = RolloutConfig(tp=tp, shift_bucket_mb=BUDGET / 2**20)
+    seen = {"tp": tp, "minimum": 0}
+    for route in ("all_gather", "exact"):
+        gearbox = Gearbox(engine, model, config, device=torch.device("cpu"), route=route)
+        with gearbox.generation() as module:
+            got = module(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+            seen[route] = {
+                "logprob_error": (got - want).abs().max().item(),
+                "greedy_equal": torch.equal(greedy(module, ids), greedy(whole, ids)),
+                "wrong_elements": wrong_elements(gearbox, sources, weights),
+                "training_flags": sum(child.training for child in module.modules()),
+                "received": gearbox.stats.bytes_received,
+                "staging": gearbox.stats.peak_staging_bytes,
+                "shard_bytes": gearbox.stats.shard_bytes,
+            }
+        seen["minimum"] = gearbox.stats.bytes_minimum
+        seen["left"] = sum(parameter.numel() for parameter in module.parameters())
+    seen["bound"] = missing_bytes(gearbox)
+    seen["model_bytes"] = sum(value.nbytes for value in weights.values())
+    return seen
+
+
+def missing_bytes(gearbox) -> int:
+    """Shard bytes that no partition of this rank holds, counted by marking every element."""
+    missing = 0
+    for shard in gearbox._shards:
+        spec, count = shard.spec, partition(shard).numel()
+        mine = torch.zeros(spec.numel, dtype=torch.bool)
+        mine[dist.get_rank() * count : (dist.get_rank() + 1) * count] = True
+        rows = torch.cat([torch.arange(start, stop) for start, stop in spec.intervals])
+        kept = mine.view(spec.shape).index_select(spec.dim, rows)
+        missing += int((~kept).sum()) * shard.source.element_size()
+    return missing
+
+
+def refusals(engine, model) -> dict:
+    """Messages for what cannot be done."""
+
+    def message(tp: int, candidate) -> str:
+        try:
+            Gearbox(engine, candidate, RolloutConfig(tp=tp), device=torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    one_head = {**COMMON, "num_attention_heads": 1, "num_key_value_heads": 1}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**one_head))
+    return {"divide": message(3, model), "heads": message(2, llama), "plan": message(2, gpt2)}
+
+
+def main(out: str, sizes: str, node_size: str, families: str) -> None:
+    distributed.start(threads=1)
+    os.environ["LOCAL_WORLD_SIZE"] = node_size
+    with Path(out, f"rank{dist.get_rank()}.jsonl").open("w") as log:
+        for family in families.split(","):
+            model = build(family)
+            engine = train(model)
+            whole, weights = full_copy(model, family)
+            for tp in map(int, sizes.split(",")):
+                seen = check(engine, model, whole, weights, tp)
+                print(json.dumps({"family": family, **seen}), file=log, flush=True)
+        print(json.dumps({"family": "refusals", **refusals(engine, model)}), file=log)
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
