@@ -3,10 +3,12 @@
 Nothing here waits for the device before reduce().
 """
 
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,6 +20,7 @@ from gearshift.engine import distributed
 # of one size and are told apart there.
 _MAXIMA = 256
 _GB = 1e9
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 _Sums = list[Tensor]  # float64 scalars, added over calls and ranks
 
@@ -159,15 +162,29 @@ class StepMetrics:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB (1e9 bytes). CUDA: most memory allocated since reset_peak_memory; CPU: resident now."""
+    """GB (1e9 bytes), the most since reset_peak_memory: allocated on CUDA, resident on CPU.
+
+    Where the kernel lets nobody reset a process's peak (other than Linux, some sandboxes), the CPU
+    figure is what is resident now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GB
-    return psutil.Process().memory_info().rss / _GB
+    if not _peak_can_be_reset():
+        return psutil.Process().memory_info().rss / _GB
+    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024 / _GB
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Starts the peak anew at what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif _peak_can_be_reset():
+        _CLEAR_REFS.write_text("5")  # proc(5): VmHWM becomes VmRSS
+
+
+def _peak_can_be_reset() -> bool:
+    return os.access(_CLEAR_REFS, os.W_OK)
 
 
 class _Span:

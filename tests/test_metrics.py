@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gearshift.engine import metrics as metrics_module
 from gearshift.engine import trackers
 from gearshift.engine.config import RunConfig
-from gearshift.engine.metrics import StepMetrics, peak_memory
+from gearshift.engine.metrics import StepMetrics, peak_memory, reset_peak_memory
 from gearshift.engine.run_log import RunLog
 
 NAN = torch.nan
@@ -122,11 +123,25 @@ def test_time_and_memory(metrics):
     assert figures["lr"] == 1e-6
 
 
-def test_memory_is_in_gigabytes():
-    before = peak_memory(torch.device("cpu"))
-    held = torch.ones(50_000_000)  # 0.2 GB, touched
-    grown = peak_memory(torch.device("cpu")) - before
-    assert held.numel() and 0.15 < grown < 0.3
+def test_memory_is_the_peak_since_its_reset_in_gigabytes():
+    device = torch.device("cpu")
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    torch.ones(50_000_000)  # 0.2 GB, touched and let go
+    assert 0.15 < peak_memory(device) - before < 0.3
+    reset_peak_memory(device)
+    assert abs(peak_memory(device) - before) < 0.05
+
+
+def test_memory_is_what_is_resident_where_no_peak_can_be_reset(monkeypatch):
+    monkeypatch.setattr(metrics_module, "_CLEAR_REFS", Path("/proc/self/absent"))
+    device = torch.device("cpu")
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    held = torch.ones(50_000_000)
+    assert held.numel() and 0.15 < peak_memory(device) - before < 0.3
+    del held
+    assert abs(peak_memory(device) - before) < 0.05
 
 
 def test_nothing_added_is_nothing(metrics):
