@@ -54,9 +54,10 @@ class Gearbox:
         device: torch.device,
         route: Literal["exact", "all_gather"] = "exact",
     ):
-        self.device, self.route, self.stats = torch.device(device), route, ShiftStats()
+        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self.route, self.stats = route, ShiftStats()
         self._source, self._resident = hf_module, config.weights == "resident"
-        self._budget = int((config.shift_bucket_mb or _BUCKET_MB[self.device.type]) * 2**20)
+        self.budget = int((config.shift_bucket_mb or _BUCKET_MB[self.device.type]) * 2**20)
         node_size = ranks_per_node()
         check_partitions(hf_module)
         self.tp_size = config.tp or smallest_tp(hf_module, node_size, self.device)
@@ -119,10 +120,10 @@ class Gearbox:
 
     def _fill(self) -> Traffic:
         if not self._partitioned:
-            return reshard.local_shift(self._shards, self._budget)
+            return reshard.local_shift(self._shards, self.budget)
         if self.route == "all_gather":
-            return reshard.all_gather_shift(self._shards, self._topology, self._budget)
-        return reshard.exact_shift(self._shards, self._topology, self._budget)
+            return reshard.all_gather_shift(self._shards, self._topology, self.budget)
+        return reshard.exact_shift(self._shards, self._topology, self.budget)
 
     def _release(self) -> None:
         for shard in self._shards:
