@@ -1,10 +1,16 @@
-"""From a scheduled batch to the arrays of one forward, in NumPy on the host."""
+"""From a scheduled batch to what one forward reads: NumPy on the host, then the device's Step."""
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from gearshift.engine import paged
+from gearshift.engine.kv_cache import KVCache
 from gearshift.engine.scheduler import Batch
+
+GATHERED_ROWS = 4  # more rows: fewer calls, but more keys copied beyond a row's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +57,45 @@ def pack(batch: Batch, table: np.ndarray, block_size: int) -> Inputs:
         spans=spans,
         last=np.asarray(last, np.int64),
     )
+
+
+def to_step(inputs: Inputs, cache: KVCache) -> paged.Step:
+    """The attention layers' side of the inputs, on the cache's device."""
+    kernel = paged.uses_kernel(cache.device)
+    return paged.Step(
+        cache=cache,
+        slots=send(inputs.slots, cache.device),
+        block_tables=send(inputs.block_tables, cache.device),
+        lengths=send(inputs.lengths, cache.device),
+        gathers=[] if kernel else _gathers(inputs, cache),
+        spans=[
+            paged.Span(
+                start=start,
+                stop=stop,
+                context=None if context is None else send(context, cache.device),
+            )
+            for start, stop, context in inputs.spans
+        ],
+    )
+
+
+def _gathers(inputs: Inputs, cache: KVCache) -> list[paged.Gather]:
+    """Neighbouring rows, which the caller has sorted by length, in groups."""
+    gathers = []
+    for start in range(0, len(inputs.lengths), GATHERED_ROWS):
+        rows = slice(start, min(start + GATHERED_ROWS, len(inputs.lengths)))
+        lengths = inputs.lengths[rows].astype(np.int64)
+        width = -(-int(lengths.max()) // cache.block_size)
+        blocks = inputs.block_tables[rows, :width].astype(np.int64).ravel()
+        gathers.append(
+            paged.Gather(
+                rows=rows,
+                blocks=send(blocks, cache.device),
+                lengths=send(lengths[:, None], cache.device),
+            )
+        )
+    return gathers
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

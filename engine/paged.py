@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gearshift.engine.kv_cache import KVCache, LayerCache, LayerShape
 from gearshift.engine.sampling import accepts
+from gearshift.kernels import dispatch, ops
 
 NAME = "gearshift_paged"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -57,12 +58,13 @@ class Gather:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one forward computes: rows [0, decoding) one token each, then the spans."""
+    """What one forward computes: rows [0, S) decode one token each, then the spans."""
 
     cache: KVCache
     slots: Tensor  # [N] int64: where each row's key and value go
-    decoding: int
-    gathers: list[Gather]  # the decoding rows
+    block_tables: Tensor  # [S, blocks] int32
+    lengths: Tensor  # [S] int32: tokens in the cache, this one included
+    gathers: list[Gather]  # the S rows again, where no kernel reads the tables
     spans: list[Span]
 
 
@@ -115,6 +117,31 @@ def _rope_types(config) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
     return {entry.get("rope_type", "default") for entry in [parameters, *nested]}
+
+
+def uses_kernel(device: torch.device) -> bool:
+    """Whether decoding reads the block tables in place; the alternative copies keys and values.
+
+    That alternative is the faster one on CPUs: PyTorch's fused attention over groups of rows of
+    like length, with one mask per step.
+    """
+    return dispatch.resolve("auto", device) == "triton"
+
+
+def decode_step(cache: KVCache, slots: Tensor, block_tables: Tensor, lengths: Tensor) -> Step:
+    """A step of decoding rows alone, made of tensors [S] int64 without reading them on the host."""
+    gathers = []
+    if not uses_kernel(cache.device):
+        blocks = block_tables.flatten().long()
+        gathers = [Gather(rows=slice(None), blocks=blocks, lengths=lengths[:, None])]
+    return Step(
+        cache=cache,
+        slots=slots,
+        block_tables=block_tables,
+        lengths=lengths.to(torch.int32),
+        gathers=gathers,
+        spans=[],
+    )
 
 
 @contextmanager
@@ -174,7 +201,7 @@ def attention(
     )
     layer = step.cache.layers[module]
     layer.write(step.slots, key, value)
-    decoding = step.decoding
+    decoding = len(step.lengths)
     if decoding == len(query):
         return decode_attention(query, layer, step, rules)[None], None
     out = query.new_empty(*query.shape[:2], value.shape[-1])
@@ -221,6 +248,18 @@ def _window(module: nn.Module, given: int | None) -> int | None:
 
 def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules) -> Tensor:
     """One new token per sequence: query [S, HQ, D] -> [S, HQ, DV]."""
+    if not step.gathers:
+        return ops.paged_attention(
+            query,
+            layer.key,
+            layer.value,
+            step.block_tables,
+            step.lengths,
+            scale=rules.scale,
+            softcap=rules.softcap,
+            window=rules.window,
+            sinks=rules.sinks,
+        )
     heads = layer.key.shape[2]
     sinks = None if rules.sinks is None else rules.sinks.view(heads, -1)
     outs = []

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gearshift.engine import paged
 from gearshift.engine.config import RolloutConfig, SamplingConfig
+from gearshift.engine.decode_graph import DecodeGraphs, cannot_capture
 from gearshift.engine.kv_cache import BlockPool, KVCache, LayerShape
-from gearshift.engine.packing import Inputs, pack
+from gearshift.engine.packing import Inputs, pack, send, to_step
 from gearshift.engine.sampling import Completion, Ending, Request, draw
 from gearshift.engine.scheduler import Batch, Prefix, Scheduler, Sequence
 
@@ -26,7 +27,6 @@ GPU_CACHE_SHARE = 0.9
 # MKL's fp32 product with a large weight takes longer for 7 to 15 rows than for 16 (measured on a
 # 49152 x 576 head: 33, 56 and 26 ms for 8, 15 and 16 rows).
 SLOW_ROWS = range(7, 16)
-GATHERED_ROWS = 4  # more rows: fewer calls, but more keys copied beyond a row's own
 
 
 class RolloutEngine:
@@ -56,6 +56,10 @@ class RolloutEngine:
         self.tokenizer, self.group = tokenizer, group
         self._shapes: dict[nn.Module, LayerShape] = {}
         self._cache: KVCache | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._use_graphs = (
+            config.cuda_graphs and self.device.type == "cuda" and not cannot_capture(module)
+        )
         self.preemptions = 0  # of the last call
 
     @torch.no_grad()
@@ -96,8 +100,11 @@ class RolloutEngine:
         return completions
 
     def release(self) -> None:
-        """Gives the cache's memory back; the next call allocates it again."""
-        self._cache = None
+        """Gives the memory of the cache and the graphs back; the next call makes both again.
+
+        To be called before the weights move to other addresses, where CUDA graphs are in use.
+        """
+        self._cache = self._graphs = None
 
     @property
     def kv_bytes(self) -> int:
@@ -135,7 +142,7 @@ class RolloutEngine:
         useful = sum(sorted(needs)[-self.config.max_sequences :]) + len(sequences)
         if self._cache is not None and self._cache.blocks >= useful:
             return
-        self._cache = None
+        self.release()
         if not self._shapes:
             self._shapes = self._probe()
         per_block = size * sum(shape.bytes_per_token for shape in self._shapes.values())
@@ -180,23 +187,13 @@ class RolloutEngine:
         """One forward and one token for each sequence that is up to date; returns the ended."""
         batch = scheduler.next()
         batch.decode.sort(key=lambda s: s.cached)  # rows of like length attend together
-        logits = self._forward(scheduler, batch)
-        drawing = list(batch.decode)
+        self._cache.copy(batch.copies)
+        drawing = batch.drawing
+        token_ids, logprobs = self._draw(batch, drawing, scheduler.table, sampling)
         for sequence in batch.decode:
             scheduler.computed(sequence, 1)
         for sequence, count in batch.prefill:
             scheduler.computed(sequence, count)
-            if sequence.pending == 0:
-                drawing.append(sequence)
-        if not drawing:
-            return []
-        token_ids, logprobs = draw(
-            logits,
-            sampling,
-            [s.seed for s in drawing],
-            [len(s.logprobs) for s in drawing],
-            self.group,
-        )
         ended = []
         for sequence, token, logprob in zip(drawing, token_ids, logprobs, strict=True):
             sequence.tokens.append(token)
@@ -207,49 +204,40 @@ class RolloutEngine:
                 ended.append((sequence, over))
         return ended
 
-    def _forward(self, scheduler: Scheduler, batch: Batch) -> Tensor:
-        """Logits [S, V] of the sequences whose tokens are then all in the cache."""
-        self._cache.copy(batch.copies)
-        inputs = pack(batch, scheduler.table, self.config.block_size)
-        step = paged.Step(
-            cache=self._cache,
-            slots=self._send(inputs.slots),
-            decoding=len(inputs.lengths),
-            gathers=self._gathers(inputs),
-            spans=[
-                paged.Span(
-                    start=start,
-                    stop=stop,
-                    context=None if context is None else self._send(context),
-                )
-                for start, stop, context in inputs.spans
-            ],
-        )
+    def _draw(
+        self,
+        batch: Batch,
+        drawing: list[Sequence],
+        table: np.ndarray,
+        sampling: SamplingConfig,
+    ) -> tuple[list[int], list[float]]:
+        """Computes the batch; returns a token and its log-prob for each sequence of `drawing`."""
+        inputs = pack(batch, table, self.config.block_size)
+        seeds = [s.seed for s in drawing]
+        positions = [len(s.logprobs) for s in drawing]
+        if self._use_graphs and not batch.prefill:
+            return self._graphs_for(sampling, table).draw(inputs, seeds, positions)
+        logits = self._forward(inputs)
+        return draw(logits, sampling, seeds, positions, self.group) if seeds else ([], [])
+
+    def _graphs_for(self, sampling: SamplingConfig, table: np.ndarray) -> DecodeGraphs:
+        rows, width = table.shape
+        if self._graphs is None or not self._graphs.fits(sampling, rows, width):
+            self._graphs = DecodeGraphs(
+                self.module, self._cache, sampling, self.group, rows=rows, width=width
+            )
+        return self._graphs
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """Logits [S, V] of the rows inputs.last."""
         last = inputs.last
         if self.device.type == "cpu" and len(last) in SLOW_ROWS:
             last = np.resize(last, SLOW_ROWS.stop)
-        with paged.running(step):
+        with paged.running(to_step(inputs, self._cache)):
             output = self.module(
-                input_ids=self._send(inputs.token_ids)[None],
-                position_ids=self._send(inputs.positions)[None],
+                input_ids=send(inputs.token_ids, self.device)[None],
+                position_ids=send(inputs.positions, self.device)[None],
                 use_cache=False,
-                logits_to_keep=self._send(last),
+                logits_to_keep=send(last, self.device),
             )
         return output.logits[0, : len(inputs.last)]
-
-    def _gathers(self, inputs: Inputs) -> list[paged.Gather]:
-        gathers = []
-        for start in range(0, len(inputs.lengths), GATHERED_ROWS):
-            rows = slice(start, min(start + GATHERED_ROWS, len(inputs.lengths)))
-            lengths = inputs.lengths[rows].astype(np.int64)
-            width = -(-int(lengths.max()) // self.config.block_size)
-            blocks = inputs.block_tables[rows, :width].astype(np.int64).ravel()
-            gathers.append(
-                paged.Gather(
-                    rows=rows, blocks=self._send(blocks), lengths=self._send(lengths[:, None])
-                )
-            )
-        return gathers
-
-    def _send(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)

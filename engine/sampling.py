@@ -94,24 +94,37 @@ def draw(
     positions: list[int],
     group: dist.ProcessGroup | None = None,
 ) -> tuple[list[int], list[float]]:
+    """Token ids and log-probs, one per row of logits [S, V]; see draw_packed."""
+    on_device = (torch.tensor(numbers, device=logits.device) for numbers in (seeds, positions))
+    token_ids, bits = draw_packed(logits, sampling, *on_device, group).cpu()
+    return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+
+
+def draw_packed(
+    logits: Tensor,
+    sampling: SamplingConfig,
+    seeds: Tensor,
+    positions: Tensor,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
     """Samples one token per row of logits [S, V]; the same on every rank of `group`.
 
-    Rank 0 of the group samples and broadcasts ids and log-probs: logits that differ in their last
-    bit between ranks would otherwise let the ranks' schedules part, and hang. The other ranks'
-    logits are not read.
+    Returns [2, S] int64: token ids, and the bits of their fp32 log-probs. Rank 0 of the group
+    samples and broadcasts: logits that differ in their last bit between ranks would otherwise let
+    the ranks' schedules part, and hang. Other ranks' logits are not read.
     """
+    alone = group is None or dist.get_world_size(group) == 1
     packed = torch.empty(2, len(seeds), dtype=torch.int64, device=logits.device)
-    if group is None or dist.get_rank(group) == 0:
+    if alone or dist.get_rank(group) == 0:
         token_ids, logprobs = ops.sample_tokens(
             logits,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            seeds=torch.tensor(seeds, device=logits.device),
-            positions=torch.tensor(positions, device=logits.device),
+            seeds=seeds,
+            positions=positions,
         )
         packed[0], packed[1] = token_ids, logprobs.view(torch.int32)
-    if group is not None and dist.get_world_size(group) > 1:
+    if not alone:
         dist.broadcast(packed, dist.get_global_rank(group, 0), group=group)
-    token_ids, bits = packed.cpu()
-    return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+    return packed

@@ -56,6 +56,14 @@ class Batch:
     prefill: list[tuple[Sequence, int]]
     copies: list[tuple[int, int]]  # blocks (source, destination) to copy first
 
+    @property
+    def drawing(self) -> list[Sequence]:
+        """The sequences whose last token this batch computes: they get a new one, in this order.
+
+        To be read before `computed` is called.
+        """
+        return self.decode + [s for s, count in self.prefill if s.pending == count]
+
 
 class Scheduler:
     """Waiting and running sequences over one pool of blocks.
