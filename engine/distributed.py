@@ -1,8 +1,10 @@
 """Starting up under deepspeed, torchrun, srun, mpirun or plain python, and what ranks share."""
 
+import io
 import os
 import random
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -41,9 +43,8 @@ def start(threads: int = 0) -> torch.device:
     """Joins the process group and returns this rank's device.
 
     threads: CPU threads of this rank; 0 shares the cores between the ranks of the node.
+    Raises ValueError where the launcher's port is taken or a rank has no GPU.
     """
-    import deepspeed
-
     adopt_launcher_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -57,8 +58,29 @@ def start(threads: int = 0) -> torch.device:
         torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        _join(backend)
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _join(backend: str) -> None:
+    import deepspeed
+
+    try:
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints which of its ops it has built
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT={os.environ['MASTER_PORT']}: another job on this machine has that port; "
+            "choose a free one, as deepspeed --master_port 29600 ..."
+        ) from None
+
+
+def stop() -> None:
+    """Leaves the process group; NCCL warns of groups that are left open at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -1,8 +1,12 @@
 """One run: its folder, its models and the loop over PPO steps."""
 
 import json
+import os
 import platform
+import shutil
 import sys
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +28,50 @@ class Session:
         self.resolved, self.config = resolved, resolved.config
         config = self.config
         self.folder = Path(config.run.dir)
+        self.resumed = checkpoint.find(config.run.resume, self.folder / "checkpoints")
+        check_folder(self.folder, self.resumed)
         check_trackers(config.run.trackers)
         self.device = distributed.start(config.run.threads)
         distributed.seed_everything(config.run.seed)
         self.main = distributed.is_main()
         self.console = Console(config.run.steps, quiet=not self.main)
-        blueprint = assemble.draw_up(config)
-        self.streams = self._open_streams(blueprint)
-        blueprint.rewards.check(self.streams["prompts"].columns)
-        self.resumed = checkpoint.find(config.run.resume, self.folder / "checkpoints")
-        self._claim_folder()
+        self.blueprint = assemble.draw_up(config)
+        self.streams = self._open_streams(self.blueprint)
+        self.blueprint.rewards.check(self.streams["prompts"].columns)
         for text in warnings:
             self.console.warn(text)
         self._describe_data()
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
-        roles = assemble.build(blueprint, steps, self.streams.get("pretrain"))
+        roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
-        self.blueprint = blueprint
         if self.resumed:
             checkpoint.load(self.resumed, self.trainer, self.streams)
             self.console.note(f"resumed from {self.resumed}")
-        self._write_settings()
 
     def train(self) -> None:
-        """Steps until `run.steps`, then saves, exports and reports."""
-        run = self.config.run
-        log = (
-            RunLog(run, _plain(self.config), resumed_step=self.trainer.steps_done)
-            if self.main
-            else None
-        )
-        while self.trainer.steps_done < run.steps:
-            prompts = self.streams["prompts"].next_batch().to(self.device)
-            with self.console.progress("generate") as progress:
-                figures, experience = self.trainer.step(prompts, progress)
-            step = self.trainer.steps_done
-            self._show(step, figures, experience, log)
-            if run.save_every and step % run.save_every == 0 and step < run.steps:
-                self._save()
-        self._save()
+        """Steps until `run.steps`, saving on the way, then exports and reports."""
+        steps = self.config.run.steps
+        if self.trainer.steps_done >= steps:
+            self.console.note(f"run.steps={steps}: already done; raise it to go on")
+        with ExitStack() as undo:
+            if self.main and not self.folder.exists():
+                undo.callback(shutil.rmtree, self.folder)
+            log = self._open_log()
+            while self.trainer.steps_done < steps:
+                self._step(log)
+                undo.pop_all()  # from here on there are figures to keep
         if log:
             log.close()
         self._finish()
+
+    def _step(self, log: RunLog | None) -> None:
+        run, prompts = self.config.run, self.streams["prompts"].next_batch().to(self.device)
+        with self.console.progress("generate") as progress:
+            figures, experience = self.trainer.step(prompts, progress)
+        step = self.trainer.steps_done
+        if step == run.steps or (run.save_every and step % run.save_every == 0):
+            figures["timing_s/checkpoint"] = self._save()
+        self._show(step, figures, experience, log)
 
     def _show(self, step: int, figures: dict, experience: Experience, log: RunLog | None) -> None:
         self.console.step(step, figures)
@@ -80,13 +86,17 @@ class Session:
             if due:
                 self.console.samples(step, rows)
 
-    def _save(self) -> None:
-        run = self.config.run
+    def _save(self) -> float:
+        """Returns the seconds it took."""
+        start = time.perf_counter()
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.trainer, self.streams, run.keep_checkpoints)
+        checkpoint.save(folder, self.trainer, self.streams, self.config.run.keep_checkpoints)
+        return time.perf_counter() - start
 
     def _finish(self) -> None:
         trainer, tokenizer = self.trainer, self.blueprint.tokenizer
+        if self.streams["prompts"].counts()["dropped"]:
+            self.console.note(self.streams["prompts"].report())
         if self.config.run.export:
             export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
             if trainer.critic:
@@ -119,28 +129,40 @@ class Session:
 
     def _describe_data(self) -> None:
         prompts = self.streams["prompts"]
-        self.console.note(prompts.report())
+        sources = [
+            f"{entry['path']} ({entry['rows']} rows)" for entry in prompts.counts()["sources"]
+        ]
+        self.console.note(f"prompts from {', '.join(sources)}")
         self.console.note(f"first prompt, as the model reads it: {prompts.rendered_example()!r}")
 
-    def _claim_folder(self) -> None:
-        """Refuses a folder that holds another run, unless that run is taken up again."""
-        if self.main:
-            log = self.folder / "metrics.jsonl"
-            if self.resumed is None and log.exists() and log.stat().st_size:
-                raise ValueError(
-                    f"run.dir={str(self.folder)!r}: holds another run; choose a new folder, or "
-                    "delete it"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
-        distributed.barrier()
-
-    def _write_settings(self) -> None:
+    def _open_log(self) -> RunLog | None:
+        """Writes the settings and opens the log, on rank 0."""
         if not self.main:
-            return
-        (self.folder / "config.yaml").write_text(config_load.dump(self.resolved))
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")
         for role, settings in self.blueprint.deepspeed.items():
             (self.folder / f"ds_{role}.json").write_text(json.dumps(settings, indent=2) + "\n")
         (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        return RunLog(self.config.run, _plain(self.config), resumed_step=self.trainer.steps_done)
+
+
+def check_folder(folder: Path, resumed: Path | None) -> None:
+    """Raises ValueError where another run is, or where nothing can be written.
+
+    resumed: the checkpoint that is continued.
+    """
+    log, own = folder / "metrics.jsonl", (folder / "checkpoints").resolve()
+    continued = resumed is not None and resumed.resolve().parent == own
+    if log.exists() and log.stat().st_size and not continued:
+        raise ValueError(
+            f"run.dir={str(folder)!r}: holds another run; choose a new folder, delete it, or "
+            "continue its last checkpoint with run.resume=auto"
+        )
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "is not writable" if nearest.is_dir() else "is a file"
+        raise ValueError(f"run.dir={str(folder)!r}: {nearest} {what}; choose another folder")
 
 
 def sample_rows(experience: Experience, tokenizer: Any, count: int) -> list[dict[str, Any]]:

@@ -13,9 +13,11 @@ import warnings
 from gearshift.engine import config_check, config_load, distributed
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
-# Seconds that ranks other than 0 wait with their error: most mistakes are seen by all ranks, and
-# the launcher ends the others when rank 0 has told.
-_RANK0_SPEAKS_FIRST_S = 5
+# Seconds in which another rank may tell what this one would repeat: most mistakes are seen by all
+# ranks, and the launcher ends the others when the first has told.
+_OTHERS_SPEAK_FIRST_S = 10
+# What gloo and NCCL say of a rank that has left.
+_PEER_LEFT = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,14 +27,23 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GEARSHIFT_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(_RANK0_SPEAKS_FIRST_S)
-        where = f" (rank {rank})" if rank else ""
-        print(
-            f"gearshift: error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True
-        )
+        tell(" ".join(str(error).split()))
         return 2
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _PEER_LEFT):
+            time.sleep(_OTHERS_SPEAK_FIRST_S)
+        raise
+    except KeyboardInterrupt:
+        return 130
+
+
+def tell(mistake: str) -> None:
+    """One line, of rank 0 if it makes the same mistake."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(_OTHERS_SPEAK_FIRST_S)
+    where = f" (rank {rank})" if rank else ""
+    print(f"gearshift: error{where}: {mistake}", file=sys.stderr, flush=True)
 
 
 def run(argv: list[str]) -> int:
@@ -90,4 +101,7 @@ def quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 0:
+        distributed.stop()
+    sys.exit(status)
