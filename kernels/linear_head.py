@@ -203,7 +203,10 @@ def move_live_rows_up_(gradient: LogitGradient) -> torch.Tensor:
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> None:
-    """out = a b (+ out), summed in fp32; 16-bit operands may have an fp32 result (CUDA only)."""
+    """out = a b (+ out), summed in fp32; 16-bit operands may have an fp32 result (CUDA only).
+
+    Only in-place and out= forms: torch.autocast leaves those alone.
+    """
     if a.dtype == out.dtype:
         if accumulate:
             out.addmm_(a, b)

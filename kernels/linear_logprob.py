@@ -34,12 +34,11 @@ def linear_logprob(
     scores = Scores(*torch.empty(4, rows, dtype=torch.float32, device=hidden.device))
     score = score_triton if head.backend == "triton" else score_torch_
     chunks = head.chunks(rows)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = head.buffer(chunks[0].stop if chunks else 0, torch.float32)
-        for chunk in chunks:
-            x = head.operand(hidden[chunk])
-            z = logits[: len(x)]
-            head.logits_into(x, z)
-            for whole, piece in zip(scores, score(z, token_ids[chunk], logit_map), strict=True):
-                whole[chunk] = piece
+    logits = head.buffer(chunks[0].stop if chunks else 0, torch.float32)
+    for chunk in chunks:
+        x = head.operand(hidden[chunk])
+        z = logits[: len(x)]
+        head.logits_into(x, z)
+        for whole, piece in zip(scores, score(z, token_ids[chunk], logit_map), strict=True):
+            whole[chunk] = piece
     return scores.logprobs, scores.entropy

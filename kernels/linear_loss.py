@@ -76,10 +76,9 @@ def _forward(hidden, token_ids, head, rows, wanted):
     )
     chunks = head.chunks(len(live))
     gradients = HeadGradients(head, hidden, wanted, len(chunks)) if any(wanted) else None
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part, index in _passes(hidden, token_ids, head, rows, live, chunks, gradients):
-            for whole, piece in zip(results, part, strict=True):
-                whole[index] = piece
+    for part, index in _passes(hidden, token_ids, head, rows, live, chunks, gradients):
+        for whole, piece in zip(results, part, strict=True):
+            whole[index] = piece
     logprobs, entropy, loss, clipped = results
     formed = None if gradients is None else gradients.finish()
     return PolicyLoss(loss.sum(), logprobs, entropy, clipped), formed

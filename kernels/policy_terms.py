@@ -143,19 +143,20 @@ if dispatch.HAS_TRITON:
         DUAL: tl.constexpr,
         KL: tl.constexpr,
     ):
-        """PolicyRows.terms for a block of rows; KL is 0 (off), 1, 2 or 3."""
+        """PolicyRows.terms for a block of rows; KL is 0 (off), 1, 2 or 3. NaN comes through."""
         LIMIT: tl.constexpr = 20.0
+        NAN: tl.constexpr = tl.PropagateNan.ALL
         log_ratio = logp - old
-        ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -LIMIT), LIMIT))
+        ratio = tl.exp(tl.clamp(log_ratio, -LIMIT, LIMIT, NAN))
         plain = ratio * advantage
-        bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
+        bounded = tl.clamp(ratio, 1.0 - clip_low, 1.0 + clip_high, NAN) * advantage
         clipped = bounded < plain
         surrogate = tl.where(clipped, bounded, plain)
         dead = clipped | (tl.abs(log_ratio) > LIMIT)
         if DUAL:
             floor = tl.where(advantage < 0, dual_clip * advantage, float("-inf"))
             dead = dead | (floor > surrogate)
-            surrogate = tl.maximum(surrogate, floor)
+            surrogate = tl.maximum(surrogate, floor, propagate_nan=NAN)
         loss = -surrogate - entropy_coef * entropy
         dlogp = tl.where(dead, 0.0, -plain)
         if KL > 0:
@@ -167,7 +168,7 @@ if dispatch.HAS_TRITON:
                 kl = 0.5 * d * d
                 dkl = d
             else:
-                near = tl.minimum(tl.maximum(d, -LIMIT), LIMIT)
+                near = tl.clamp(d, -LIMIT, LIMIT, NAN)
                 inverse = tl.exp(-near)
                 kl = inverse - 1.0 + near
                 dkl = tl.where(tl.abs(d) > LIMIT, 0.0, 1.0 - inverse)

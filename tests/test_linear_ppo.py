@@ -316,11 +316,12 @@ def test_backward_twice_is_refused():
         loss.backward()
 
 
-def test_autocast_changes_nothing():
-    problem = Problem.random(33, 1003)
-    expected, gradients = problem.run(backend="torch")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_changes_nothing(backend):
+    problem = Problem.random(33, 1003, head={"bias": True})
+    expected, gradients = problem.run(backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, same = problem.run(backend="torch")
+        found, same = problem.run(backend=backend)
     assert torch.equal(found.loss, expected.loss)
     assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
 
