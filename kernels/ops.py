@@ -6,6 +6,7 @@ from gearshift.kernels.linear_logprob import linear_logprob
 from gearshift.kernels.linear_loss import PolicyLoss
 from gearshift.kernels.linear_ppo import linear_ppo_loss
 from gearshift.kernels.logprob import logprob_entropy
+from gearshift.kernels.paged_attention import paged_attention
 from gearshift.kernels.sample import sample_tokens
 from gearshift.kernels.value_loss import ValueLoss, value_loss
 from gearshift.kernels.whiten import whiten
@@ -20,6 +21,7 @@ __all__ = [
     "linear_logprob",
     "linear_ppo_loss",
     "logprob_entropy",
+    "paged_attention",
     "sample_tokens",
     "value_loss",
     "whiten",

@@ -1,7 +1,8 @@
 """python -m pytest tests/test_kernel_compile_tokens.py
 
-What ptxas makes of the per-token kernels: no GPU needed. The hot loops are the sampler's; kl_gae is
-bound by its launch and reads time backwards, so its loads stay 32-bit.
+What ptxas makes of the per-token kernels: no GPU needed. The hot loops are the sampler's and the
+attention's (whose 128-bit loads are asynchronous copies, LDGSTS); kl_gae is bound by its launch and
+reads time backwards, so its loads stay 32-bit.
 """
 
 import pathlib
@@ -42,6 +43,27 @@ def sample(dtype, greedy=False, truncated=False):
     return Case(kernel, types, constants, num_warps=8, unaligned=("top_k", "top_p31"))
 
 
+def attention(dtype, D, tile, softcap=False):
+    types = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr"), dtype)
+    types |= dict.fromkeys(("tables_ptr", "lengths_ptr"), "*i32")
+    types |= dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32")
+    strides = (f"{x}_{y}" for x in ("key", "value") for y in ("block", "token", "head"))
+    types |= dict.fromkeys(("table_width", *strides), "i32")
+    types |= dict.fromkeys(("scale_log2", "softcap_log2"), "fp32")
+    constants = dict(SOFTCAP=softcap, WINDOW=0, SIZE=16, GROUP=4, D=D, DV=D, D_PAD=D, DV_PAD=D)
+    constants |= dict(ROWS=16, TILE=tile, CHUNK=256, UPCAST=False)
+    kernel = "gearshift.kernels.paged_attention:_paged_attention_kernel"
+    return Case(kernel, types, constants, unaligned=("table_width",))
+
+
+def combine():
+    pointers = ("partial_ptr", "lse_ptr", "sinks_ptr")
+    types = dict.fromkeys(pointers, "*fp32") | dict(lengths_ptr="*i32", out_ptr="*bf16")
+    constants = dict(SINKS=True, WINDOW=0, DV=128, DV_PAD=128, CHUNK=256)
+    kernel = "gearshift.kernels.paged_attention:_combine_kernel"
+    return Case(kernel, types | dict(chunks="i32"), constants, num_warps=1, unaligned=("chunks",))
+
+
 CASES = {  # -> (case, register ceiling, 128-bit loads at least)
     "kl_gae k1": (kl_gae("*fp32", "k1"), 128, 0),
     "kl_gae k3 bf16": (kl_gae("*bf16", "k3"), 128, 0),
@@ -50,14 +72,20 @@ CASES = {  # -> (case, register ceiling, 128-bit loads at least)
     "sample": (sample("*bf16"), 64, 2),
     "sample truncated": (sample("*bf16", truncated=True), 128, 4),
     "sample truncated fp32": (sample("*fp32", truncated=True), 128, 4),
+    "attention 64": (attention("*bf16", 64, 64), 128, 17),
+    "attention 128 softcap": (attention("*bf16", 128, 64, softcap=True), 168, 33),
+    "attention 128 fp32": (attention("*fp32", 128, 16), 128, 17),
+    "attention combine": (combine(), 64, 1),
 }
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_no_spill_no_double_wide_loads(capability):
     reports = compile_kernels([case for case, _, _ in CASES.values()], capability)
-    for (name, (_, registers, loads)), report in zip(CASES.items(), reports, strict=True):
+    for (name, (case, registers, loads)), report in zip(CASES.items(), reports, strict=True):
         assert report.stack == 0, f"{name} spills {report.stack} bytes"
         assert report.registers <= registers, f"{name}: {report.registers} registers"
         assert report.count(r"D(ADD|MUL|FMA|SETP|MNMX)\b.*|.*\bF64\b.*") == 0, name
-        assert report.count(r"LDG\..*128.*") >= loads, f"{name}: {report.opcodes}"
+        assert report.count(r"LDG(STS)?\..*128.*") >= loads, f"{name}: {report.opcodes}"
+        if name.startswith("attention") and "bf16" in case.types.get("query_ptr", ""):
+            assert report.count(r"HMMA\..*") > 0, f"{name} does not use the tensor cores"

@@ -1,0 +1,369 @@
+"""Decoding attention over a paged cache (Kwon et al. 2023), split over keys (flash-decoding).
+
+For sequence s, query head h of key-value head k = h // group, and its live positions
+t in [length - window, length):
+
+    score_t = scale * q . K_t          then softcap * tanh(score_t / softcap) where asked
+    out     = sum_t exp(score_t) V_t / (sum_t exp(score_t) + exp(sink_h))
+
+Each program takes CHUNK positions of one sequence for *all* query heads of a key-value head, so the
+cache is read once; a second kernel merges the chunks by their log-sum-exps, in order. Chunks begin
+at multiples of CHUNK whatever the batch, so from the Triton kernels a sequence's output has the
+same bits in any batch (the PyTorch backend does not promise that).
+Slots outside the live positions and table entries past the end are never used, whatever they hold.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from gearshift.kernels import dispatch
+
+CHUNK = 256  # positions of a program; partial results are 1.6 % of the cache read at group 4
+_GATHER_ELEMENTS = 1 << 20  # of keys copied at a time by the torch backend
+
+
+class _Rules(NamedTuple):
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+
+
+def _attend_reference(query, key, value, live, rules):
+    """query [S, HK, group, D], key and value [S, HK, T, D], live [S, T] -> [S, HK, group, DV]."""
+    scores = query.float() @ key.float().transpose(2, 3) * rules.scale
+    if rules.softcap is not None:
+        scores = torch.tanh(scores / rules.softcap) * rules.softcap
+    scores = scores.masked_fill(~live[:, None, None], -math.inf)
+    if rules.sinks is not None:
+        sinks = rules.sinks.float().view(1, *query.shape[1:3], 1).expand(len(query), -1, -1, 1)
+        scores = torch.cat([scores, sinks], 3)
+    weights = scores.softmax(3)[..., : key.shape[2]]
+    return (weights @ value.float()).to(query.dtype)
+
+
+def _attend_plain(query, key, value, live, scale):
+    """The same without softcap and sinks, by PyTorch's fused kernel."""
+    live = live[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=live, scale=scale
+    )
+
+
+def _gathered(cache, blocks, dead):
+    """[S, HK, T, D] copy of the blocks [S, T / BS], zero at the flat positions `dead`."""
+    copy = cache.index_select(0, blocks.flatten()).flatten(0, 1)
+    copy.index_fill_(0, dead, 0)  # 0 * NaN would be NaN
+    return copy.view(len(blocks), -1, *cache.shape[2:]).transpose(1, 2)
+
+
+def _rows_reference(query, key_cache, value_cache, tables, lengths, rules):
+    size, HK = key_cache.shape[1:3]
+    width = -(-int(lengths.max()) // size)
+    position = torch.arange(width * size, device=query.device)
+    live = position < lengths[:, None]
+    blocks = torch.where(live[:, ::size], tables[:, :width], 0)
+    if rules.window is not None:
+        live &= position >= lengths[:, None] - rules.window
+    dead = (~live).flatten().nonzero()[:, 0]
+    key, value = (_gathered(cache, blocks, dead) for cache in (key_cache, value_cache))
+    query = query.unflatten(1, (HK, -1))
+    if rules.softcap is None and rules.sinks is None:
+        out = _attend_plain(query, key, value, live, rules.scale)
+    else:
+        out = _attend_reference(query, key, value, live, rules)
+    return torch.where(lengths[:, None, None] > 0, out.flatten(1, 2), 0)
+
+
+def _paged_attention_reference(query, key_cache, value_cache, tables, lengths, rules):
+    out = query.new_zeros(*query.shape[:2], value_cache.shape[3])
+    row = max(1, tables.shape[1] * key_cache.shape[1:].numel())
+    step = max(1, _GATHER_ELEMENTS // row)
+    for start in range(0, len(query), step):
+        rows = slice(start, start + step)
+        if int(lengths[rows].max()) > 0:
+            part = (query[rows], key_cache, value_cache, tables[rows], lengths[rows], rules)
+            out[rows] = _rows_reference(*part)
+    return out
+
+
+if dispatch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _first(length, WINDOW: tl.constexpr):
+        if WINDOW > 0:
+            return tl.maximum(length - WINDOW, 0)
+        return length * 0
+
+    @triton.jit
+    def _paged_attention_kernel(
+        query_ptr,
+        key_ptr,
+        value_ptr,
+        tables_ptr,
+        lengths_ptr,
+        partial_ptr,
+        lse_ptr,
+        table_width,
+        key_block,
+        key_token,
+        key_head,
+        value_block,
+        value_token,
+        value_head,
+        scale_log2,
+        softcap_log2,
+        SOFTCAP: tl.constexpr,
+        WINDOW: tl.constexpr,
+        SIZE: tl.constexpr,
+        GROUP: tl.constexpr,
+        D: tl.constexpr,
+        DV: tl.constexpr,
+        D_PAD: tl.constexpr,
+        DV_PAD: tl.constexpr,
+        ROWS: tl.constexpr,
+        TILE: tl.constexpr,
+        CHUNK: tl.constexpr,
+        UPCAST: tl.constexpr,
+    ):
+        """Program (sequence, key-value head, chunk): normalised partial output and log2-sum-exp2.
+
+        Scores are in units of log 2. ROWS pads the group to a tensor-core tile of 16 rows.
+        """
+        s, k, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        heads, chunks = tl.num_programs(1) * GROUP, tl.num_programs(2)
+        length = tl.load(lengths_ptr + s)
+        begin = tl.maximum(chunk * CHUNK, _first(length, WINDOW))
+        end = tl.minimum((chunk + 1) * CHUNK, length)
+        if begin >= end:
+            return
+        row, d, dv = tl.arange(0, ROWS), tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
+        head = s.to(tl.int64) * heads + k * GROUP + row
+        query = tl.load(
+            query_ptr + head[:, None] * D + d[None, :],
+            mask=(row[:, None] < GROUP) & (d[None, :] < D),
+            other=0.0,
+        )
+        if UPCAST:
+            query = query.to(tl.float32)
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, DV_PAD), tl.float32)
+        for start in range(begin, end, TILE):
+            t = start + tl.arange(0, TILE)
+            live = t < end
+            at = s.to(tl.int64) * table_width + t // SIZE
+            block = tl.load(tables_ptr + at, mask=live, other=0)
+            block, slot = block.to(tl.int64), t % SIZE
+            at = block * key_block + slot * key_token + k * key_head
+            key = tl.load(
+                key_ptr + at[:, None] + d[None, :],
+                mask=live[:, None] & (d[None, :] < D),
+                other=0.0,
+            )
+            at = block * value_block + slot * value_token + k * value_head
+            value = tl.load(
+                value_ptr + at[:, None] + dv[None, :],
+                mask=live[:, None] & (dv[None, :] < DV),
+                other=0.0,
+            )
+            if UPCAST:
+                key, value = key.to(tl.float32), value.to(tl.float32)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+            if SOFTCAP:
+                # tanh(x) = 1 - 2 / (exp(2x) + 1), right at both infinities
+                grown = tl.exp2(score * (2.0 * 1.4426950408889634) / softcap_log2)
+                score = softcap_log2 * (1.0 - 2.0 / (grown + 1.0))
+            score = tl.where(live[None, :], score, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 1))
+            shrink = tl.exp2(peak - higher)
+            weight = tl.exp2(score - higher[:, None])
+            total = total * shrink + tl.sum(weight, 1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+            peak = higher
+        out = head * chunks + chunk
+        tl.store(lse_ptr + out, peak + tl.log2(total), mask=row < GROUP)
+        tl.store(
+            partial_ptr + out[:, None] * DV + dv[None, :],
+            acc / total[:, None],
+            mask=(row[:, None] < GROUP) & (dv[None, :] < DV),
+        )
+
+    @triton.jit
+    def _combine_kernel(
+        partial_ptr,
+        lse_ptr,
+        lengths_ptr,
+        sinks_ptr,
+        out_ptr,
+        chunks,
+        SINKS: tl.constexpr,
+        WINDOW: tl.constexpr,
+        DV: tl.constexpr,
+        DV_PAD: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        """Program (sequence, query head): merges the chunks that hold a live position, in order."""
+        s, h = tl.program_id(0), tl.program_id(1)
+        head = s.to(tl.int64) * tl.num_programs(1) + h
+        dv = tl.arange(0, DV_PAD)
+        length = tl.load(lengths_ptr + s)
+        peak = tl.full((), -1e30, tl.float32)
+        total = tl.zeros((), tl.float32)
+        if SINKS:
+            peak = tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634
+            total = total + 1.0
+        acc = tl.zeros((DV_PAD,), tl.float32)
+        for chunk in range(_first(length, WINDOW) // CHUNK, tl.cdiv(length, CHUNK)):
+            lse = tl.load(lse_ptr + head * chunks + chunk)
+            at = partial_ptr + (head * chunks + chunk) * DV + dv
+            part = tl.load(at, mask=dv < DV, other=0.0)
+            higher = tl.maximum(peak, lse)
+            shrink, weight = tl.exp2(peak - higher), tl.exp2(lse - higher)
+            total = total * shrink + weight
+            acc = acc * shrink + part * weight
+            peak = higher
+        out = acc / tl.where(total > 0.0, total, 1.0)  # nothing was added for length 0
+        tl.store(out_ptr + head * DV + dv, out, mask=dv < DV)
+
+
+def _paged_attention_triton(query, key_cache, value_cache, tables, lengths, rules):
+    S, HQ, D = query.shape
+    HK, DV = value_cache.shape[2:]
+    chunks = triton.cdiv(tables.shape[1] * key_cache.shape[1], CHUNK)
+    out = torch.empty(S, HQ, DV, dtype=query.dtype, device=query.device)
+    if out.numel() == 0 or chunks == 0:
+        return out.zero_()
+    partial = torch.empty(S, HQ, chunks, DV, device=query.device)
+    lse = torch.empty(S, HQ, chunks, device=query.device)
+    lengths = lengths.contiguous()
+    window = rules.window or 0
+    widths = dict(DV=DV, DV_PAD=max(16, triton.next_power_of_2(DV)))
+    _paged_attention_kernel[(S, HK, chunks)](
+        query.contiguous(),
+        key_cache,
+        value_cache,
+        tables.contiguous(),
+        lengths,
+        partial,
+        lse,
+        tables.shape[1],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
+        rules.scale * math.log2(math.e),
+        (rules.softcap or 0.0) * math.log2(math.e),
+        SOFTCAP=rules.softcap is not None,
+        WINDOW=window,
+        SIZE=key_cache.shape[1],
+        GROUP=HQ // HK,
+        D=D,
+        D_PAD=max(16, triton.next_power_of_2(D)),
+        ROWS=max(16, triton.next_power_of_2(HQ // HK)),
+        TILE=_tile(query.dtype, D, DV),
+        CHUNK=CHUNK,
+        UPCAST=query.device.type != "cuda",  # Triton's interpreter multiplies bf16 bit patterns
+        num_warps=4,
+        **widths,
+    )
+    sinks = lse if rules.sinks is None else rules.sinks.contiguous()
+    _combine_kernel[(S, HQ)](
+        partial, lse, lengths, sinks, out, chunks,
+        SINKS=rules.sinks is not None, WINDOW=window, CHUNK=CHUNK, num_warps=1, **widths,
+    )  # fmt: skip
+    return out
+
+
+def _tile(dtype: torch.dtype, D: int, DV: int) -> int:
+    """Positions loaded at a time: 32 KiB of keys and values; 16 of float32, which else spills."""
+    budget = 1 << 14 if dtype == torch.float32 else 1 << 15
+    tokens = max(16, budget // ((D + DV) * dtype.itemsize))
+    return min(64, 1 << tokens.bit_length() - 1)
+
+
+@torch.no_grad()
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of one new token per sequence over its cached keys and values; no gradient.
+
+    Args:
+        query: [S, HQ, D] float32, bfloat16 or float16.
+        key_cache: [NB, BS, HK, D], value_cache: [NB, BS, HK, DV], of query's dtype; HQ is a
+            multiple of HK, and query heads h*HQ/HK... share key-value head h. Any strides but the
+            last, which is 1: the cache is never copied.
+        block_tables: [S, MAXB] int32; entry i of a row is the block of positions i*BS and on.
+        lengths: [S] int32, positions in the cache, the current token's included, <= MAXB * BS.
+            A row of length 0 gives zeros.
+        scale: factor of the scores. softcap: c * tanh(score / c) (Gemma 2). window: only the last
+            `window` positions are seen. sinks: [HQ], a logit per head that takes probability and
+            gives no value (gpt-oss).
+
+    Returns [S, HQ, DV] in query's dtype; scores and sums are float32. Raises ValueError naming a
+    bad argument; lengths are compared with the tables only on CPU (a GPU would have to wait).
+    """
+    _check_tensors(query, key_cache, value_cache, block_tables, lengths)
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
+        raise ValueError(
+            f"sinks: expected [{query.shape[1]}] on {query.device}, one logit a query head, "
+            f"got {list(sinks.shape)} on {sinks.device}"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: give a finite number > 0, such as D ** -0.5")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap}: give a number > 0, or None for no cap")
+    if window is not None and (window != int(window) or window < 1):
+        raise ValueError(f"window={window}: give a number of positions >= 1, or None for all")
+    run = {"torch": _paged_attention_reference, "triton": _paged_attention_triton}
+    run = run[dispatch.resolve(backend, query.device)]
+    rules = _Rules(scale, softcap, window, sinks)
+    return run(query, key_cache, value_cache, block_tables, lengths, rules)
+
+
+def _check_tensors(query, key_cache, value_cache, tables, lengths):
+    if query.dim() != 3 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            "query: expected [S, HQ, D] float32, bfloat16 or float16, "
+            f"got {list(query.shape)} {query.dtype}"
+        )
+    S, HQ, D = query.shape
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.dim() != 4 or cache.dtype != query.dtype or cache.shape[:3] != key_cache.shape[:3]:
+            raise ValueError(
+                f"{name}: expected [NB, BS, HK, D] {query.dtype} as query and the other cache, "
+                f"got {list(cache.shape)} {cache.dtype}"
+            )
+        if cache.stride(3) != 1:
+            raise ValueError(f"{name}: its last dimension has stride {cache.stride(3)}, must be 1")
+    if key_cache.shape[3] != D or HQ % max(1, key_cache.shape[2]):
+        raise ValueError(
+            f"key_cache: {list(key_cache.shape)} does not fit query {list(query.shape)}: head "
+            "sizes must be equal, query heads a multiple of key-value heads"
+        )
+    for name, tensor, dims in (("block_tables", tables, 2), ("lengths", lengths, 1)):
+        if tensor.dim() != dims or tensor.shape[0] != S or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"{name}: expected int32 with {dims} dimension(s) and {S} rows as query, "
+                f"got {list(tensor.shape)} {tensor.dtype}"
+            )
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache),
+                         ("block_tables", tables), ("lengths", lengths)):  # fmt: skip
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: is on {tensor.device} but query is on {query.device}")
+    room = tables.shape[1] * key_cache.shape[1]
+    if lengths.device.type == "cpu" and S and int(lengths.max()) > room:
+        raise ValueError(f"lengths: {int(lengths.max())} is more than the {room} of block_tables")
