@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.hf_generation import hf_generate
 from gearshift.engine.rollout import RolloutEngine
+from gearshift.kernels import ops
 from tests.rollout_models import build, forced_logits, make_prompts
 
 LENGTHS = [9, 21, 4, 1, 30, 13, 16, 17, 2, 8, 25, 12]
@@ -118,6 +119,20 @@ def test_logprobs_are_of_the_tempered_untruncated_distribution(model, temperatur
         logprobs = (logits / temperature).log_softmax(-1).gather(1, ids)[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-5, rtol=0)
         assert (logits >= logits.gather(1, ids)).sum(1).max() <= 5
+
+
+def test_draws_are_the_samplers_own_at_index_t_of_the_response(model, expected):
+    for prompt, seed, completion in zip(PROMPTS, SEEDS, expected, strict=True):
+        count = len(completion.token_ids)
+        token_ids, _ = ops.sample_tokens(
+            forced_logits(model, prompt, completion.token_ids),
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            seeds=torch.full((count,), seed),
+            positions=torch.arange(count),
+        )
+        assert token_ids.tolist() == completion.token_ids
 
 
 def test_everything_may_end_at_once_or_after_one_token(model):

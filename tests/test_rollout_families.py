@@ -10,6 +10,7 @@ from gearshift.engine import paged
 from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.hf_generation import hf_generate
 from gearshift.engine.rollout import RolloutEngine
+from gearshift.kernels import dispatch
 from tests.rollout_models import FAMILIES, build, forced_logits, make_prompts
 
 NEVER = [130_000]  # an end token outside the vocabulary
@@ -81,6 +82,15 @@ def test_a_shorter_window_changes_the_output():
         for window in (7, 20, None)
     ]
     assert len({tuple(o[0].logprobs) for o in outputs}) == 3
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_decoding_in_place_by_the_kernel(family, monkeypatch):
+    model, prompts = build(family, num_hidden_layers=2), make_prompts([9, 4])
+    monkeypatch.setenv("GEARSHIFT_KERNELS", "triton")
+    completions = engine_for(model).generate(prompts, SamplingConfig(max_new_tokens=4), [1, 2])
+    check_against_forward(model, prompts, completions, greedy=False)
 
 
 def test_bfloat16_logprobs_stay_near_the_forward():
