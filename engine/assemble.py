@@ -1,12 +1,16 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gearshift.engine import ds_config
+from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
-from gearshift.engine.models import load_config, load_model, load_tokenizer
+from gearshift.engine.models import load_config, load_model, load_tokenizer, location
 from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
@@ -44,13 +48,23 @@ def draw_up(config: Config) -> Blueprint:
         deepspeed[reward.name] = ds_config.load(reward.deepspeed, frozen=True)
     for settings in deepspeed.values():
         ds_config.check_nvme(settings)
+    named = _named_models(config)
+    for key, model in named.items():
+        with _errors_of(key):
+            _check_files(model)
+    with _errors_of("actor"):
+        hf_config = load_config(config.actor, "policy")
     blueprint = Blueprint(
         config=config,
-        tokenizer=load_tokenizer(config.actor),
-        hf_config=load_config(config.actor, "policy"),
+        tokenizer=_tokenizer("actor", config.actor),
+        hf_config=hf_config,
         deepspeed=deepspeed,
         rewards=rewards,
-        reward_tokenizers={r.name: load_tokenizer(r) for r in rewards.model_configs},
+        reward_tokenizers={
+            model.name: _tokenizer(key, model)
+            for key, model in named.items()
+            if isinstance(model, RewardConfig)
+        },
     )
     _check_vocabulary(blueprint)
     _check_context(blueprint)
@@ -125,6 +139,39 @@ def _reward_with_tokens_of_actor(blueprint: Blueprint) -> RewardConfig | None:
     return None
 
 
+def _named_models(config: Config) -> dict[str, ModelConfig]:
+    """The models whose path the user gave, by their section's key."""
+    models: dict[str, ModelConfig] = {"actor": config.actor}
+    if needs_reference(config) and config.reference.path is not None:
+        models["reference"] = config.reference
+    if config.ppo.estimator == "gae" and config.critic.path is not None:
+        models["critic"] = config.critic
+    rewards = enumerate(config.rewards)
+    return models | {f"rewards.{i}": reward for i, reward in rewards if reward.kind == "model"}
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """Loaders name the field of a model's section; we add which section."""
+    try:
+        yield
+    except ValueError as error:
+        field = str(error).startswith(("path=", "tokenizer="))
+        raise ValueError(f"{key}.{error}" if field else str(error)) from None
+
+
+def _check_files(model: ModelConfig) -> None:
+    """Raises ValueError for a path without a model, before any other model is loaded."""
+    where = location(model)
+    if Path(where).is_dir():
+        CheckpointFiles(where)
+
+
+def _tokenizer(key: str, model: ModelConfig) -> Any:
+    with _errors_of(key):
+        return load_tokenizer(model)
+
+
 def _reference_source(config: Config) -> ModelConfig:
     if config.reference.path is not None:
         return config.reference
@@ -145,6 +192,24 @@ def _check_vocabulary(blueprint: Blueprint) -> None:
             raise ValueError(
                 f"{role}.path: its vocabulary of {read.vocab_size} is smaller than the actor's "
                 f"tokenizer ({needed} tokens); use a model with the same tokenizer"
+            )
+    for key, model in _named_models(config).items():
+        if key in ("reference", "critic"):
+            _check_tokens(key, model, blueprint.tokenizer)
+
+
+def _check_tokens(key: str, model: ModelConfig, actor_tokenizer: Any) -> None:
+    """Raises ValueError where an id of the actor's means another token to `model`."""
+    directory = Path(location(model))
+    bare = directory.is_dir() and not (directory / "tokenizer_config.json").exists()
+    if bare and model.tokenizer is None:
+        return
+    theirs = _tokenizer(key, model).get_vocab()
+    for token, i in actor_tokenizer.get_vocab().items():
+        if theirs.get(token, i) != i:
+            raise ValueError(
+                f"{key}.path={model.path!r}: its tokenizer has {token!r} at {theirs[token]}, the "
+                f"actor's at {i}; use a model with the actor's tokenizer"
             )
 
 

@@ -45,7 +45,8 @@ def save(folder: Path, trainer: PPOTrainer, streams: dict[str, Any], keep: int) 
 def load(checkpoint: Path, trainer: PPOTrainer, streams: dict[str, Any]) -> None:
     """Restores what `save` wrote. A collective.
 
-    Raises ValueError for another world size: DeepSpeed's partitions are of the one that saved.
+    Raises ValueError for another world size, as DeepSpeed's partitions are of the one that saved,
+    and where a model to train was not saved.
     """
     state = json.loads((checkpoint / "trainer.json").read_text())
     if state["world_size"] != distributed.world_size():
@@ -54,6 +55,11 @@ def load(checkpoint: Path, trainer: PPOTrainer, streams: dict[str, Any]) -> None
             f"{distributed.world_size()}; start as many"
         )
     for name, role in _trained(trainer).items():
+        if not (checkpoint / name).is_dir():
+            raise ValueError(
+                f"run.resume={str(checkpoint)!r}: has no {name}; it was saved with another "
+                "ppo.estimator"
+            )
         role.engine.load_checkpoint(str(checkpoint), tag=name)
     trainer.steps_done = state["steps_done"]
     trainer.kl.coef = state["kl_coef"]

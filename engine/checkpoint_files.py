@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
 class CheckpointFiles:
     """Names and memory-mapped tensors of a directory or hub id.
 
-    Raises ValueError when there is no safetensors file or the index names a file that is missing.
+    Raises ValueError when there is no safetensors file, or one of them is missing or broken.
     """
 
     def __init__(self, location: str, revision: str | None = None):
@@ -20,9 +20,9 @@ class CheckpointFiles:
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
         if index.exists():
-            shards = json.loads(index.read_text())["weight_map"]
+            shards = _weight_map(index)
         elif single.exists():
-            with safe_open(single, "pt") as file:
+            with _opened(single) as file:
                 shards = dict.fromkeys(file.keys(), single.name)
         else:
             raise ValueError(
@@ -32,6 +32,8 @@ class CheckpointFiles:
         for name in set(shards.values()):
             if not (directory / name).exists():
                 raise ValueError(f"path={location!r}: {name} is in the index but not on disk")
+            with _opened(directory / name):
+                pass
         self.location = location
         self._shards = {key: directory / name for key, name in shards.items()}
 
@@ -62,6 +64,24 @@ class CheckpointFiles:
             elif name not in tied:
                 return None
         return found
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"path={str(file)!r}: cut off or broken, so copy or download it again ({error})"
+        ) from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"path={str(index)!r}: has no weight_map in JSON, so copy or download it again"
+        ) from None
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:

@@ -1,8 +1,11 @@
 """What several sections of a configuration must agree on, checked before any model loads."""
 
+import re
+
 from gearshift.engine.config import Config, RewardConfig
 from gearshift.engine.config_schema import ConfigError
 
+ROLES = ("actor", "critic", "reference")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -55,6 +58,12 @@ def _check_names(config: Config) -> None:
         if name in names[:index]:
             raise ConfigError(
                 f"rewards.{index}.name={name}: used before; each reward needs a name of its own"
+            )
+        if name in ROLES or not re.fullmatch(r"[\w.-]+", name):
+            # It names a file, ds_<name>.json, beside those of the roles.
+            raise ConfigError(
+                f"rewards.{index}.name={name}: must be letters, digits, '_', '.' or '-', and none "
+                f"of {', '.join(ROLES)}"
             )
     for name in config.run.trackers:
         if name not in TRACKERS:

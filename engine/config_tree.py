@@ -58,7 +58,7 @@ def read_yaml(path: str) -> dict:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    tree = stamp(parse_yaml(file.read_text(encoding="utf-8"), path), file.name)
+    tree = stamp(parse_yaml(file.read_bytes(), path), file.name)
     if isinstance(tree, Given) and tree.value is None:
         return {}
     if not isinstance(tree, dict):
@@ -66,7 +66,7 @@ def read_yaml(path: str) -> dict:
     return tree
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str | bytes, source: str) -> Any:
     """One YAML document; ConfigError names `source`, the line and the problem."""
     try:
         return yaml.load(text, _Loader)

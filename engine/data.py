@@ -132,9 +132,10 @@ class PromptStream:
         """
         for name, value in self._identity().items():
             if state[name] != value:
+                section = "run" if name == "seed" else "ppo"
                 raise ValueError(
-                    f"{name}={value}: the checkpoint was written with {state[name]}; restore it, "
-                    "or start a new run"
+                    f"{section}.{name}={value}: the checkpoint was written with {state[name]}; "
+                    "restore it, or start a new run"
                 )
         self.mixture.load_state_dict(state)
         self.step = state["step"]
@@ -210,7 +211,9 @@ class TextStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; raises ValueError for another seed or dataset."""
         if state["seed"] != self.seed:
-            raise ValueError(f"seed={self.seed}: the checkpoint was written with {state['seed']}")
+            raise ValueError(
+                f"run.seed={self.seed}: the checkpoint was written with {state['seed']}"
+            )
         self.mixture.load_state_dict(state)
         self.left_over = list(state["left_over"])
 

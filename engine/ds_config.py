@@ -141,7 +141,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: must hold one JSON object")

@@ -88,7 +88,10 @@ def _read_folder(folder: Path, source: SourceConfig) -> Sequence[Row]:
 def _read_file(path: Path, source: SourceConfig) -> Sequence[Row]:
     if path.suffix not in READERS:
         raise ValueError(f"{path}: cannot read {path.suffix!r}; use {', '.join(READERS)}")
-    return READERS[path.suffix](path, source)
+    try:
+        return READERS[path.suffix](path, source)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it") from None
 
 
 def _read_json(path: Path, source: SourceConfig) -> list[Row]:

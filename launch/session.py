@@ -155,9 +155,9 @@ def check_folder(folder: Path, resumed: Path | None) -> None:
     log, own = folder / "metrics.jsonl", (folder / "checkpoints").resolve()
     continued = resumed is not None and resumed.resolve().parent == own
     if log.exists() and log.stat().st_size and not continued:
+        more = "; run.resume=auto continues it" if checkpoint.checkpoints(own) else ""
         raise ValueError(
-            f"run.dir={str(folder)!r}: holds another run; choose a new folder, delete it, or "
-            "continue its last checkpoint with run.resume=auto"
+            f"run.dir={str(folder)!r}: holds another run; choose a new folder, or delete it{more}"
         )
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):

@@ -54,6 +54,8 @@ def run(argv: list[str]) -> int:
         return 0
     quiet_libraries()
     distributed.adopt_launcher_environment()
+    if os.environ["RANK"] != "0":
+        logging.getLogger("gearshift").setLevel(logging.ERROR)  # rank 0 warns for all
     warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
     from gearshift.launch.session import Session  # after the cheap checks: it imports everything
 
@@ -89,6 +91,7 @@ def parse(argv: list[str]) -> tuple[str | None, list[str], bool]:
 def quiet_libraries() -> None:
     """Imports the libraries without their chatter; their own variables bring it back."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.disable(logging.WARNING)
