@@ -69,14 +69,19 @@ def load_config(config: ModelConfig, role: str) -> Any:
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer as it is on disk."""
     source = config.tokenizer or location(config)
+    folder, patterns = Path(source), ("*token*", "*vocab*", "*.model")
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(
+            f"tokenizer={source!r}: no tokenizer is there; name the directory or hub id of one"
+        )
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"tokenizer={source!r}: {reason}; name one with the model's tokenizer key"
+            f"tokenizer={source!r}: {reason}; name the directory or hub id of one"
         ) from None
 
 
@@ -135,6 +140,8 @@ def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
             )
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
+        if "ttention" in reason:
+            raise ValueError(f"attn={config.attn}: {reason}") from None
         raise ValueError(f"path={config.path!r}: no {auto.__name__} of it: {reason}") from None
     module.tie_weights()
     if role == "critic" and not isinstance(getattr(module, "score", None), nn.Linear):
