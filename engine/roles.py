@@ -84,6 +84,11 @@ class Actor(Trained):
             engine.release()
         return rollout
 
+    @property
+    def shift_seconds(self) -> float:
+        """What the last change to the generation gear took."""
+        return self.gearbox.stats.seconds
+
     def logprobs(self, rollout: Rollout) -> Tensor:
         """[B, R] log-probs of the responses under the current weights and the run's temperature."""
         return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
