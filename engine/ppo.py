@@ -61,6 +61,8 @@ class PPOTrainer:
         with metrics.time("step"):
             with metrics.phase("generate"):
                 rollout = self.actor.generate(prompts, self.config.sampling, progress)
+            shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
+            metrics.add_max("timing_s/shift", shift)
             experience = self.make_experience(rollout, metrics)
             self.update(experience, metrics)
         figures = add_throughput(metrics.reduce())
