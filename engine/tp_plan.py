@@ -152,7 +152,32 @@ def _styles(model: nn.Module, size: int) -> dict[str, str]:
                 f"rollout.tp={size}: {model.config.model_type} cuts {name} by {style!r}, which "
                 "is not supported; set rollout.tp=1"
             )
+    _settle_experts(model, styles, size)
     return styles
+
+
+def _settle_experts(model: nn.Module, styles: dict[str, str], size: int) -> None:
+    """Cuts gate and up alike where they are stored one after the other, whatever the plan says.
+
+    Refuses what a sum over ranks would get wrong: interleaved gates, norms of partial sums, and
+    whole parameters such as biases, which would count once per rank.
+    """
+    for name in [name for name, style in styles.items() if style == "moe_tp_experts"]:
+        experts, packed = model.get_submodule(name), f"{name}.gate_up_proj"
+        concatenated = getattr(experts, "is_concatenated", True)
+        if concatenated and styles.get(packed) == "colwise":
+            styles[packed] = "packed_colwise"
+        parameters = [leaf for leaf, _ in experts.named_parameters(recurse=False)]
+        whole = [leaf for leaf in parameters if styles.get(f"{name}.{leaf}") not in _CUT]
+        reason = "whole " + ", ".join(whole) if whole else ""
+        reason = reason or ("" if concatenated else "interleaved gates")
+        if getattr(experts, "has_post_expert_norm", False):
+            reason = "a norm after each expert"
+        if reason:
+            raise ValueError(
+                f"rollout.tp={size}: {model.config.model_type}'s experts {name} have {reason}, "
+                "which is not supported; set rollout.tp=1"
+            )
 
 
 def _cut_vocabulary(model: nn.Module, styles: dict[str, str]) -> None:

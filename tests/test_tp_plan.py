@@ -180,3 +180,26 @@ def test_resized_model_with_a_stale_config_is_refused():
     plan = plan_tensor_parallel(twin, 1)
     with pytest.raises(ValueError, match=r"lm_head.weight: the model has shape \(103, 32\)"):
         localize(twin, model, plan, Rank(0, 1, None), torch.device("cpu"))
+
+
+def test_experts_are_cut_by_how_they_are_stored():
+    model = meta("Mixtral")
+    name = "model.layers.0.mlp.experts"
+    model._tp_plan = {**model._tp_plan, "model.layers.*.mlp.experts.gate_up_proj": "colwise"}
+    specs = plan_tensor_parallel(model, 2).specs[f"{name}.gate_up_proj"]
+    assert [spec.intervals for spec in specs] == [((0, 24), (40, 64)), ((24, 40), (64, 80))]
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda experts: setattr(experts, "has_post_expert_norm", True), "a norm after each"),
+        (lambda experts: setattr(experts, "is_concatenated", False), "interleaved gates"),
+        (lambda experts: experts.register_parameter("bias", nn.Parameter(torch.zeros(3))), "bias"),
+    ],
+)
+def test_experts_that_cannot_be_summed_are_refused(change, reason):
+    model = meta("Mixtral")
+    change(model.model.layers[0].mlp.experts)
+    with pytest.raises(ValueError, match=f"model.layers.0.mlp.experts have.*{reason}"):
+        plan_tensor_parallel(model, 2)
