@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all lint
+.PHONY: setup demo test test-all lint gpu-check
 
 setup: $(VENV)/.ready
 
@@ -28,3 +28,10 @@ test-all: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# On a GPU machine, with a Python that has torch and triton: nothing is installed or downloaded.
+PART ?= all
+OUT ?= docs/results
+
+gpu-check:
+	$(PYTHON) launch/gpu_check.py --part $(PART) $(if $(WHEELS),--wheels $(WHEELS)) --out $(OUT)
