@@ -47,8 +47,6 @@ def start(threads: int = 0) -> torch.device:
     """
     adopt_launcher_environment()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -59,6 +57,8 @@ def start(threads: int = 0) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
         _join(backend)
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or max(1, cores // ranks_per_node()))
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -89,6 +89,19 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def ranks_per_node() -> int:
+    """As torchrun (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) set it; the world if neither."""
+    names = (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ)
+    name = next(names, None)
+    size = int(os.environ[name]) if name else world_size()
+    if world_size() % size:
+        raise ValueError(
+            f"{name}={size}: does not divide the {world_size()} ranks; start the same number of "
+            "ranks on every node"
+        )
+    return size
 
 
 def world_group() -> dist.ProcessGroup | None:

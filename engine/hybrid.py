@@ -1,6 +1,5 @@
 """The gearbox: training gear (ZeRO partitions) <-> generation gear (tensor-parallel shards)."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import nn
 from gearshift.engine import reshard
 from gearshift.engine.config import RolloutConfig
 from gearshift.engine.distributed import rank as world_rank
-from gearshift.engine.distributed import world_size
+from gearshift.engine.distributed import ranks_per_node, world_size
 from gearshift.engine.reshard import Topology, Traffic
 from gearshift.engine.tp_module import Rank, copy_buffers, localize, meta_twin
 from gearshift.engine.tp_plan import plan_tensor_parallel
@@ -131,19 +130,6 @@ class Gearbox:
 
     def _on_device(self) -> bool:
         return all(reshard.partition(shard).device == self.device for shard in self._shards)
-
-
-def ranks_per_node() -> int:
-    """As torchrun (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) set it; the world if neither."""
-    names = (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ)
-    name = next(names, None)
-    size = int(os.environ[name]) if name else world_size()
-    if world_size() % size:
-        raise ValueError(
-            f"{name}={size}: does not divide the {world_size()} ranks; start the same number of "
-            "ranks on every node"
-        )
-    return size
 
 
 def check_tp(tp: int, node_size: int) -> None:

@@ -26,7 +26,8 @@ from rich.table import Table
 
 from gearshift.engine import distributed
 from gearshift.engine.config import RolloutConfig
-from gearshift.engine.hybrid import Gearbox, ranks_per_node
+from gearshift.engine.distributed import ranks_per_node
+from gearshift.engine.hybrid import Gearbox
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
