@@ -231,9 +231,18 @@ def _cce(exact: bool, hidden, weight, token_ids):
     return linear_cross_entropy(hidden, weight, token_ids, impl="cce", **options)
 
 
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` by torch.compile, which takes seconds to import, once it is called."""
+    return lambda *args, **kwargs: _compiled(function)(*args, **kwargs)
+
+
 def _head_peers() -> dict[str, dict[str, Peer]]:
     part = functools.partial
-    compiled = torch.compile
     return {
         "linear_logprob": {
             "eager": part(_head_scored, _linear_logprob),
@@ -272,11 +281,11 @@ def peers_of(case: str) -> dict[str, Peer]:
         "kl_reward_gae": {"eager": _gae_loop},
         "whiten": {
             "eager": part(_whiten, _whitened),
-            "compile": part(_whiten, torch.compile(_whitened)),
+            "compile": part(_whiten, compiled(_whitened)),
         },
         "value_loss": {
             "eager": part(_value_loss, _clipped_values),
-            "compile": part(_value_loss, torch.compile(_clipped_values)),
+            "compile": part(_value_loss, compiled(_clipped_values)),
         },
         "paged_attention": {"eager": _gathered_attention},
     }

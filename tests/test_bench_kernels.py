@@ -179,12 +179,11 @@ def test_the_table_without_rich(monkeypatch, capsys):
     ]
 
 
-def test_gpu_check_says_that_there_is_no_gpu():
-    done = subprocess.run(
-        [sys.executable, ROOT / "launch" / "gpu_check.py"], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("gpu-check: no CUDA device") and done.stderr.count("\n") == 1
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path, capsys):
+    assert gpu_check.main(["--part", "shift", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("gpu-check: no CUDA device") and told.err.count("\n") == 1
+    assert told.out == "" and not (tmp_path / "out").exists()
 
 
 BOOTSTRAP = """
