@@ -138,6 +138,13 @@ def test_floors_are_those_of_the_head():
     assert FLOORS["logprob_entropy"](size, 2).bytes == pytest.approx(8192 * 128256 * 2, rel=1e-3)
 
 
+def test_the_page_names_every_op_and_option():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    options = ("--op", "--shape", "--peers", "--backend", "--json", "--svg")
+    for word in (*(case.op for case in CASES), *options, *SHAPES, "GEARSHIFT_SELF_CHECK"):
+        assert word in page, word
+
+
 def test_timing_pools_both_visits():
     timing = bench_timing.summary([1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0])
     assert timing == bench_timing.Timing(5.5, 3.0, 9.0, (8 - 3) / 3, 10)
