@@ -5,8 +5,8 @@ import math
 
 import torch
 
+from gearshift.kernels import ops
 from gearshift.kernels.check_case import Case, Size, Tensors
-from gearshift.kernels.paged_attention import paged_attention
 
 BLOCK_TOKENS = 32
 WINDOW, SOFTCAP = 100, 30.0
@@ -46,7 +46,7 @@ def _draw(size: Size, dtype: torch.dtype, generator: torch.Generator, *, sinks: 
 
 def _run(inputs: Tensors, size: Size, backend: str, *, options: dict) -> Tensors:
     scale = size.heads[2] ** -0.5
-    return {"out": paged_attention(**inputs, scale=scale, **options, backend=backend)}
+    return {"out": ops.paged_attention(**inputs, scale=scale, **options, backend=backend)}
 
 
 def _truth(inputs: Tensors, outputs: Tensors, *, options: dict) -> Tensors:
