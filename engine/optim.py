@@ -28,9 +28,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam([g for g in groups if g["params"]], **settings, adamw_mode=True)
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], **settings, fused=torch.cuda.is_available() or None
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], **settings, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) -> LambdaLR:
