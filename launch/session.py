@@ -18,6 +18,7 @@ from gearshift.engine.export import export
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.run_log import RunLog
 from gearshift.engine.trackers import check_trackers
+from gearshift.kernels.self_check import self_check
 from gearshift.launch.console import Console
 
 
@@ -35,6 +36,9 @@ class Session:
         distributed.seed_everything(config.run.seed)
         self.main = distributed.is_main()
         self.console = Console(config.run.steps, quiet=not self.main)
+        checked = self_check(self.device)
+        if checked:
+            self.console.note(checked)
         self.blueprint = assemble.draw_up(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
