@@ -1,10 +1,9 @@
 """Starting up under deepspeed, torchrun, srun, mpirun or plain python, and what ranks share."""
 
-import io
+import importlib
 import os
 import random
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -65,9 +64,11 @@ def start(threads: int = 0) -> torch.device:
 def _join(backend: str) -> None:
     import deepspeed
 
+    # On CPU DeepSpeed would compile an all-reduce that only its own inference layers call: minutes
+    # on the first run of a machine, and a line of output per rank on every other.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     try:
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints which of its ops it has built
-            deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
