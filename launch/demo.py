@@ -34,14 +34,13 @@ def command(ranks: int, overrides: list[str]) -> list[str]:
     """The launch line, on a port that is free."""
     import torch
 
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks = ranks or min(_MOST_RANKS, gpus or _MOST_RANKS)
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
     launcher += ["--master_port", str(free_port())]
-    if torch.cuda.is_available():
-        launcher += ["--num_gpus", str(ranks or min(_MOST_RANKS, torch.cuda.device_count()))]
-    else:
-        launcher += ["--num_accelerators", str(ranks or _MOST_RANKS)]
-    recipe = str(HERE / "recipes" / "demo.yaml")
-    return [*launcher, str(HERE / "train.py"), "--config", recipe, *overrides]
+    launcher += ["--num_gpus" if gpus else "--num_accelerators", str(ranks)]
+    recipe = ["--config", str(HERE / "recipes" / "demo.yaml"), "--rollout.tp", str(ranks)]
+    return [*launcher, str(HERE / "train.py"), *recipe, *overrides]
 
 
 def free_port() -> int:
