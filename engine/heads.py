@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gearshift.kernels import ops
+
 
 @dataclass(frozen=True)
 class HeadOptions:
@@ -85,6 +87,35 @@ class Policy(nn.Module):
         bias = getattr(output, "bias", None)
         with gathered(output.weight, bias):
             return head(rows, output.weight, bias)
+
+
+@torch.no_grad()
+def verify_head(engine: Any) -> None:
+    """Raises ValueError for a family whose logits are not the map that HeadOptions describes.
+
+    engine: of a Policy, at any ZeRO stage. Two tokens are scored by the model's own forward and by
+    trunk and head apart: the least likely ones, where scales and caps show most. Two forwards of
+    three tokens; a collective under ZeRO-3.
+    """
+    policy, lm = engine.module, engine.module.lm
+    ids = torch.arange(3, device=engine.device)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    positions = position_ids(mask)
+    logits = lm(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    logits, hidden = logits[0, :2].float(), hidden_states(lm, ids, mask)[0, :2]
+    own, rarest = logits.log_softmax(-1).min(-1)
+    output = lm.get_output_embeddings()
+    bias = getattr(output, "bias", None)
+    with gathered(output.weight, bias):
+        options = vars(policy.options)
+        ours, _ = ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)
+    error = float((ours - own).abs().max())
+    # The model rounds its logits to its own dtype, we do not.
+    if not error <= 1e-4 + 2 * torch.finfo(hidden.dtype).eps * float(logits.abs().max()):
+        raise ValueError(
+            f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
+            f"supported: its log-probs differ from ours by {error:.2g} nats; choose another family"
+        )
 
 
 class ValueModel(nn.Module):

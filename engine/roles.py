@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.config import Config, PPOConfig, SamplingConfig, TrainedConfig
-from gearshift.engine.heads import Policy, ScoreModel, ValueModel
+from gearshift.engine.heads import Policy, ScoreModel, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
 from gearshift.engine.responses import end_token_ids, generate_responses
@@ -62,6 +62,7 @@ class Actor(Trained):
 
     def __init__(self, lm: nn.Module, tokenizer: Any, config: Config, ds_config: dict, steps: int):
         super().__init__(Policy(lm), config.actor, ds_config, steps)
+        verify_head(self.engine)
         self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
@@ -178,6 +179,7 @@ class Reference:
 
     def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, ds_config: dict):
         self.engine = frozen_engine(Policy(lm), ds_config)
+        verify_head(self.engine)
         self.ppo, self.temperature = ppo, temperature
 
     def logprobs(self, rollout: Rollout) -> Tensor:
