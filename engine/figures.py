@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, Rollout
 from gearshift.engine.metrics import StepMetrics
 
@@ -63,6 +64,13 @@ def report_policy(
     if first:
         metrics.add_max("rollout/ratio_first_max", (ratio - 1).abs())
     return torch.stack([kl.sum(), kl.new_tensor(kl.numel())])
+
+
+def report_loss(metrics: StepMetrics, name: str, part: Tensor, pieces: int) -> None:
+    """Mean over optimizer steps of a loss that is the sum of `pieces` micro-batches' parts on every
+    rank; called with each part."""
+    parts = pieces * distributed.world_size()
+    metrics.add_mean(name, part * parts, part.new_tensor(1 / parts))
 
 
 def add_throughput(figures: dict[str, float]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from gearshift.engine.config import Config
 from gearshift.engine.figures import (
     add_throughput,
     report_experience,
+    report_loss,
     report_policy,
     report_rollout,
 )
@@ -130,17 +131,17 @@ class PPOTrainer:
         self, experience: Experience, actor: Any, critic: Any, metrics: StepMetrics
     ) -> None:
         size, ranks = self.ppo.minibatch_size, distributed.world_size()
-        taken = 0
+        updates = 0  # of the actor
         for epoch in range(self.ppo.epochs):
             seed = (self.config.run.seed * 1_000_003 + self.steps_done) * 1_000 + epoch
             for minibatch in minibatches(experience, size, ranks, seed):
-                drift = self._optimize(minibatch, actor, critic, metrics, first=not taken)
-                taken += 1
-                if actor and self._drifted_too_far(drift):
-                    metrics.add_value("policy/optimizer_steps", taken)
+                drift = self._optimize(minibatch, actor, critic, metrics, first=not updates)
+                if actor:
+                    updates += 1
+                    metrics.add_value("policy/optimizer_steps", updates)
+                    actor = None if self._drifted_too_far(drift) else actor
+                if not (actor or critic):
                     return
-        if actor:
-            metrics.add_value("policy/optimizer_steps", taken)
 
     def _optimize(
         self, minibatch: Experience, actor: Any, critic: Any, metrics: StepMetrics, *, first: bool
@@ -159,12 +160,12 @@ class PPOTrainer:
                 loss, stats = actor.loss(micro, self._corrected(micro, weights))
                 actor.backward(loss, last=last and not ppo.ptx_coef)
                 drift += report_policy(metrics, micro, stats, first=first)
-                metrics.add_sum("loss/policy_avg", loss / self._steps_a_rollout)
+                report_loss(metrics, "loss/policy_avg", loss, len(pieces))
             if critic:
                 loss, stats = critic.loss(micro, weights)
                 joint = actor is not None
                 critic.backward(loss * ppo.vf_coef if joint else loss, last=last)
-                metrics.add_sum("loss/value_avg", loss / self._steps_a_rollout)
+                report_loss(metrics, "loss/value_avg", loss, len(pieces))
                 metrics.add_mean("val/clipfrac_avg", stats["clipped"])
         if actor:
             self._pretrain(metrics)
@@ -185,7 +186,7 @@ class PPOTrainer:
         for i, piece in enumerate(pieces):
             loss = self.actor.pretrain_loss(piece, in_step)
             self.actor.backward(loss, last=i == len(pieces) - 1)
-            metrics.add_sum("loss/ptx_avg", loss / self._steps_a_rollout)
+            report_loss(metrics, "loss/ptx_avg", loss, len(pieces))
 
     def _old_logprobs(self, rollout: Rollout, metrics: StepMetrics) -> Tensor:
         """log pi_old from the training path, or the sampler's where the run trusts it.
@@ -222,7 +223,3 @@ class PPOTrainer:
             return False
         kl, tokens = distributed.global_sum(drift).tolist()
         return kl / tokens > self.ppo.target_kl
-
-    @property
-    def _steps_a_rollout(self) -> int:
-        return self.ppo.optimizer_steps_per_step
