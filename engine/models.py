@@ -103,7 +103,7 @@ def load_model(
         fresh = ("score.bias",)  # reward models have no bias
     names = files.match(module, fresh)
     if names is None:
-        module = _load_with_transformers(config, hf_config, role, ds_config, dtype)
+        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
     else:
         _fill(module, files, names, dtype, ds_config)
     for part in module.modules():
@@ -211,7 +211,12 @@ def _partitioner(ds_config: dict, dtype: torch.dtype):
 
 
 def _load_with_transformers(
-    config: ModelConfig, hf_config: Any, role: str, ds_config: dict, dtype: torch.dtype
+    config: ModelConfig,
+    hf_config: Any,
+    role: str,
+    ds_config: dict,
+    dtype: torch.dtype,
+    fresh: tuple[str, ...],
 ) -> PreTrainedModel:
     """For checkpoints whose tensors must be renamed or fused: transformers' own loader."""
     from transformers.integrations import HfDeepSpeedConfig
@@ -234,10 +239,11 @@ def _load_with_transformers(
     )
     del keep
     unset_hf_deepspeed_config()
-    head = {"score.weight", "score.bias"} & set(info["missing_keys"])
-    for name in head:
-        _zero(module.get_parameter(name))
-    missing = sorted(set(info["missing_keys"]) - head)
+    loaded = dict(module.named_parameters())
+    for name in fresh:
+        if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
+            _zero(loaded[name])
+    missing = sorted(set(info["missing_keys"]) - set(fresh))
     if missing or info["mismatched_keys"]:
         raise ValueError(
             f"path={config.path!r}: missing or misshapen tensors: "
