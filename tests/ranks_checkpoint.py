@@ -1,0 +1,130 @@
+"""Run on ranks: a run that is interrupted and taken up again beside one that is not.
+
+    torchrun --nproc_per_node W ranks_checkpoint.py MODELS OUT
+
+OUT/whole.pt and OUT/resumed.pt: weights, optimizer states (rank 0's part) and figures of the last
+two of four steps. OUT/checkpoints: the folder of the first run. OUT/export: its Hugging Face
+directories, and OUT/tables.pt the logits and values that its engines give.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from gearshift.engine import checkpoint, distributed
+from gearshift.engine.export import export, whole_weights
+from gearshift.engine.ppo import PPOTrainer
+from tests import tiny_run
+
+CHANGES = {"micro_batch_size": 1, "kl_controller": "adaptive", "kl_horizon": 20, "kl_target": 0.01}
+
+
+class Prompts:
+    """A stream with a position."""
+
+    def __init__(self, ppo):
+        self.ppo, self.step = ppo, 0
+
+    def next_batch(self):
+        self.step += 1
+        return tiny_run.prompts(self.ppo, self.step - 1)
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+def start(models: Path) -> tuple[PPOTrainer, Prompts]:
+    config = tiny_run.config(models, "zero3", "tied", **CHANGES)
+    return tiny_run.trainer(config), Prompts(config.ppo)
+
+
+def advance(trainer: PPOTrainer, stream: Prompts, steps: int) -> list[dict]:
+    return [trainer.step(stream.next_batch())[0] for _ in range(steps)]
+
+
+def state(trainer: PPOTrainer, figures: list[dict]) -> dict:
+    roles = {"actor": trainer.actor, "critic": trainer.critic}
+    modules = {"actor": trainer.actor.lm, "critic": trainer.critic.model}
+    return {
+        "weights": {name: whole_weights(module) for name, module in modules.items()},
+        "moments": {name: moments(role.optimizer) for name, role in roles.items()},
+        "schedule": {
+            name: role.schedule.state_dict()["last_epoch"] for name, role in roles.items()
+        },
+        "kl_coef": trainer.kl.coef,
+        "figures": figures,
+    }
+
+
+def moments(optimizer) -> list[torch.Tensor]:
+    return [
+        value.clone()
+        for entry in optimizer.optimizer.state.values()
+        for name, value in sorted(entry.items())
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def tables(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
+    """Log-probs and values of a fixed batch, from the engines."""
+    ids = torch.arange(12).view(2, 6)
+    live = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        logprobs = trainer.actor.engine(
+            ids, live, live[:, 1:], lambda rows, weight, bias: (rows @ weight.T).log_softmax(-1)
+        )
+        values = trainer.critic.engine(ids, live, 5)
+    return {"actor": logprobs.view(2, 5, -1), "critic": values}
+
+
+def main() -> None:
+    models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    distributed.start(1)
+    folder = out / "checkpoints"
+    trainer, stream = start(models)
+    advance(trainer, stream, 1)
+    checkpoint.save(folder, trainer, {"prompts": stream}, keep=1)
+    advance(trainer, stream, 1)
+    checkpoint.save(folder, trainer, {"prompts": stream}, keep=1)
+    whole = state(trainer, advance(trainer, stream, 2))
+    read = tables(trainer)
+    tokenizer = trainer.actor.tokenizer
+    export(trainer.actor.lm, tokenizer, out / "export" / "actor")
+    export(trainer.critic.model, tokenizer, out / "export" / "critic")
+    del trainer
+
+    other, stream = start(models)
+    checkpoint.load(checkpoint.find("auto", folder), other, {"prompts": stream})
+    resumed = state(other, advance(other, stream, 2))
+    if distributed.is_main():
+        torch.save(whole, out / "whole.pt")
+        torch.save(resumed, out / "resumed.pt")
+        torch.save(read, out / "tables.pt")
+    interrupt(other, stream, out / "interrupted")
+
+
+def interrupt(trainer: PPOTrainer, stream: Prompts, folder: Path) -> None:
+    """A save that fails on the way, on every rank alike, after one that did not."""
+    checkpoint.save(folder, trainer, {"prompts": stream}, keep=2)
+    trainer.steps_done += 1
+    engine = trainer.critic.engine
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    trainer.critic.engine = SimpleNamespace(save_checkpoint=fail)
+    try:
+        checkpoint.save(folder, trainer, {"prompts": stream}, keep=2)
+    except OSError:
+        trainer.critic.engine = engine
+    else:
+        raise AssertionError("the save did not fail")
+
+
+if __name__ == "__main__":
+    main()
