@@ -59,7 +59,11 @@ def run(command: str, argv: list[str]) -> int:
     parser = argparse.ArgumentParser(f"gearshift {command}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args:  # a command that passes --section.key VALUE on
+        args.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return module.main(args)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
