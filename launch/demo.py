@@ -4,6 +4,7 @@ Further arguments go to the job, as --run.steps 20 --run.seed 1.
 """
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
@@ -19,7 +20,8 @@ _MOST_RANKS = 2  # what the recipe's batch is made for
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=0, help="processes; 0: 2, or one per GPU")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key value ...")
+    parser.epilog = "Any --section.key VALUE goes to the job."
+    parser.set_defaults(overrides=[])
 
 
 def main(args: argparse.Namespace) -> int:
@@ -27,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ASSETS:
         if fetch.fetch(name, assets.cache_dir()):
             print(f"fetched {name}", flush=True)
-    return subprocess.run(command(args.ranks, args.overrides)).returncode
+    return subprocess.run(command(args.ranks, args.overrides), env=environment()).returncode
 
 
 def command(ranks: int, overrides: list[str]) -> list[str]:
@@ -41,6 +43,13 @@ def command(ranks: int, overrides: list[str]) -> list[str]:
     launcher += ["--num_gpus" if gpus else "--num_accelerators", str(ranks)]
     recipe = ["--config", str(HERE / "recipes" / "demo.yaml"), "--rollout.tp", str(ranks)]
     return [*launcher, str(HERE / "train.py"), *recipe, *overrides]
+
+
+def environment() -> dict[str, str]:
+    """DeepSpeed is told that there is no GPU; its launcher would warn of it, twice."""
+    import torch
+
+    return ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}) | os.environ
 
 
 def free_port() -> int:
