@@ -1,5 +1,6 @@
 """The public kernels: one import for everything that computes. Each op documents itself."""
 
+from gearshift.kernels.adamw import adamw_split_step
 from gearshift.kernels.kl_gae import Advantages, kl_estimate, kl_reward_gae
 from gearshift.kernels.linear_cross_entropy import linear_cross_entropy
 from gearshift.kernels.linear_logprob import linear_logprob
@@ -15,6 +16,7 @@ __all__ = [
     "Advantages",
     "PolicyLoss",
     "ValueLoss",
+    "adamw_split_step",
     "kl_estimate",
     "kl_reward_gae",
     "linear_cross_entropy",

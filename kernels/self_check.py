@@ -10,10 +10,12 @@ import time
 
 import torch
 
-from gearshift.kernels import check_attention, check_head, check_tokens, dispatch
+from gearshift.kernels import check_attention, check_head, check_optimizer, check_tokens, dispatch
 from gearshift.kernels.check_case import Case, Size, verify
 
-CASES: tuple[Case, ...] = check_head.CASES + check_tokens.CASES + check_attention.CASES
+CASES: tuple[Case, ...] = (
+    check_head.CASES + check_tokens.CASES + check_attention.CASES + check_optimizer.CASES
+)
 
 # Odd sizes: a vocabulary that no block divides, responses over a block of 1024, two chunks of rows.
 SMALL = Size(
