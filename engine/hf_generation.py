@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine.config import SamplingConfig
+from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.sampling import Completion, Ending, Request, accepts, draw
 
 
@@ -45,6 +45,29 @@ def hf_generate(
             rows = list(range(start, min(start + max_sequences, len(prompts))))
             completions += _complete(module, request, rows, ending, pad_token_id, group, device)
     return completions
+
+
+class PaddedEngine:
+    """hf_generate with the constructor and the calls of RolloutEngine."""
+
+    def __init__(self, module: nn.Module, config: RolloutConfig, **setup):
+        """setup: eos_token_ids, pad_token_id, tokenizer, group, device."""
+        self.module, self.config, self.setup = module, config, setup
+
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], *, progress=None
+    ) -> list[Completion]:
+        """As RolloutEngine.generate; progress is told once, at the end."""
+        slots = self.config.max_sequences
+        completions = hf_generate(
+            self.module, prompts, sampling, seeds, max_sequences=slots, **self.setup
+        )
+        if progress:
+            progress(len(prompts), len(prompts))
+        return completions
+
+    def release(self) -> None:
+        """Nothing outlives a call."""
 
 
 @contextmanager

@@ -115,8 +115,12 @@ def load_model(
     return module.eval()
 
 
-def attention_implementation(wanted: str) -> str:
-    """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA."""
+def attention_implementation(wanted: str, hf_config: Any) -> str:
+    """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA.
+
+    Without flash-attn, attention with soft-capped scores (Gemma 2) is eager: SDPA has no cap, and
+    some versions of transformers drop it without a word.
+    """
     if wanted != "auto":
         return wanted
     from transformers import utils
@@ -126,7 +130,7 @@ def attention_implementation(wanted: str) -> str:
             installed = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
             if installed():
                 return f"flash_attention_{version}"
-    return "sdpa"
+    return "eager" if getattr(hf_config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
@@ -136,7 +140,7 @@ def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
             module = auto.from_config(
                 hf_config,
                 trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention_implementation(config.attn),
+                attn_implementation=attention_implementation(config.attn, hf_config),
             )
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
@@ -234,7 +238,7 @@ def _load_with_transformers(
         dtype=dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention_implementation(config.attn),
+        attn_implementation=attention_implementation(config.attn, hf_config),
         output_loading_info=True,
     )
     del keep

@@ -1,5 +1,6 @@
 """PromptBatch -> Rollout: the actor's sampling, between the records and the rollout engine."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine import distributed
+from gearshift.engine import distributed, paged
 from gearshift.engine.batch import PromptBatch, Rollout
 from gearshift.engine.config import SamplingConfig
-from gearshift.engine.rollout import Completion, RolloutEngine
+from gearshift.engine.hf_generation import PaddedEngine
+from gearshift.engine.rollout import RolloutEngine
+from gearshift.engine.sampling import Completion
+
+logger = logging.getLogger("gearshift")
 
 
 def sequence_seed(seed: int, row_id: int) -> int:
@@ -43,8 +48,24 @@ def end_token_ids(tokenizer: Any, lm: nn.Module) -> list[int]:
     return sorted(ends)
 
 
+def choose_engine(lm: nn.Module, wanted: str) -> type[RolloutEngine] | type[PaddedEngine]:
+    """The engine that `rollout.engine` names; "auto" is the paged one where the model allows it.
+
+    Raises ValueError, with the reason, for "paged" and a model that cannot.
+    """
+    if wanted == "hf":
+        return PaddedEngine
+    reason = paged.supports(lm)
+    if reason is None:
+        return RolloutEngine
+    if wanted == "paged":
+        raise ValueError(f"rollout.engine=paged: {reason}; use rollout.engine: hf")
+    logger.warning("rollout.engine=auto: %s; generating with a padded batch instead", reason)
+    return PaddedEngine
+
+
 def generate_responses(
-    engine: RolloutEngine,
+    engine: RolloutEngine | PaddedEngine,
     prompts: PromptBatch,
     sampling: SamplingConfig,
     seed: int,
