@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gearshift.engine.batch import PromptBatch
 from gearshift.engine.config import ModelConfig, RolloutConfig, SamplingConfig
+from gearshift.engine.hf_generation import PaddedEngine
 from gearshift.engine.models import load_model
 from gearshift.engine.responses import (
     as_rollout,
+    choose_engine,
     end_token_ids,
     generate_responses,
     sequence_seed,
@@ -129,3 +132,32 @@ def test_responses_end_at_their_end_token_or_their_limit(lm):
         assert (live[-1] == 2) == bool(finished)
         assert bool(finished) or len(live) == 6
     assert rollout.finished.any() and not rollout.finished.all()
+
+
+def test_the_padded_engine_draws_the_same_responses(lm):
+    setup = {"eos_token_ids": [2], "pad_token_id": 2}
+    rollouts = [
+        generate_responses(
+            engine(lm, RolloutConfig(), **setup),
+            prompts([[1, 5], [1, 6, 7]]),
+            SamplingConfig(max_new_tokens=6),
+            seed=3,
+            group=None,
+        )
+        for engine in (choose_engine(lm, "auto"), choose_engine(lm, "hf"))
+    ]
+    assert [choose_engine(lm, name).__name__ for name in ("paged", "hf")] == [
+        "RolloutEngine",
+        "PaddedEngine",
+    ]
+    assert rollouts[0].response_ids.equal(rollouts[1].response_ids)
+    torch.testing.assert_close(rollouts[0].rollout_logprobs, rollouts[1].rollout_logprobs)
+
+
+def test_a_model_without_paged_attention_falls_back_and_says_so(caplog):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    lm = AutoModelForCausalLM.from_config(tiny.llama_config(rope_parameters=rope))
+    assert choose_engine(lm, "auto") is PaddedEngine
+    assert "generating with a padded batch" in caplog.text
+    with pytest.raises(ValueError, match="rollout.engine=paged: .*; use rollout.engine: hf"):
+        choose_engine(lm, "paged")
