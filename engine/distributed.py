@@ -45,6 +45,9 @@ def start(threads: int = 0) -> torch.device:
     Raises ValueError where the launcher's port is taken or a rank has no GPU.
     """
     adopt_launcher_environment()
+    # Host temporaries above 32 MB are mapped anew for every op. In huge pages a tiny step with
+    # V = 32000 has 22 thousand page faults, in 4 kB pages 386 thousand (0.7 of 5.0 CPU seconds).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
