@@ -14,9 +14,11 @@ from importlib.metadata import version
 
 COMMANDS = {
     "demo": ("gearshift.launch.demo", "fetch a small model and train it: PPO in minutes"),
+    "plan": ("gearshift.launch.plan", "memory and seconds of a run before it starts"),
     "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
     "generate": ("gearshift.launch.generate", "sample from an exported model"),
     "report": ("gearshift.launch.report", "write a run folder's report.html"),
+    "bench": ("gearshift.launch.bench", "measure a step, generation, shifts, kernels"),
     "config-docs": ("gearshift.launch.config_docs", "write docs/config.md from the configuration"),
 }
 
