@@ -47,6 +47,10 @@ class Bounded:
 class OptimizerConfig(Bounded):
     """AdamW (Loshchilov and Hutter 2019) and its learning-rate schedule."""
 
+    name: Literal["adamw", "split_adamw"] = knob(
+        "adamw", "split_adamw: the fp32 master is the bf16 weights and 16 low bits; docs/memory.md"
+    )
+    moments: Literal["fp32", "bf16"] = knob("fp32", "of split_adamw; bf16 needs betas below 0.99")
     lr: float = knob(1e-6, "peak learning rate", least=0)
     beta1: float = knob(0.9, "decay of the first moment", least=0, most=1)
     beta2: float = knob(0.95, "decay of the second moment", least=0, most=1)
@@ -54,6 +58,19 @@ class OptimizerConfig(Bounded):
     weight_decay: float = knob(0.0, "decoupled weight decay; not applied to vectors", least=0)
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "decay after warm-up, to 0")
     warmup: float = knob(0.03, "share of all optimizer steps spent warming up", least=0, most=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.moments == "fp32":
+            return
+        if self.name == "adamw":
+            raise ValueError("moments=bf16: only split_adamw has them; set name to split_adamw")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if beta >= 0.99:
+                raise ValueError(
+                    f"{name}={beta}: bf16 moments do not resolve so slow a decay and freeze; use "
+                    "0.95, or moments: fp32"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
 from gearshift.engine.responses import end_token_ids, generate_responses
 from gearshift.engine.rollout import RolloutEngine
+from gearshift.engine.split_adamw import share_weights
 from gearshift.kernels import ops
 
 
@@ -34,6 +35,8 @@ class Trained:
             lr_scheduler=build_schedule(optimizer, config.optimizer, steps),
             config=ds_config,
         )
+        if config.optimizer.name == "split_adamw":
+            share_weights(self.optimizer)
 
     @property
     def learning_rate(self) -> float:

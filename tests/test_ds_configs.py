@@ -29,9 +29,12 @@ def test_name_tells_the_truth(name):
     parsed = DeepSpeedConfig(ds_config.load(name))
     zero = parsed.zero_config
     assert role in ("actor", "critic", "frozen")
-    assert set(options) <= {"bf16", "offload", "cpu", "nvme"}
+    assert set(options) <= {"bf16", "offload", "cpu", "nvme", "split"}
     assert zero.stage == int(stage.removeprefix("zero"))
     assert parsed.bfloat16_config.enabled == ("bf16" in options)
+    split = "split" in options
+    assert parsed.bfloat16_config.bf16_master_weights_and_grads == split
+    assert parsed.bfloat16_config.bf16_optimizer_states == split
     assert not parsed.float16_config.enabled
     assert parsed.train_batch_size == parsed.train_micro_batch_size_per_gpu == 1
     device = next((option for option in ("cpu", "nvme") if option in options), None)
@@ -45,7 +48,7 @@ def test_name_tells_the_truth(name):
         assert offload is None or offload.pin_memory
     if role != "frozen":
         assert parsed.gradient_clipping == 1.0
-        assert (parsed.grad_accum_dtype or "fp32") == "fp32"
+        assert (parsed.grad_accum_dtype or "fp32") == ("bf16" if split else "fp32")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("actor")])
