@@ -1,0 +1,94 @@
+"""What to change first where a plan does not fit, found by planning the changes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from gearshift.engine import ds_config
+from gearshift.engine.config import Config
+from gearshift.engine.hardware import GB, Hardware
+from gearshift.engine.memory import Plan, plan
+
+MOST_NODES = 64
+Settings = dict[str, dict]
+
+
+def advise(config: Config, hf_configs: dict[str, Any], ds: Settings, hardware: Hardware) -> str:
+    """One line: the first change, cheapest first, that makes the run fit, or more nodes."""
+
+    def fits(config: Config, ds: Settings, hardware: Hardware = hardware) -> bool:
+        return plan(config, hf_configs, ds, hardware).fits
+
+    before, done = (config, ds), []
+    cache_gb = _room_for_cache(plan(config, hf_configs, ds, hardware))
+    if cache_gb and fits(_cache(config, cache_gb), ds):
+        return f"set rollout.kv_cache_gb: {cache_gb}"
+    for said, change in _changes(config, ds):
+        if fits(*change(config, ds)):
+            return said
+    for said, change in _changes(config, ds):
+        config, ds = change(config, ds)
+        done.append(said)
+        if fits(config, ds):
+            return ", and ".join(done)
+    for said, settings in (("", before), (f", {', and '.join(done)}", (config, ds))):
+        for nodes in range(hardware.nodes + 1, MOST_NODES + 1):
+            more = replace(hardware, nodes=nodes)
+            if fits(*settings, more):
+                return f"use {nodes} nodes ({more.world} GPUs){said}"
+    return "use smaller models"
+
+
+def _room_for_cache(made: Plan) -> int:
+    """Whole GB beside everything else that generation holds."""
+    generate = next(phase for phase in made.phases if phase.name == "generate")
+    return max(0, int((made.hardware.usable - generate.total + generate.gpu["KV cache"]) / GB))
+
+
+def _cache(config: Config, cache_gb: int) -> Config:
+    return replace(config, rollout=replace(config.rollout, kv_cache_gb=float(cache_gb)))
+
+
+def _changes(config: Config, ds: Settings) -> Iterator[tuple[str, Callable]]:
+    """(what to write, a function of configuration and settings), cheapest in time first."""
+    ppo = config.ppo
+    if ppo.micro_batch_size > 1:
+        yield "set ppo.micro_batch_size: 1", lambda c, d: (_ppo(c, micro_batch_size=1), d)
+    if ppo.score_batch_size > 1:
+        yield "set ppo.score_batch_size: 1", lambda c, d: (_ppo(c, score_batch_size=1), d)
+    if not (config.actor.gradient_checkpointing and config.critic.gradient_checkpointing):
+        yield "set gradient_checkpointing: true on actor and critic", _recompute
+    frozen = [name for name in ds if name not in ("actor", "critic")]
+    if any("offload_param" not in ds[name]["zero_optimization"] for name in frozen):
+        yield "give the frozen models frozen_zero3_cpu_bf16.json", lambda c, d: (c, _on_host(d))
+    trained = [name for name in ds if name in ("actor", "critic")]
+    if any("offload_optimizer" not in ds[name]["zero_optimization"] for name in trained):
+        yield (
+            "give actor and critic {actor,critic}_zero3_bf16_offload.json",
+            lambda c, d: (c, _optimizer_on_host(d)),
+        )
+
+
+def _ppo(config: Config, **changes: Any) -> Config:
+    return replace(config, ppo=replace(config.ppo, **changes))
+
+
+def _recompute(config: Config, ds: Settings) -> tuple[Config, Settings]:
+    actor = replace(config.actor, gradient_checkpointing=True)
+    critic = replace(config.critic, gradient_checkpointing=True)
+    return replace(config, actor=actor, critic=critic), ds
+
+
+def _load(names: dict[str, str]) -> Settings:
+    frozen = ("frozen_zero3_cpu_bf16",)
+    return {role: ds_config.load(name, frozen=name in frozen) for role, name in names.items()}
+
+
+def _on_host(ds: Settings) -> Settings:
+    names = {name: "frozen_zero3_cpu_bf16" for name in ds if name not in ("actor", "critic")}
+    return ds | _load(names)
+
+
+def _optimizer_on_host(ds: Settings) -> Settings:
+    names = {name: f"{name}_zero3_bf16_offload" for name in ds if name in ("actor", "critic")}
+    return ds | _load(names)

@@ -1,0 +1,108 @@
+"""Seconds of each phase: the floor of the hardware over the share of it that is expected.
+
+The floors count multiplications and bytes. The shares are estimates until measured: 0.45 and 0.40
+are what plain transformers modules with SDPA reach of the dense bf16 rate in a forward and in
+training, 0.55 is a good decoder's share of its roof (published figures of vLLM on an H100).
+"""
+
+from dataclasses import dataclass
+
+from gearshift.engine.hardware import Hardware
+from gearshift.engine.memory_model import Zero, state_elements
+from gearshift.engine.shapes import Shape
+
+SCORE_SHARE = 0.45
+TRAIN_SHARE = 0.40
+DECODE_SHARE = 0.55
+LINK_SHARE = 0.7
+ADAM_BYTES = 36  # read and written per element: gradient, master, moments, weight
+HOST_BANDWIDTH = 150e9  # bytes per second of a node's memory, shared by its ranks
+DISK = 2e9  # bytes per second of a node's disk
+ALL_REDUCE_S = 15e-6  # of a decode step's activations: latency, not bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One rank's part of a PPO step at full lengths. rows: sequences."""
+
+    rows: int
+    prompt: int
+    response: int
+    score_pieces: int  # gradient-free forwards
+    train_pieces: int  # forwards and backwards of an epoch
+    epochs: int
+    updates: int  # optimizer steps
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def forward_flops(shape: Shape, work: Work) -> tuple[float, float]:
+    """(of body and causal attention, of the head on response tokens)."""
+    attention = 2 * shape.heads * shape.head_dim * shape.layers * work.length**2 * work.rows
+    body = 2 * shape.body * work.tokens + attention
+    return body, 2.0 * shape.head * work.rows * work.response
+
+
+def fetch_seconds(shape: Shape, zero: Zero, hw: Hardware) -> float:
+    """To bring every weight of a ZeRO-3 model to a rank once."""
+    if zero.stage < 3:
+        return 0.0
+    whole = zero.size * shape.total
+    seconds = whole * (hw.world - 1) / hw.world / (hw.link * LINK_SHARE)
+    if zero.parameters != "gpu":
+        seconds += whole / hw.world / (hw.gpu.host * LINK_SHARE)
+    return seconds
+
+
+def score_seconds(shape: Shape, zero: Zero, work: Work, hw: Hardware) -> float:
+    """One forward over all rows; weights are fetched while the layer before computes."""
+    compute = sum(forward_flops(shape, work)) / (hw.gpu.flops * SCORE_SHARE)
+    return max(compute, work.score_pieces * fetch_seconds(shape, zero, hw))
+
+
+def train_seconds(shape: Shape, zero: Zero, work: Work, hw: Hardware, recompute: bool) -> float:
+    """All epochs of forwards, backwards and optimizer steps."""
+    body, head = forward_flops(shape, work)
+    compute = ((4 if recompute else 3) * body + 3 * head) / (hw.gpu.flops * TRAIN_SHARE)
+    reduced = 4 * shape.total / (hw.link * LINK_SHARE) if hw.world > 1 else 0.0
+    moved = work.train_pieces * (2 * fetch_seconds(shape, zero, hw) + reduced)
+    return work.epochs * max(compute, moved) + work.updates * _adam(shape, zero, hw)
+
+
+def _adam(shape: Shape, zero: Zero, hw: Hardware) -> float:
+    part = state_elements(shape, zero, hw.world)
+    if zero.optimizer == "gpu":
+        return ADAM_BYTES * part / hw.gpu.bandwidth
+    on_host = ADAM_BYTES * part * hw.gpus_per_node / HOST_BANDWIDTH
+    return on_host + (4 + zero.size) * part / (hw.gpu.host * LINK_SHARE)
+
+
+def generate_seconds(
+    shape: Shape, zero: Zero, work: Work, hw: Hardware, tp: int, slots: int
+) -> float:
+    """Shift, prefill and decoding of `work.rows` x tp sequences by a TP group with `slots`."""
+    gpu, sequences = hw.gpu, work.rows * tp
+    weights = (shape.body + (shape.head or shape.embedding)) / tp
+    prefill = 2 * shape.body * work.rows * work.prompt / (gpu.flops * SCORE_SHARE)
+    together = min(slots, sequences)
+    product = max(2 * weights * together / gpu.flops, zero.size * weights / gpu.bandwidth)
+    context = work.prompt + work.response / 2
+    cache = together * context * shape.kv_bytes_per_token(tp, zero.size) / gpu.bandwidth
+    reduces = 2 * shape.layers * ALL_REDUCE_S if tp > 1 else 0.0
+    step = (product + cache) / DECODE_SHARE + reduces
+    steps = work.response * sequences / together
+    shift = 0.0
+    if hw.world > 1 and zero.stage == 3:
+        shift = zero.size * shape.total / tp / (hw.link * LINK_SHARE)
+    return shift + prefill + steps * step
+
+
+def save_seconds(shape: Shape, zero: Zero, hw: Hardware) -> float:
+    """A checkpoint of weights, master and moments, written by all nodes."""
+    return (12 + zero.size) * shape.total / hw.nodes / DISK

@@ -1,0 +1,134 @@
+"""The planner's arithmetic against real tensors: states on ranks, and what autograd saves."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gearshift.engine import ds_config, memory_model
+from gearshift.engine.config import OptimizerConfig
+from gearshift.engine.hardware import GPUS, Hardware
+from gearshift.engine.memory import Phase, Plan, compare
+from gearshift.engine.memory_model import Zero
+from gearshift.engine.shapes import published, shape_of
+from tests import tiny
+from tests.launch_ranks import launch
+
+
+@functools.cache
+def on_two_ranks() -> list[dict]:
+    """One object per case of rank 0: planned and measured bytes by phase."""
+    with tempfile.TemporaryDirectory() as folder:
+        wide = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+        model = tiny.save_policy(Path(folder, "model"), 2048, num_hidden_layers=4, **wide)
+        ranks = launch("ranks_memory.py", 2, Path(folder), f"{model}:zero3,{model}:zero3_bf16")
+    return ranks[0]
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=["fp32", "bf16"])
+def test_planned_states_are_the_tensors_that_live(case):
+    found = on_two_ranks()[case]
+    buckets = found["planned"].pop("buckets")  # far larger than these models: they would hide them
+    assert set(found["planned"]) == {"load", "update_actor", "update_critic", "generate"}
+    for phase, planned in found["planned"].items():
+        measured = found["measured"][phase] - buckets
+        assert measured == pytest.approx(planned - buckets, rel=0.05), json.dumps(found)
+
+
+def saved_bytes(layers: int, dtype: torch.dtype, batch: int, length: int) -> int:
+    """Storages that a forward keeps for backward, without the weights."""
+    config = tiny.llama_config(
+        64,
+        hidden_size=256,
+        intermediate_size=640,
+        head_dim=64,
+        num_hidden_layers=layers,
+        attn_implementation="sdpa",
+    )
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.ones(batch, length, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # left padding: SDPA gets a mask, as in training
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        total = sum(storage.nbytes() for storage in kept.values())
+    del output
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_per_layer_are_what_autograd_saves(dtype):
+    batch, length = 2, 64
+    three, one = (saved_bytes(layers, dtype, batch, length) for layers in (3, 1))
+    measured = (three - one) / 2 / (batch * length)
+    config = tiny.llama_config(64, hidden_size=256, intermediate_size=640, head_dim=64)
+    planned = memory_model.saved_per_token(shape_of(config, "policy"), dtype.itemsize)
+    assert measured == pytest.approx(planned, rel=0.05)
+
+
+def test_published_parameter_counts():
+    """Of the model cards: 7,615,616,512 and 8,030,261,248."""
+    assert shape_of(published("qwen2.5-7b"), "policy").total == 7_615_616_512
+    llama = shape_of(published("llama3-8b"), "policy")
+    assert llama.total == 8_030_261_248
+    assert llama.body == pytest.approx(6.98e9, rel=0.001)
+    assert llama.kv_bytes_per_token(1, 2) == 131_072
+    assert llama.kv_bytes_per_token(16, 2) == 131_072 // 8  # a head is not cut
+
+
+def bytes_per_parameter(settings: str, **optimizer) -> tuple[float, float]:
+    """(on the GPU, on the host) at one rank, without buckets, small weights and rounding."""
+    shape = shape_of(published("llama3-8b"), "policy")
+    zero = Zero.of(ds_config.load(settings))
+    states = memory_model.trained_states(shape, zero, 1, OptimizerConfig(**optimizer))
+    left_out = ("reduce buckets", "small weights, whole", "pinned rounding")
+    gpu, host = (
+        sum(size for what, size in place.items() if what not in left_out)
+        for place in (states.gpu, states.host)
+    )
+    return gpu / shape.total, host / shape.total
+
+
+def test_bytes_per_parameter_follow_the_json_and_the_optimizer():
+    assert bytes_per_parameter("actor_zero3_bf16") == (18, 0)
+    assert bytes_per_parameter("actor_zero3_bf16_offload") == (0, 22)
+    assert bytes_per_parameter("actor_zero2_bf16") == (14, 0)  # gradients live in the update only
+
+
+def test_bytes_per_parameter_of_a_split_master():
+    pytest.importorskip("gearshift.engine.split_adamw")
+    split = {"name": "split_adamw"}
+    assert bytes_per_parameter("actor_zero3_bf16_split", **split, moments="fp32") == (14, 0)
+    assert bytes_per_parameter("actor_zero3_bf16_split", **split, moments="bf16") == (10, 0)
+
+
+def test_compare_reports_deviations_only():
+    place = Hardware(gpu=GPUS["h100"], name="h100", gpus_per_node=1, nodes=1, host_bytes=64e9)
+    phases = [Phase(name=n, gpu={"x": 10e9}, host=0, seconds=1) for n in ("generate", "reference")]
+    made = Plan(
+        hardware=place,
+        roles=(),
+        phases=tuple(phases),
+        tp=1,
+        micro_batch=1,
+        kv_slots=1,
+        kv_wanted=1,
+        refuse_reason=None,
+    )
+    near, far = compare(made, {"memory_gb/generate": 10.4, "memory_gb/ref": 12.0})
+    assert near == "generate: planned 10.0 GB, measured 10.4"
+    assert far == "reference: planned 10.0 GB, measured 12.0, +20% off the plan"
+    assert compare(made, {"step": 1}) == []

@@ -1,0 +1,85 @@
+"""`gearshift plan`: verdicts, exit statuses, overrides, JSON, and mistakes."""
+
+import json
+
+import pytest
+import yaml
+
+from gearshift.launch import cli
+
+FROZEN = "frozen_zero3_cpu_bf16.json"
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    """Four models of 0.5B, without any file but this."""
+    settings = {
+        "actor": {"path": "shape:qwen2.5-0.5b", "deepspeed": "actor_zero3_bf16.json"},
+        "critic": {"deepspeed": "critic_zero3_bf16.json"},
+        "reference": {"deepspeed": FROZEN},
+        "rewards": [
+            {"name": "rm", "kind": "model", "path": "shape:qwen2.5-0.5b", "deepspeed": FROZEN}
+        ],
+        "ppo": {"prompts_per_step": 8, "minibatch_size": 8, "micro_batch_size": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def plan_json(capsys, *arguments: str) -> tuple[int, dict]:
+    status = cli.main(["plan", "--json", *arguments])
+    out = capsys.readouterr().out
+    return status, json.loads(out[out.index("{\n") :])  # DeepSpeed may log its accelerator first
+
+
+def test_a_run_that_fits(capsys, run_yaml):
+    status, made = plan_json(capsys, "--config", run_yaml, "--gpu", "h100")
+    assert (status, made["verdict"], made["reason"]) == (0, "FITS", None)
+    assert {p["name"] for p in made["phases"]} == {
+        *("load", "generate", "rewards", "reference", "logprobs", "values"),
+        *("update_actor", "update_critic", "save"),
+    }
+    assert made["kv_slots"] == made["kv_slots_wanted"] == 8
+    assert made["largest_micro_batch"] == 8
+    # The published count: 494,032,768 parameters with tied embeddings.
+    assert made["roles"][0]["parameters"] == 494_032_768
+
+
+def test_a_run_that_does_not_fit_says_what_to_change(capsys, run_yaml):
+    large = ["--actor.path", "shape:llama3-8b", "--ppo.micro_batch_size=8"]
+    status, made = plan_json(capsys, "--config", run_yaml, "--gpu", "rtx4090", *large)
+    assert (status, made["verdict"]) == (3, "DOES NOT FIT")
+    assert made["largest_micro_batch"] == 0
+    assert "GB" in made["reason"] and made["change"]
+
+
+def test_the_change_it_names_makes_the_run_fit(capsys, run_yaml):
+    wide = ["--ppo.micro_batch_size=8", "--sampling.max_new_tokens=4096"]
+    where = ["--config", run_yaml, "--gpu", "a100-40", *wide]
+    status, made = plan_json(capsys, *where)
+    assert (status, made["change"]) == (3, "set ppo.micro_batch_size: 1")
+    assert plan_json(capsys, *where, "--ppo.micro_batch_size=1")[0] == 0
+
+
+def test_the_table_ends_with_the_verdict(capsys, run_yaml):
+    assert cli.main(["plan", "--config", run_yaml, "--gpu", "h100"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("FITS")
+    assert "update_critic" in shown and "estimate until measured" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpu", "h20"], "--gpu=h20: unknown; did you mean h200?"),
+        (["--gpus", "0"], "--gpus=0: must be at least 1"),
+        (["--actor.path", "shape:qwen2.5-8b"], "actor.path=shape:qwen2.5-8b: unknown; did"),
+        (["--actor.path", "/no/such"], "path='/no/such': no such directory"),
+        (["--ppo.micro_batch", "1"], "ppo.micro_batch"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, run_yaml, arguments, told):
+    assert cli.main(["plan", "--config", run_yaml, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error and error.count("\n") == 1
