@@ -17,8 +17,7 @@ from gearshift.engine.config import Config, PPOConfig, SamplingConfig, TrainedCo
 from gearshift.engine.heads import Policy, ScoreModel, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
-from gearshift.engine.responses import end_token_ids, generate_responses
-from gearshift.engine.rollout import RolloutEngine
+from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
 from gearshift.engine.split_adamw import share_weights
 from gearshift.kernels import ops
 
@@ -69,12 +68,13 @@ class Actor(Trained):
         self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
+        self.sampler = choose_engine(lm, config.rollout.engine)
         self.gearbox = Gearbox(self.engine, lm, config.rollout, device=self.engine.device)
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig, progress=None) -> Rollout:
         """One response per row; a row's tokens depend on its row_id, not on its batch or rank."""
         with self.gearbox.generation() as module:
-            engine = RolloutEngine(
+            engine = self.sampler(
                 module,
                 self.config.rollout,
                 eos_token_ids=self.ends,
