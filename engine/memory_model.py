@@ -12,7 +12,6 @@ from gearshift.engine.shapes import Shape
 from gearshift.kernels.linear_head import CUDA_LOGITS_BYTES
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Zero:
     """What the planner reads of a DeepSpeed JSON."""

@@ -84,9 +84,7 @@ def measure(config: Config) -> dict[str, int]:
 
 def planned(config: Config) -> dict[str, float]:
     """The same from the plan: states of GPU and host together, as both are the host here."""
-    place = Hardware(
-        gpu=GPUS["h100"], name="two ranks", gpus_per_node=2, nodes=1, host_bytes=64e9
-    )
+    place = Hardware(gpu=GPUS["h100"], name="two ranks", gpus_per_node=2, nodes=1, host_bytes=64e9)
     made = memory.plan(config, *plan_inputs.read(config), place)
     phases = {phase.name: phase for phase in made.phases}
     states = {role.name: role.states for role in made.roles}
