@@ -1,4 +1,4 @@
-"""A whole training job of tiny models: its files, its YAML, and `launch/train.py` in this process."""
+"""A training job of tiny models: its files, its YAML, and `launch/train.py` in this process."""
 
 import json
 import os
