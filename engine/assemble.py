@@ -11,6 +11,7 @@ from gearshift.engine import ds_config
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
 from gearshift.engine.models import load_config, load_model, load_tokenizer, location
+from gearshift.engine.optim import check_optimizer
 from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
@@ -48,6 +49,9 @@ def draw_up(config: Config) -> Blueprint:
         deepspeed[reward.name] = ds_config.load(reward.deepspeed, frozen=True)
     for settings in deepspeed.values():
         ds_config.check_nvme(settings)
+    for role in {"actor", "critic"} & set(deepspeed):
+        with _errors_of(role):
+            check_optimizer(getattr(config, role).optimizer, deepspeed[role])
     named = _named_models(config)
     for key, model in named.items():
         with _errors_of(key):
