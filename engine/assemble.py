@@ -160,7 +160,7 @@ def _errors_of(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        field = str(error).startswith(("path=", "tokenizer="))
+        field = str(error).startswith(("path=", "tokenizer=", "optimizer."))
         raise ValueError(f"{key}.{error}" if field else str(error)) from None
 
 
