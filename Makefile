@@ -1,4 +1,5 @@
-# make demo: PPO on a real language model. make test: the suite. Both set up .venv first.
+# make demo: PPO on a real language model (ARGS="--run.seed 1"). make test: the suite.
+# Both set up .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/gearshift demo
+	$(BIN)/gearshift demo $(ARGS)
 
 test: setup
 	$(BIN)/pytest -q -m "not slow and not gpu"
