@@ -13,8 +13,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
+from gearshift.kernels.adamw import join_master, split_master
 from gearshift.kernels.check_case import Size, Tensors
 from gearshift.kernels.check_head import BONUS, CLIP
+from gearshift.kernels.check_optimizer import SETTINGS
 from gearshift.kernels.check_tokens import GAE, SAMPLERS, TEMPERATURE, VALUE_CLIP
 
 Peer = Callable[[Tensors, Size], Tensors]
@@ -231,6 +233,19 @@ def _cce(exact: bool, hidden, weight, token_ids):
     return linear_cross_entropy(hidden, weight, token_ids, impl="cce", **options)
 
 
+def _adamw(inputs: Tensors, size: Size) -> Tensors:
+    """The step in plain PyTorch on a float32 master that is put together and split again."""
+    lr, beta1, beta2, eps, decay, step = SETTINGS.values()
+    grad = inputs["grad"].float()
+    master = join_master(inputs["weight"], inputs["low"])
+    first = beta1 * inputs["exp_avg"].float() + (1 - beta1) * grad
+    second = beta2 * inputs["exp_avg_sq"].float() + (1 - beta2) * grad.square()
+    root = (second / (1 - beta2**step)).sqrt() + eps
+    master = (1 - lr * decay) * master - lr / (1 - beta1**step) * first / root
+    found = {"master": join_master(*split_master(master)), "exp_avg": first, "exp_avg_sq": second}
+    return {name: value[:, None] for name, value in found.items()}
+
+
 @functools.cache
 def _compiled(function: Callable) -> Callable:
     return torch.compile(function)
@@ -288,6 +303,8 @@ def peers_of(case: str) -> dict[str, Peer]:
             "compile": part(_value_loss, compiled(_clipped_values)),
         },
         "paged_attention": {"eager": _gathered_attention},
+        "adamw_split_step.fp32": {"eager": _adamw},
+        "adamw_split_step.bf16": {"eager": _adamw},
     }
     return table.get(case, {})
 

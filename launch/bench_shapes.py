@@ -116,6 +116,17 @@ def _per_token(read: int, written: int, operations: int) -> Callable[[Size, int]
     return floor
 
 
+def _adamw(moment: int) -> Callable[[Size, int], Floor]:
+    """The case copies its inputs, since a step changes them: two passes, then one of the step."""
+
+    def floor(size: Size, item: int) -> Floor:
+        parameters = size.rows * size.vocab
+        state = 4 + 2 * moment  # weight, low bits and both moments
+        return Floor(parameters * (3 * (state + item) + state), parameters * 15)
+
+    return floor
+
+
 # By case: (size, bytes of an element of logits, hidden states or cache) -> Floor.
 FLOORS: dict[str, Callable[[Size, int], Floor]] = {
     "linear_logprob": lambda size, item: _head(size, item, 1, gradients=False),
@@ -132,4 +143,6 @@ FLOORS: dict[str, Callable[[Size, int], Floor]] = {
     "sample_tokens.top_p": _sample,
     "sample_tokens.greedy": _sample,
     "paged_attention": _attention,
+    "adamw_split_step.fp32": _adamw(4),
+    "adamw_split_step.bf16": _adamw(2),
 }
