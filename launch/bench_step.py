@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab", type=int, nargs="+", default=[32_000, 150_000], help="vocabulary sizes"
     )
     peer.add_argument("--repeats", type=int, default=2, help="processes of each, in turns")
+    peer.add_argument("--peer-batch", type=int, default=8, help="rows TRL generates at a time")
     peer.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
     parser.set_defaults(overrides=[])
 

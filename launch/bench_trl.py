@@ -116,7 +116,7 @@ def _trainer(task: dict, folder: Path, clock: Any) -> Any:
         num_mini_batches=1,
         per_device_train_batch_size=task["micro_batch"],
         gradient_accumulation_steps=task["rows"] // task["micro_batch"],
-        local_rollout_forward_batch_size=task["score_batch"],
+        local_rollout_forward_batch_size=task["peer_batch"],
         total_episodes=task["rows"] * (1 + task["steps"]),
         response_length=task["response_tokens"],
         temperature=1.0,

@@ -1,9 +1,10 @@
 """One PPO step of a tiny Llama by Gearshift and by TRL: the same work, in separate processes.
 
 Equal for both: checkpoints of policy, critic and reward model (one architecture), prompts, fixed
-response length, fp32, one epoch of one minibatch, micro-batch, rows of a gradient-free forward,
-clip ranges, gamma, lambda, KL, AdamW, one thread. The processes take turns: ours, theirs, theirs,
-ours. Compared are, as medians over the processes,
+response length, fp32, one epoch of one minibatch, micro-batch, clip ranges, gamma, lambda, KL,
+AdamW, one thread. We generate all rows at once and score 8 at a time; TRL does both with
+--peer-batch rows at a time (fewer take less memory and more time). The processes take turns: ours,
+theirs, theirs, ours. Compared are, as medians over the processes,
 
     growth   peak resident memory of a step, above what is resident when the models are built and
              one forward of a few tokens is done (VmHWM, reset when the step begins, less VmRSS)
@@ -40,12 +41,15 @@ class Task:
     response_tokens: int = 128
     micro_batch: int = 4
     score_batch: int = 8
+    peer_batch: int = 8  # TRL generates and scores this many rows at a time
     steps: int = 3
     hidden: int = 64
     layers: int = 2
     seed: int = 0
 
     def __post_init__(self):
+        if self.peer_batch < 1:
+            raise ValueError(f"--peer-batch {self.peer_batch}: at least 1")
         if self.vocab < 2 * len(_SPECIAL):
             raise ValueError(f"--vocab {self.vocab}: at least {2 * len(_SPECIAL)}")
 
@@ -54,7 +58,8 @@ def main(args: argparse.Namespace) -> int:
     """Prints a table of ratios, or one line when the peer is not installed."""
     if args.config:
         raise ValueError("--config: --vs-trl brings its own models and recipe; leave one out")
-    tasks = [Task(vocab=vocab, steps=args.steps) for vocab in args.vocab]
+    size = {"steps": args.steps, "peer_batch": args.peer_batch}
+    tasks = [Task(vocab=vocab, **size) for vocab in args.vocab]
     missing = ask([args.peer_python, "-m", "gearshift.launch.bench_trl", "--check"]).strip()
     if missing:
         print(f"skipped: {args.peer_python}: {missing}")

@@ -186,6 +186,7 @@ def test_a_failed_process_is_told():
         (["--vs-trl", "--repeats", "0"], "--repeats=0: at least 1"),
         (["--vs-trl", "--config", "x.yaml"], "--config: --vs-trl brings its own"),
         (["--vs-trl", "--vocab", "5"], "--vocab 5: at least 8"),
+        (["--vs-trl", "--peer-batch", "0"], "--peer-batch 0: at least 1"),
         (["--vs-trl", "--peer-python", "/absent/python"], "/absent/python"),
         (["--config", "x.yaml", "--json", "/absent/out.json"], "--json=/absent/out.json: "),
     ],
