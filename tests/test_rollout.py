@@ -280,8 +280,7 @@ def _rank(rank, port, folder):
 
 
 def test_ranks_of_a_group_keep_to_rank_0s_draws(tmp_path, expected, free_port):
-    # fork: a spawned process would spend its time on imports.
-    mp.start_processes(_rank, (free_port, tmp_path), nprocs=2, start_method="fork")
+    mp.spawn(_rank, (free_port, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
     assert first == second
     for completions in first:
