@@ -14,7 +14,7 @@ NAMES += ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 @pytest.fixture
-def environment(monkeypatch):
+def environment():
     """No launcher at all; restored afterwards, with whatever the code under test has set."""
     before = dict(os.environ)
     for name in NAMES:

@@ -128,7 +128,7 @@ def test_critic_warmup_leaves_the_actor_alone(models, update):
     assert trainer.actor.engine.global_steps == 0
     assert largest_difference(before, trainer.actor.lm.state_dict()) == 0
     assert trainer.critic.engine.global_steps == 4
-    assert float(trainer.critic.model.score.weight.abs().max()) > 0
+    assert trainer.critic.model.score.weight.any()
     trainer.step(tiny_run.prompts(config.ppo, 1))
     assert trainer.actor.engine.global_steps == 4
 

@@ -129,6 +129,7 @@ def test_logprobs_and_values_are_those_of_the_checkpoints(models, judged):
     critic = AutoModelForTokenClassification.from_pretrained(models / "policy", num_labels=1)
     critic.model, critic.score.weight = judge.model, judge.score.weight
     torch.nn.init.zeros_(critic.score.bias)
+    _, after = trainer.critic.values(experience)
     for row, count in enumerate(experience.lengths.tolist()):
         expected = own_logprobs(lm, experience, row)
         for name in ("logprobs", "ref_logprobs", "rollout_logprobs"):
@@ -137,8 +138,9 @@ def test_logprobs_and_values_are_those_of_the_checkpoints(models, judged):
             )
         live = experience.rows(torch.tensor([row])).trimmed()
         with torch.no_grad():
-            read = critic.eval()(live.input_ids).logits[0, -count - 1 : -1, 0]
-        torch.testing.assert_close(experience.values[row, :count], read, atol=1e-5, rtol=1e-5)
+            read = critic.eval()(live.input_ids).logits[0, -count - 1 :, 0]
+        torch.testing.assert_close(experience.values[row, :count], read[:-1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after[row], read[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_a_critic_from_the_actor_values_everything_at_zero(models):

@@ -122,7 +122,7 @@ def prompts(ppo: PPOConfig, step: int) -> PromptBatch:
     return PromptBatch(prompt_ids=ids, prompt_mask=mask, row_ids=torch.tensor(row_ids), columns={})
 
 
-def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 300) -> None:
+def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 900) -> None:
     """Runs tests/`script` on `ranks` real ranks; fails with what it printed."""
     here = Path(__file__).parent
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK")}
