@@ -27,6 +27,7 @@ from rich.table import Table
 
 from gearshift.launch.bench_step import write_json
 from gearshift.launch.bench_trl import PEER
+from gearshift.launch.train import quiet_libraries
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
@@ -60,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError("--config: --vs-trl brings its own models and recipe; leave one out")
     size = {"steps": args.steps, "peer_batch": args.peer_batch}
     tasks = [Task(vocab=vocab, **size) for vocab in args.vocab]
+    quiet_libraries()
     missing = ask([args.peer_python, "-m", "gearshift.launch.bench_trl", "--check"]).strip()
     if missing:
         print(f"skipped: {args.peer_python}: {missing}")
