@@ -19,6 +19,7 @@ from tests import tiny_run
 CASES = {
     "zero3_micro1": ("zero3", 2, {"micro_batch_size": 1, "score_batch_size": 3}),
     "zero2_micro8": ("zero2", 2, {"micro_batch_size": 8}),
+    "zero2_text": ("zero2", 1, {"ptx_coef": 0.3}),
     "zero0": ("zero0", 1, {}),
     "tied": (
         "zero3",
