@@ -1,6 +1,5 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
 from gearshift.engine.roles import Actor, Critic, Reference, RewardModel
-
-logger = logging.getLogger("gearshift")
 
 
 @dataclass(frozen=True, kw_only=True)

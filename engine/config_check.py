@@ -4,9 +4,9 @@ import re
 
 from gearshift.engine.config import Config, RewardConfig
 from gearshift.engine.config_schema import ConfigError
+from gearshift.engine.trackers import PACKAGES
 
 ROLES = ("actor", "critic", "reference")
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def check(config: Config, world_size: int = 1) -> list[str]:
@@ -66,8 +66,8 @@ def _check_names(config: Config) -> None:
                 f"of {', '.join(ROLES)}"
             )
     for name in config.run.trackers:
-        if name not in TRACKERS:
-            raise ConfigError(f"run.trackers={name}: expected any of {', '.join(TRACKERS)}")
+        if name not in PACKAGES:
+            raise ConfigError(f"run.trackers={name}: expected any of {', '.join(PACKAGES)}")
 
 
 def _check_critic(config: Config) -> None:

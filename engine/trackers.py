@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from gearshift.engine.config import RunConfig
 
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Tracker(Protocol):
@@ -23,11 +23,11 @@ class Tracker(Protocol):
 def check_trackers(names: list[str]) -> None:
     """Raises ValueError for an unknown tracker or a missing package, before any model is loaded."""
     for name in names:
-        if name not in _PACKAGES:
-            raise ValueError(f"run.trackers: {name!r}: choose from {', '.join(_PACKAGES)}")
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
+        if name not in PACKAGES:
+            raise ValueError(f"run.trackers: {name!r}: choose from {', '.join(PACKAGES)}")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
             raise ValueError(
-                f"run.trackers: {name!r} is not installed: pip install {_PACKAGES[name]}"
+                f"run.trackers: {name!r} is not installed: pip install {PACKAGES[name]}"
             )
 
 

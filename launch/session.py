@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ class Session:
         for role, settings in self.blueprint.deepspeed.items():
             (self.folder / f"ds_{role}.json").write_text(json.dumps(settings, indent=2) + "\n")
         (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        return RunLog(self.config.run, _plain(self.config), resumed_step=self.trainer.steps_done)
+        return RunLog(self.config.run, asdict(self.config), resumed_step=self.trainer.steps_done)
 
 
 def check_folder(folder: Path, resumed: Path | None) -> None:
@@ -201,9 +202,3 @@ def environment() -> dict[str, Any]:
         "ranks": distributed.world_size(),
         "threads per rank": torch.get_num_threads(),
     }
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(config)

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from gearshift.engine import trackers
 from gearshift.engine.config import RunConfig
 from gearshift.engine.metrics import StepMetrics, peak_memory, reset_peak_memory
 from gearshift.engine.run_log import RunLog
+from tests.launch_ranks import free_port
 
 NAN = torch.nan
 
@@ -154,10 +154,7 @@ def test_nothing_added_is_nothing(metrics):
 @pytest.fixture(scope="module")
 def two_ranks() -> list[list[dict]]:
     """Per case of ranks_metrics.py, the answers of rank 0 and rank 1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    here = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = [
         subprocess.Popen(
             [sys.executable, Path(__file__).with_name("ranks_metrics.py")],

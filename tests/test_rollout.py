@@ -12,6 +12,7 @@ from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.hf_generation import hf_generate
 from gearshift.engine.rollout import RolloutEngine
 from gearshift.kernels import ops
+from tests.launch_ranks import free_port
 from tests.rollout_models import build, forced_logits, make_prompts
 
 LENGTHS = [9, 21, 4, 1, 30, 13, 16, 17, 2, 8, 25, 12]
@@ -279,21 +280,12 @@ def _rank(rank, port, folder):
     dist.destroy_process_group()
 
 
-def test_ranks_of_a_group_keep_to_rank_0s_draws(tmp_path, expected, free_port):
-    mp.spawn(_rank, (free_port, tmp_path), nprocs=2)
+def test_ranks_of_a_group_keep_to_rank_0s_draws(tmp_path, expected):
+    mp.spawn(_rank, (free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
     assert first == second
     for completions in first:
         assert [ids for ids, _ in completions] == [c.token_ids for c in expected]
-
-
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow

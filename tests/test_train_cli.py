@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from gearshift.engine import config_load
 from gearshift.launch import train
 from tests import tiny_job
+from tests.launch_ranks import free_port
 
 PHASES = {"generate", "rewards", "logprobs", "ref", "values", "update_actor", "update_critic"}
 METRICS = {
@@ -226,10 +226,8 @@ def launched(command: list[str], timeout: int = 600) -> subprocess.CompletedProc
 
 
 def deepspeed(*arguments: object) -> subprocess.CompletedProcess:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--master_port", port]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
+    launcher += ["--master_port", free_port()]
     return launched(
         [*launcher, "--num_accelerators", "2", str(tiny_job.TRAIN), *map(str, arguments)]
     )
