@@ -4,43 +4,11 @@ The text of a knob is its help, its line in docs/config.md and its error message
 Bounds that concern one field are in `knob`; those that concern several are in `__post_init__`.
 """
 
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-
-def knob(default: Any = MISSING, text: str = "", *, above=None, least=None, most=None) -> Any:
-    """A documented field; `above` is an exclusive lower bound, `least` and `most` are inclusive."""
-    bounds = {"text": text, "above": above, "least": least, "most": most}
-    if isinstance(default, (list, tuple, dict)) and not default:
-        return field(default_factory=type(default), metadata=bounds)
-    return field(default=default, metadata=bounds)
-
-
-def section(kind: type, text: str) -> Any:
-    """A nested dataclass with its own defaults."""
-    return field(default_factory=kind, metadata={"text": text})
-
-
-def check_bounds(config: Any) -> None:
-    """Raises ValueError naming the first field of `config` outside its bounds."""
-    for entry in fields(config):
-        value, rule = getattr(config, entry.name), entry.metadata
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if rule.get("above") is not None and not value > rule["above"]:
-            raise ValueError(f"{entry.name}={value}: must be above {rule['above']}")
-        if rule.get("least") is not None and not value >= rule["least"]:
-            raise ValueError(f"{entry.name}={value}: must be at least {rule['least']}")
-        if rule.get("most") is not None and not value <= rule["most"]:
-            raise ValueError(f"{entry.name}={value}: must be at most {rule['most']}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounded:
-    """Checks every field's own bounds when an instance is made."""
-
-    def __post_init__(self):
-        check_bounds(self)
+from gearshift.engine.config_fields import Bounded, knob, section
+from gearshift.engine.config_run import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,24 +248,6 @@ class PPOConfig(Bounded):
     @property
     def optimizer_steps_per_step(self) -> int:
         return self.epochs * (self.rows_per_step // self.minibatch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(Bounded):
-    """The run folder and what is written to it."""
-
-    dir: str = knob("runs/latest", "run folder; must be empty or new unless resumed")
-    steps: int = knob(100, "PPO steps", least=1)
-    seed: int = knob(0, "of data order, sampling and initialisation", least=0)
-    resume: str = knob("auto", "auto: continue the run folder's last checkpoint; none; or a path")
-    save_every: int = knob(0, "PPO steps between checkpoints; 0: only at the end", least=0)
-    keep_checkpoints: int = knob(2, "older checkpoints are deleted", least=1)
-    export: bool = knob(True, "write Hugging Face directories of actor and critic at the end")
-    sample_every: int = knob(5, "PPO steps between sample tables; 0: never", least=0)
-    samples: int = knob(4, "rows of a sample table", least=1)
-    trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
-    tracker_project: str = knob("gearshift", "project name for wandb and trackio")
-    threads: int = knob(0, "CPU threads per rank; 0: cores / ranks on this node", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
