@@ -73,24 +73,32 @@ def _top_p_floor(logits, weights, top_p31):
 
 
 def _draw(logits, weights, uniform, plan):
+    """Tokens [B] and the weight of all tokens [B]; `weights` [B, V] is overwritten."""
+    total = weights.sum(1) if plan.top_k or plan.top_p31 else None
     if plan.top_k:
         weights.masked_fill_(logits < _top_k_floor(logits, plan.top_k), 0)
     if plan.top_p31:
         weights.masked_fill_(logits < _top_p_floor(logits, weights, plan.top_p31), 0)
     cumulative = weights.cumsum_(1)
-    target = _fraction(cumulative[:, -1:], uniform[:, None] >> 1)
+    kept = cumulative[:, -1:]
+    target = _fraction(kept, uniform[:, None] >> 1)
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return tokens.clamp_(max=logits.shape[1] - 1)  # only a row without finite logits gets there
+    tokens.clamp_(max=logits.shape[1] - 1)  # only a row without finite logits gets there
+    return tokens, kept[:, 0] if total is None else total
 
 
 def _sample_rows(logits, uniform, plan):
     logits = logits.float().contiguous()
-    peak = logits.amax(1, keepdim=True)
-    weights = (logits - peak).mul_(plan.scale).exp2_().mul_(2.0**FRACTION_BITS).long()
-    total = weights.sum(1).float() * 2.0**-FRACTION_BITS
-    tokens = logits.argmax(1) if plan.greedy else _draw(logits, weights, uniform, plan)
-    chosen = (logits.gather(1, tokens[:, None]) - peak)[:, 0] * plan.scale
-    logprobs = (chosen - total.log2()) * _LN2
+    if plan.greedy:
+        # One pass gives both; argmax alone takes 2.6 times as long on a CPU.
+        peak, tokens = logits.max(1, keepdim=True)
+        tokens, logprobs = tokens[:, 0], (logits - peak).exp_().sum(1).log_().neg_()
+    else:
+        peak = logits.amax(1, keepdim=True)
+        weights = (logits - peak).mul_(plan.scale).exp2_().mul_(2.0**FRACTION_BITS).long()
+        tokens, total = _draw(logits, weights, uniform, plan)
+        chosen = (logits.gather(1, tokens[:, None]) - peak)[:, 0] * plan.scale
+        logprobs = (chosen - (total.float() * 2.0**-FRACTION_BITS).log2()) * _LN2
     broken = ~peak[:, 0].isfinite()
     return tokens.masked_fill_(broken, 0), logprobs.masked_fill_(broken, math.nan)
 
