@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gearshift.engine.config_fields import Bounded, knob, section
-from gearshift.engine.config_run import RunConfig
+from gearshift.engine.config_run import GuardConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,3 +264,4 @@ class Config(Bounded):
     sampling: SamplingConfig = section(SamplingConfig, "how responses are drawn")
     rollout: RolloutConfig = section(RolloutConfig, "the generation gear")
     ppo: PPOConfig = section(PPOConfig, "the algorithm")
+    guards: GuardConfig = section(GuardConfig, "what is watched, and what follows")
