@@ -51,13 +51,20 @@ class ModelConfig(Bounded):
     tokenizer: str | None = knob(None, "tokenizer directory or hub id; null: the model's own")
     deepspeed: str = knob("actor_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
     attn: str = knob("auto", "attention implementation; auto: flash-attn if installed, else sdpa")
-    gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory")
+    gradient_checkpointing: bool | None = knob(
+        None, "recompute activations in backward: less memory; null: where the plan needs it"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedConfig(ModelConfig):
     """A model that is trained."""
 
+    sleep: Literal["auto", "never", "gradients", "exchange", "always"] = knob(
+        "auto",
+        "what leaves the GPU outside its own update: nothing; gradient buffers; and, for the host, "
+        "the optimizer's states while the other model trains, or always; auto: the plan decides",
+    )
     optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW and its schedule")
 
 

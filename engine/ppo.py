@@ -5,6 +5,8 @@ the kernels; docs/objective.md says where they differ from common write-ups. Thi
 DeepSpeed nor transformers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ from gearshift.engine.objective import (
     shape_scores,
     token_weights,
 )
+from gearshift.engine.residence import Residence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class PPOTrainer:
         self.actor, self.critic = roles.actor, roles.critic
         self.kl = KLController.of(config.ppo)
         self.steps_done = 0
+        trained = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+        sleepers = {name: role.sleeper for name, role in trained.items()}
+        self.residence = Residence(sleepers, joint=config.ppo.update == "joint")
+        self.residence.enter("load")
 
     def step(
         self, prompts: PromptBatch, progress: Any = None
@@ -60,7 +67,7 @@ class PPOTrainer:
         metrics.add_value("episode", (self.steps_done + 1) * self.ppo.rows_per_step)
         metrics.add_value("objective/kl_coef", self.kl.coef)
         with metrics.time("step"):
-            with metrics.phase("generate"):
+            with self._phase(metrics, "generate"):
                 rollout = self.actor.generate(prompts, self.config.sampling, progress)
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
@@ -75,14 +82,14 @@ class PPOTrainer:
     def make_experience(self, rollout: Rollout, metrics: StepMetrics) -> Experience:
         """Judges the rollout and credits each token."""
         mask, ppo = rollout.response_mask, self.ppo
-        with metrics.phase("rewards"):
+        with self._phase(metrics, "rewards"):
             raw, by_name = self.roles.rewards.scores(rollout, self.actor.tokenizer)
-        with metrics.phase("logprobs"):
+        with self._phase(metrics, "logprobs"):
             logprobs = self._old_logprobs(rollout, metrics)
-        with metrics.phase("ref"):
+        with self._phase(metrics, "ref"):
             reference = self.roles.reference
             ref_logprobs = reference.logprobs(rollout) if reference else logprobs
-        with metrics.phase("values"):
+        with self._phase(metrics, "values"):
             values, after = torch.zeros_like(logprobs), torch.zeros_like(raw)
             if self.critic:
                 values, after = self.critic.values(rollout)
@@ -117,15 +124,23 @@ class PPOTrainer:
         """The epochs of clipped updates: actor then critic, or both on every minibatch."""
         actor = self.actor if self.steps_done >= self.ppo.critic_warmup_steps else None
         if self.ppo.update == "joint":
-            with metrics.phase("update_actor"):
+            with self._phase(metrics, "update_actor"):
                 self._epochs(experience, actor, self.critic, metrics)
             return
         if actor:
-            with metrics.phase("update_actor"):
+            with self._phase(metrics, "update_actor"):
                 self._epochs(experience, actor, None, metrics)
         if self.critic:
-            with metrics.phase("update_critic"):
+            with self._phase(metrics, "update_critic"):
                 self._epochs(experience, None, self.critic, metrics)
+
+    @contextmanager
+    def _phase(self, metrics: StepMetrics, name: str) -> Iterator[None]:
+        """A phase, timed, once the states of actor and critic are where it wants them."""
+        with metrics.time("swap"):
+            self.residence.enter(name)
+        with metrics.phase(name):
+            yield
 
     def _epochs(
         self, experience: Experience, actor: Any, critic: Any, metrics: StepMetrics

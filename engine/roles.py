@@ -18,6 +18,7 @@ from gearshift.engine.heads import Policy, ScoreModel, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
 from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.sleep import Sleeper
 from gearshift.engine.split_adamw import share_weights
 from gearshift.kernels import ops
 
@@ -36,6 +37,9 @@ class Trained:
         )
         if config.optimizer.name == "split_adamw":
             share_weights(self.optimizer)
+        offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+        offloaded = offload.get("device", "none") != "none"
+        self.sleeper = Sleeper(self.engine, config.sleep, offloaded=offloaded)
 
     @property
     def learning_rate(self) -> float:
@@ -46,6 +50,7 @@ class Trained:
 
         DeepSpeed averages gradients over ranks, but our losses are parts of one global sum.
         """
+        assert self.sleeper.awake, "asleep; the phase before should have brought it back"
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * distributed.world_size())
 
