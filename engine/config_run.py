@@ -25,6 +25,10 @@ class RunConfig(Bounded):
     trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     threads: int = knob(0, "CPU threads per rank; 0: cores / ranks on this node", least=0)
+    hang_timeout_s: float = knob(
+        1200.0, "seconds a rank may stand still before it is named and the run ended; 0: forever",
+        least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

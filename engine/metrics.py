@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed
+from gearshift.engine import distributed, progress
 
 # Width of the reduction of maxima. Fixed, so that ranks with different keys meet in one collective
 # of one size and are told apart there.
@@ -98,6 +98,7 @@ class StepMetrics:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """time(), and the highest peak_memory() of any rank as memory_gb/<name>. Does not nest."""
+        progress.enter(name)
         reset_peak_memory(self.device)
         with self.time(name):
             yield

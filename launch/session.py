@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine import assemble, checkpoint, config_load, distributed
+from gearshift.engine import assemble, checkpoint, config_load, distributed, watchdog
 from gearshift.engine.batch import Experience
 from gearshift.engine.config_load import Resolved
 from gearshift.engine.data import PromptStream, TextStream
@@ -34,6 +34,7 @@ class Session:
         check_folder(self.folder, self.resumed)
         check_trackers(config.run.trackers)
         self.device = distributed.start(config.run.threads)
+        watchdog.start(config.run.hang_timeout_s, self.folder)
         distributed.seed_everything(config.run.seed)
         self.main = distributed.is_main()
         self.console = Console(config.run.steps, quiet=not self.main)

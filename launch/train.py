@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 
-from gearshift.engine import config_check, config_load, distributed
+from gearshift.engine import config_check, config_load, distributed, watchdog
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
 # Seconds in which another rank may tell what this one would repeat: most mistakes are seen by all
@@ -28,10 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("GEARSHIFT_TRACEBACK"):
             raise
         tell(" ".join(str(error).split()))
+        watchdog.leave(failing=True)
         return 2
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _PEER_LEFT):
-            time.sleep(_OTHERS_SPEAK_FIRST_S)
+        if not any(sign in str(error) for sign in _PEER_LEFT):
+            raise
+        missing = watchdog.blame()
+        if missing:
+            watchdog.tell(missing)
+            return 1
+        time.sleep(_OTHERS_SPEAK_FIRST_S)
         raise
     except KeyboardInterrupt:
         return 130
@@ -61,6 +67,7 @@ def run(argv: list[str]) -> int:
 
     session = Session(resolved, warned)
     session.train()
+    watchdog.leave()
     return 0
 
 

@@ -29,7 +29,7 @@ def write(folder: Path, **changes: dict) -> Path:
     rows = [{"prompt": f"w{4 + i} w{5 + i}", "gold": i} for i in range(8)]
     write_rows(folder / "prompts.jsonl", rows)
     settings = {
-        "run": {"dir": str(folder / "run"), "steps": 2, "threads": 1},
+        "run": {"dir": str(folder / "run"), "steps": 2, "threads": 1, "hang_timeout_s": 0},
         "actor": {"path": str(folder / "policy"), "deepspeed": "actor_zero0.json"},
         "critic": {"deepspeed": "critic_zero0.json"},
         "reference": {"deepspeed": "frozen_zero3.json"},
