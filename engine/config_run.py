@@ -17,8 +17,16 @@ class RunConfig(Bounded):
     steps: int = knob(100, "PPO steps", least=1)
     seed: int = knob(0, "of data order, sampling and initialisation", least=0)
     resume: str = knob("auto", "auto: continue the run folder's last checkpoint; none; or a path")
+    resume_changed: list[str] = knob([], "keys whose changed values a resumed run accepts")
     save_every: int = knob(0, "PPO steps between checkpoints; 0: only at the end", least=0)
-    keep_checkpoints: int = knob(2, "older checkpoints are deleted", least=1)
+    save_minutes: float = knob(0.0, "also after so many minutes without a checkpoint", least=0)
+    save_by: str | None = knob(
+        None, "save and end before: 08:00, 2026-11-23 08:00, or slurm-10 (min before its limit)"
+    )
+    async_save: bool = knob(
+        True, "write checkpoints while the run goes on, from a copy on the host"
+    )
+    keep_checkpoints: int = knob(2, "the last ones that stay, besides the best by reward", least=1)
     export: bool = knob(True, "write Hugging Face directories of actor and critic at the end")
     sample_every: int = knob(5, "PPO steps between sample tables; 0: never", least=0)
     samples: int = knob(4, "rows of a sample table", least=1)
@@ -26,9 +34,29 @@ class RunConfig(Bounded):
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     threads: int = knob(0, "CPU threads per rank; 0: cores / ranks on this node", least=0)
     hang_timeout_s: float = knob(
-        1200.0, "seconds a rank may stand still before it is named and the run ended; 0: forever",
+        1200.0,
+        "seconds a rank may stand still before it is named and the run ended; 0: forever",
         least=0,
     )
+
+
+# What a resumed run may change without becoming another run: patterns of keys. All else decides
+# what is learned.
+RESUME_MAY_CHANGE = (
+    "run.*",
+    "rollout.*",
+    "*.attn",
+    "*.deepspeed",
+    "*.gradient_checkpointing",
+    "*.batch_size",
+    "rewards.*.timeout_s",
+    "rewards.*.retries",
+    "rewards.*.urls",
+    "ppo.micro_batch_size",
+    "ppo.score_batch_size",
+    "ppo.max_logprob_error",
+)
+RESUME_MUST_MATCH = ("run.seed",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,11 @@ class RunLog:
         for row in rows:
             self._files["samples"].write({"step": step} | row)
 
+    def sync(self) -> None:
+        """Returns when the lines so far are on the disk: a checkpoint must not outlive its log."""
+        for file in self._files.values():
+            file.sync()
+
     def close(self) -> None:
         for file in self._files.values():
             file.close()
@@ -75,6 +80,9 @@ class _LineFile:
         # One unbuffered write: a reader, or a kill, never sees half a line of ours. Lone
         # surrogates, which a byte-level tokenizer can decode to, are not UTF-8.
         self._file.write(line.encode("utf-8", "replace"))
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -11,16 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine import assemble, checkpoint, config_load, distributed, watchdog
+from gearshift.engine import (
+    assemble,
+    checkpoint,
+    checkpoint_store,
+    config_load,
+    distributed,
+    resume,
+    watchdog,
+)
 from gearshift.engine.batch import Experience
 from gearshift.engine.config_load import Resolved
 from gearshift.engine.data import PromptStream, TextStream
 from gearshift.engine.export import export
+from gearshift.engine.interrupt import parse_deadline
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.run_log import RunLog
+from gearshift.engine.run_state import tokenizer_print
 from gearshift.engine.trackers import check_trackers
 from gearshift.kernels.self_check import self_check
 from gearshift.launch.console import Console
+from gearshift.launch.saver import Saver
 
 
 class Session:
@@ -30,10 +41,11 @@ class Session:
         self.resolved, self.config = resolved, resolved.config
         config = self.config
         self.folder = Path(config.run.dir)
-        self.resumed = checkpoint.find(config.run.resume, self.folder / "checkpoints")
-        check_folder(self.folder, self.resumed)
         check_trackers(config.run.trackers)
+        parse_deadline(config.run.save_by, time.time())
         self.device = distributed.start(config.run.threads)
+        self.resumed, remarks = resume.choose(config.run)
+        check_folder(self.folder, self.resumed)
         watchdog.start(config.run.hang_timeout_s, self.folder)
         distributed.seed_everything(config.run.seed)
         self.main = distributed.is_main()
@@ -44,14 +56,22 @@ class Session:
         self.blueprint = assemble.draw_up(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
-        for text in warnings:
+        about = resume.identity(
+            asdict(config), self.blueprint.deepspeed, tokenizer_print(self.blueprint.tokenizer)
+        )
+        if self.resumed:
+            resume.check(self.resumed, about, config.run.resume_changed)
+        for text in [*warnings, *remarks]:
             self.console.warn(text)
         self._describe_data()
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
+        about |= {"environment": environment()}
+        self.saver = Saver(config.run, self.trainer, self.streams, about, self.console)
         if self.resumed:
-            checkpoint.load(self.resumed, self.trainer, self.streams)
+            for remark in checkpoint.load(self.resumed, self.trainer, self.streams):
+                self.console.note(remark)
             self.console.note(f"resumed from {self.resumed}")
 
     def train(self) -> None:
@@ -59,25 +79,30 @@ class Session:
         steps = self.config.run.steps
         if self.trainer.steps_done >= steps:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
-        with ExitStack() as undo:
+        with ExitStack() as undo, self.saver:
             if self.main and not self.folder.exists():
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
-            while self.trainer.steps_done < steps:
+            while self.trainer.steps_done < steps and not self.saver.ended:
                 self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
+            self.saver.finish()
         if log:
             log.close()
-        self._finish()
+        if not self.saver.ended:
+            return self._finish()
+        done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
+        self.console.note(f"{done}; the same command goes on from there")
 
     def _step(self, log: RunLog | None) -> None:
-        run, prompts = self.config.run, self.streams["prompts"].next_batch().to(self.device)
+        prompts = self.streams["prompts"].next_batch().to(self.device)
         with self.console.progress("generate") as progress:
             figures, experience = self.trainer.step(prompts, progress)
-        step = self.trainer.steps_done
-        if step == run.steps or (run.save_every and step % run.save_every == 0):
-            figures["timing_s/checkpoint"] = self._save()
-        self._show(step, figures, experience, log)
+        self.saver.after_step(figures)
+        self._show(self.trainer.steps_done, figures, experience, log)
+        if log:
+            log.sync()
+        self.saver.publish()
 
     def _show(self, step: int, figures: dict, experience: Experience, log: RunLog | None) -> None:
         self.console.step(step, figures)
@@ -91,13 +116,6 @@ class Session:
             log.samples(step, rows)
             if due:
                 self.console.samples(step, rows)
-
-    def _save(self) -> float:
-        """Returns the seconds it took."""
-        start = time.perf_counter()
-        folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.trainer, self.streams, self.config.run.keep_checkpoints)
-        return time.perf_counter() - start
 
     def _finish(self) -> None:
         trainer, tokenizer = self.trainer, self.blueprint.tokenizer
@@ -146,6 +164,8 @@ class Session:
         if not self.main:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
+        for later in checkpoint_store.retire(self.folder / "checkpoints", self.trainer.steps_done):
+            self.console.note(f"set aside {later}: this run replaces it")
         (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")
         for role, settings in self.blueprint.deepspeed.items():
             (self.folder / f"ds_{role}.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -160,8 +180,9 @@ def check_folder(folder: Path, resumed: Path | None) -> None:
     """
     log, own = folder / "metrics.jsonl", (folder / "checkpoints").resolve()
     continued = resumed is not None and resumed.resolve().parent == own
-    if log.exists() and log.stat().st_size and not continued:
-        more = "; run.resume=auto continues it" if checkpoint.checkpoints(own) else ""
+    saved = bool(checkpoint_store.steps(own))
+    if not continued and (saved or log.exists() and log.stat().st_size):
+        more = "; run.resume=auto continues it" if saved else ""
         raise ValueError(
             f"run.dir={str(folder)!r}: holds another run; choose a new folder, or delete it{more}"
         )

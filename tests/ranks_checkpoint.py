@@ -2,18 +2,22 @@
 
     torchrun --nproc_per_node W ranks_checkpoint.py MODELS OUT
 
-OUT/whole.pt and OUT/resumed.pt: weights, optimizer states (rank 0's part) and figures of the last
-two of four steps. OUT/checkpoints: the folder of the first run. OUT/export: its Hugging Face
-directories, and OUT/tables.pt the logits and values that its engines give.
+OUT/whole.pt and OUT/resumed.pt: weights, optimizer states (rank 0's part), random numbers and
+figures of the last two of four steps. OUT/checkpoints: the folder of the first run. OUT/export: its
+Hugging Face directories, and OUT/tables.pt the logits and values that its engines give.
+OUT/told.json: what was said of saves that failed on the way, in OUT/interrupted.
 """
 
+import json
+import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from gearshift.engine import checkpoint, distributed
+from gearshift.engine import checkpoint, checkpoint_store, distributed
+from gearshift.engine.checkpoint import Checkpoints
 from gearshift.engine.export import export, whole_weights
 from gearshift.engine.ppo import PPOTrainer
 from tests import tiny_run
@@ -57,6 +61,7 @@ def state(trainer: PPOTrainer, figures: list[dict]) -> dict:
             name: role.schedule.state_dict()["last_epoch"] for name, role in roles.items()
         },
         "kl_coef": trainer.kl.coef,
+        "random": [random.random(), float(np.random.rand()), float(torch.rand(()))],
         "figures": figures,
     }
 
@@ -82,16 +87,23 @@ def tables(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     return {"actor": logprobs.view(2, 5, -1), "critic": values}
 
 
+def save(checkpoints: Checkpoints, trainer: PPOTrainer, stream: Prompts) -> None:
+    checkpoints.take(trainer, {"prompts": stream}, reward=float(trainer.steps_done))
+    checkpoints.publish()
+
+
 def main() -> None:
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     distributed.start(1)
-    folder = out / "checkpoints"
+    torch.manual_seed(5 + distributed.rank())  # generators of its own on every rank
+    checkpoints = Checkpoints(out / "checkpoints", keep=1, background=True)
     trainer, stream = start(models)
     advance(trainer, stream, 1)
-    checkpoint.save(folder, trainer, {"prompts": stream}, keep=1)
+    save(checkpoints, trainer, stream)
     advance(trainer, stream, 1)
-    checkpoint.save(folder, trainer, {"prompts": stream}, keep=1)
-    whole = state(trainer, advance(trainer, stream, 2))
+    save(checkpoints, trainer, stream)
+    whole = state(trainer, advance(trainer, stream, 2))  # while a thread writes
+    checkpoints.settle()
     read = tables(trainer)
     tokenizer = trainer.actor.tokenizer
     export(trainer.actor.lm, tokenizer, out / "export" / "actor")
@@ -99,31 +111,45 @@ def main() -> None:
     del trainer
 
     other, stream = start(models)
-    checkpoint.load(checkpoint.find("auto", folder), other, {"prompts": stream})
+    remarks = checkpoint.load(out / "checkpoints" / "step_000002", other, {"prompts": stream})
+    assert remarks == []
     resumed = state(other, advance(other, stream, 2))
+    for name, content in (("whole", whole), ("resumed", resumed)):
+        if distributed.is_main():
+            torch.save(content, out / f"{name}.pt")
+        torch.save(content["random"], out / f"{name}.random{distributed.rank()}.pt")
     if distributed.is_main():
-        torch.save(whole, out / "whole.pt")
-        torch.save(resumed, out / "resumed.pt")
         torch.save(read, out / "tables.pt")
-    interrupt(other, stream, out / "interrupted")
+    interrupt(other, stream, out)
 
 
-def interrupt(trainer: PPOTrainer, stream: Prompts, folder: Path) -> None:
-    """A save that fails on the way, on every rank alike, after one that did not."""
-    checkpoint.save(folder, trainer, {"prompts": stream}, keep=2)
-    trainer.steps_done += 1
-    engine = trainer.critic.engine
+def interrupt(trainer: PPOTrainer, stream: Prompts, out: Path) -> None:
+    """The second rank's disk is full for a while, with and without a thread that writes."""
+    told, tries = [], []
+    write = checkpoint_store.write_tensors
 
-    def fail(*_, **__):
-        raise OSError("no space left on device")
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
 
-    trainer.critic.engine = SimpleNamespace(save_checkpoint=fail)
-    try:
-        checkpoint.save(folder, trainer, {"prompts": stream}, keep=2)
-    except OSError:
-        trainer.critic.engine = engine
-    else:
-        raise AssertionError("the save did not fail")
+    for background in (True, False):
+        folder = out / "interrupted" / ("thread" if background else "wait")
+        checkpoints = Checkpoints(folder, keep=2, background=background, tell=told.append)
+        save(checkpoints, trainer, stream)
+        checkpoints.settle()
+        checkpoint_store.write_tensors = full if distributed.rank() == 1 else write
+        for _ in range(2):
+            trainer.steps_done += 1
+            save(checkpoints, trainer, stream)
+            checkpoints.settle()
+            tries.append(checkpoints.retry)
+        checkpoint_store.write_tensors = write
+        if not background:
+            trainer.steps_done += 1
+            save(checkpoints, trainer, stream)
+            checkpoints.settle()
+            tries.append(checkpoints.retry)
+    if distributed.is_main():
+        (out / "told.json").write_text(json.dumps({"told": told, "retry": tries}))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def check_folder(run: Path, ranks: int) -> None:
     assert [line["episode"] for line in metrics] == [4, 8]
     first = lines(run / "samples.jsonl")[0]
     assert set(first) == {"step", "prompt", "response", "score"} and first["step"] == 1
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["latest", "step_000002"]
     assert json.loads((run / "environment.json").read_text())["ranks"] == ranks
     report = (run / "report.html").read_text()
     assert "words" in report and len(report) > 10_000
@@ -183,7 +184,7 @@ def test_the_folder_is_refused_or_continued(finished, capsys):
     assert (finished / "run" / "metrics.jsonl").read_bytes() == before
 
     assert run(path, "--run.steps", 3, "--run.seed", 1) == 2
-    assert "run.seed=1: the checkpoint was written with 0" in capsys.readouterr().err
+    assert "was saved with other settings: run.seed: 0 -> 1; restore" in capsys.readouterr().err
 
     assert run(path, "--run.steps", 3) == 0
     assert "resumed from" in capsys.readouterr().out
@@ -191,7 +192,7 @@ def test_the_folder_is_refused_or_continued(finished, capsys):
     assert metrics.startswith(before)
     assert [line["step"] for line in lines(finished / "run" / "metrics.jsonl")] == [1, 2, 3]
     names = sorted(path.name for path in (finished / "run" / "checkpoints").iterdir())
-    assert names == ["step_000002", "step_000003"]
+    assert names == ["latest", "step_000002", "step_000003"]
 
 
 def test_a_checkpoint_without_a_critic(tmp_path, capsys):
@@ -200,6 +201,9 @@ def test_a_checkpoint_without_a_critic(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} == FOLDER - {"ds_critic.json", "export"}
     assert "loss/value_avg" not in lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert run(path, "--run.steps", 2) == 2
+    told = 'was saved with other settings: ppo.estimator: "reinforce_pp" -> "gae"; restore'
+    assert told in capsys.readouterr().err
+    assert run(path, "--run.steps", 2, "--run.resume_changed", "[ppo.estimator]") == 2
     assert "has no critic; it was saved with another ppo.estimator" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 from transformers import AutoConfig
 
-from gearshift.engine import ds_config
+from gearshift.engine import checkpoint_store, ds_config
 from gearshift.launch import train
 from tests import tiny, tiny_job
 
@@ -143,18 +143,21 @@ def test_deepspeed_json_missing_or_broken(refused, tmp_path):
 # The run folder
 
 
+def checkpoint(run: Path) -> Path:
+    """A whole checkpoint of nothing."""
+    target = checkpoint_store.step_folder(run / "checkpoints", 1)
+    checkpoint_store.partial(target).mkdir(parents=True)
+    checkpoint_store.publish(target, {"files": {}})
+    return target
+
+
 def test_a_folder_of_another_run(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     refused("holds another run; choose a new folder, or delete it")  # auto, but no checkpoint
-    saved = tmp_path / "run" / "checkpoints" / "step_000001"
-    saved.mkdir(parents=True)
-    (saved / "trainer.json").write_text("{}")
+    checkpoint(tmp_path / "run")
     refused("or delete it; run.resume=auto continues it", "--run.resume", "none")
-    other = tmp_path / "other" / "checkpoints" / "step_000001"
-    other.mkdir(parents=True)
-    (other / "trainer.json").write_text("{}")
-    refused("holds another run; choose a new folder", "--run.resume", other)
+    refused("holds another run; choose a new folder", "--run.resume", checkpoint(tmp_path))
 
 
 def test_no_place_to_write(refused, tmp_path):
