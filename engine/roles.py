@@ -17,6 +17,7 @@ from gearshift.engine.config import Config, PPOConfig, SamplingConfig, TrainedCo
 from gearshift.engine.heads import Policy, ScoreModel, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
+from gearshift.engine.progress import beat
 from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
 from gearshift.engine.sleep import Sleeper
 from gearshift.engine.split_adamw import share_weights
@@ -53,6 +54,7 @@ class Trained:
         assert self.sleeper.awake, "asleep; the phase before should have brought it back"
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * distributed.world_size())
+        beat()
 
     def step(self) -> float:
         """One optimizer step; returns the global gradient norm before clipping."""
@@ -247,4 +249,6 @@ def policy_logprobs(
 
 def _pieces(rollout: Rollout, size: int):
     """(first row, trimmed piece) over a rollout."""
-    return zip(range(0, len(rollout), size), rollout.split(size), strict=True)
+    for start, piece in zip(range(0, len(rollout), size), rollout.split(size), strict=True):
+        yield start, piece
+        beat()

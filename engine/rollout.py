@@ -17,6 +17,7 @@ from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.decode_graph import DecodeGraphs, cannot_capture
 from gearshift.engine.kv_cache import BlockPool, KVCache, LayerShape
 from gearshift.engine.packing import Inputs, pack, send, to_step
+from gearshift.engine.progress import beat
 from gearshift.engine.sampling import Completion, Ending, Request, draw
 from gearshift.engine.scheduler import Batch, Prefix, Scheduler, Sequence
 
@@ -96,6 +97,7 @@ class RolloutEngine:
                     finished += 1
                     if progress:
                         progress(finished, len(prompts))
+                beat()
         self.preemptions = scheduler.preemptions
         return completions
 
