@@ -21,8 +21,6 @@ from gearshift.kernels.logprob import (
     blocks,
     launch_shape,
     readable_width,
-    score_torch_,
-    score_triton,
 )
 
 if dispatch.HAS_TRITON:
@@ -65,30 +63,37 @@ def finish_torch_(
 
     `rows` (PolicyRows or any object with `weights`, `entropy_coef` and `terms`) gives the loss.
     """
-    scores = score_torch_(logits, token_ids, head.logit_map)
+    columns = head.columns(token_ids)
+    scores = head.score_(logits, columns, rescale=gradient)
     loss, dlogp, clipped = rows.terms(scores.logprobs, scores.entropy)
     results = RowResults(scores.logprobs, scores.entropy, loss, clipped)
     if not gradient:
         return results, None
-    target = token_ids.long()[:, None]
     if rows.entropy_coef == 0 and head.logit_map.bound is None:
         total = scores.log_sum.exp()
-        logits.scatter_add_(1, target, -total[:, None])
+        _add_at_targets_(logits, columns, -total)
         scale = dlogp.div(total).mul_(-head.logit_map.gain)
     else:
         slope = _Slope.of(dlogp, scores.entropy, rows)
-        _general_gradient_(logits, target, scores, slope, head.logit_map)
+        _general_gradient_(logits, columns, scores, slope, head.logit_map)
         scale = slope.live()
     matrix = logits if head.gemm_dtype == torch.float32 else logits.to(head.gemm_dtype)
     return results, LogitGradient(matrix, scale)
 
 
+def _add_at_targets_(matrix: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
+    """matrix[i, columns_i] += values_i, except where the column is -1: another rank's."""
+    values = torch.where(columns < 0, 0.0, values)
+    matrix.scatter_add_(1, columns.long().clamp(min=0)[:, None], values[:, None])
+
+
 def _general_gradient_(
-    e: torch.Tensor, target: torch.Tensor, scores: Scores, slope: _Slope, logit_map: LogitMap
+    e: torch.Tensor, columns: torch.Tensor, scores: Scores, slope: _Slope, logit_map: LogitMap
 ) -> None:
     """exp(x - peak) [C,V] becomes dloss/dy, y being the head's output."""
     log_p_target = scores.logprobs[:, None]
     onehot = slope.onehot[:, None] * _derivative(log_p_target, scores, slice(None), logit_map)
+    onehot = onehot[:, 0]
     scratch = torch.empty_like(e[: blocks(e)[0].stop])
     for rows in blocks(e):
         block = e[rows]
@@ -96,7 +101,7 @@ def _general_gradient_(
         derivative = _derivative(log_p, scores, rows, logit_map)
         block.mul_(torch.exp(-scores.log_sum[rows, None])).mul_(derivative)
         block.mul_(log_p.mul_(slope.bonus[rows, None]).add_(slope.base[rows, None]))
-        block.scatter_add_(1, target[rows], onehot[rows])
+        _add_at_targets_(block, columns[rows], onehot[rows])
 
 
 def _derivative(
@@ -132,7 +137,7 @@ if dispatch.HAS_TRITON:
         BLOCK: tl.constexpr,
     ):
         """out = dloss/dy of a scored chunk: one read, one write; `out` may be `logits`. Padding up
-        to width is treated as logits, and nobody reads what becomes of it."""
+        to width is treated as logits, and nobody reads what becomes of it. Id -1: no target."""
         row = tl.program_id(0).to(tl.int64)
         token = tl.load(token_ids + row)
         peak = tl.load(peaks + row)
@@ -177,7 +182,8 @@ def finish_two_pass(
 
     `out` is a buffer of Head.buffer, whose padding is overwritten too; None asks for no gradient.
     """
-    scores = score_triton(logits, token_ids, head.logit_map)
+    columns = head.columns(token_ids)
+    scores = head.score_(logits, columns, rescale=False)
     loss, dlogp, clipped = rows.terms(scores.logprobs, scores.entropy)
     results = RowResults(scores.logprobs, scores.entropy, loss, clipped)
     if out is None:
@@ -186,7 +192,7 @@ def finish_two_pass(
     bound = head.logit_map.bound
     _gradient_kernel[(len(logits),)](
         logits,
-        token_ids,
+        columns,
         scores.peak,
         scores.log_sum,
         *slope,

@@ -35,11 +35,15 @@ class Problem:
     head_options: dict
 
     @classmethod
-    def random(cls, rows=33, vocab=1000, dtype=torch.float32, *, live=0.7, offset=0.0, head=None):
+    def random(
+        cls, rows=33, vocab=1000, dtype=torch.float32, *, live=0.7, offset=0.0, head=None, ids=None
+    ):
         draw = torch.Generator().manual_seed(rows + vocab)
         hidden = torch.randn(rows, 24, generator=draw).to(dtype)
         weight = (torch.randn(vocab, 24, generator=draw) * 0.5).to(dtype)
         token_ids = torch.randint(vocab, (rows,), generator=draw)
+        if ids is not None:
+            token_ids = torch.tensor(ids).repeat(rows)[:rows]
         head = dict(head or {})
         bias = torch.randn(vocab, generator=draw).to(dtype) if head.pop("bias", False) else None
         problem = cls(hidden, weight, bias, token_ids, {}, head)
@@ -55,6 +59,18 @@ class Problem:
             "ref_logprobs": (logprobs + noise[1]).float(),
         }
         return problem
+
+    def poisoned(self) -> "Problem":
+        """The same, but nothing in rows of weight 0 can be read without harm."""
+        dead = self.columns["weights"] == 0
+        columns = {n: torch.where(dead, torch.nan, c) for n, c in self.columns.items()}
+        columns["weights"] = self.columns["weights"]
+        return dataclasses.replace(
+            self,
+            hidden=torch.where(dead[:, None], torch.nan, self.hidden),
+            token_ids=torch.where(dead, -100, self.token_ids),
+            columns=columns,
+        )
 
     def reference_head(self, dtype=torch.float64) -> Head:
         plain = {"temperature": 1.0, "logit_softcap": None, "logit_scale": 1.0}
