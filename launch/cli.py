@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "demo": ("gearshift.launch.demo", "fetch a small model and train it: PPO in minutes"),
+    "doctor": ("gearshift.launch.doctor", "examine this machine, each problem with its fix"),
     "plan": ("gearshift.launch.plan", "memory and seconds of a run before it starts"),
     "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
     "generate": ("gearshift.launch.generate", "sample from an exported model"),

@@ -1,0 +1,98 @@
+"""What `gearshift doctor --config` looks at for one job: its folder, disks and attention."""
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gearshift.engine import ds_config, plan_inputs
+from gearshift.engine.config import Config, OptimizerConfig
+from gearshift.engine.hardware import GB
+from gearshift.engine.models import attention_implementation
+from gearshift.engine.shapes import shape_of
+from gearshift.launch.doctor_checks import Finding
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Reads the models' configurations, then looks at what the job needs of this machine."""
+    try:
+        models, settings = plan_inputs.read(config)
+    except ValueError as error:
+        what, _, fix = str(error).partition("; ")
+        yield Finding("models", "bad", what, fix or "gearshift fetch, or a path on this machine")
+        return
+    yield from _folder(config, models)
+    yield from _attention(config, models)
+    yield from _nvme(settings)
+
+
+def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
+    """Whether the run folder can be made and holds the checkpoints that will be kept."""
+    run = config.run
+    nearest = next(p for p in (Path(run.dir), *Path(run.dir).absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        fix = "run.dir: choose a folder that you may write to"
+        yield Finding("run folder", "bad", f"{nearest} is not writable", fix)
+        return
+    bytes_each = sum(
+        shape_of(models[role], kind).total * _saved_bytes(getattr(config, role).optimizer)
+        for role, kind in (("actor", "policy"), ("critic", "critic"))
+        if role in models
+    )
+    # The last ones, the best, and the one being written beside them.
+    wanted, free = bytes_each * (run.keep_checkpoints + 2), shutil.disk_usage(nearest).free
+    text = (
+        f"{nearest} has {free / GB:.1f} GB free; checkpoints of {bytes_each / GB:.1f} GB take "
+        f"{wanted / GB:.1f} GB"
+    )
+    if free < wanted:
+        fix = "run.dir: choose a larger disk, or lower run.keep_checkpoints"
+        yield Finding("run folder", "bad", text, fix)
+    else:
+        yield Finding("run folder", "ok", text)
+
+
+def _saved_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes per parameter of a checkpoint: the fp32 master and two moments."""
+    narrow = optimizer.name == "split_adamw" and optimizer.moments == "bf16"
+    return 4 + (4 if narrow else 8)
+
+
+def _attention(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
+    """The backend that `attn` resolves to, for each model."""
+    sections = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
+    sections |= {reward.name: reward for reward in config.rewards}
+    for role, model in models.items():
+        picked = attention_implementation(sections[role].attn, model)
+        if picked.startswith("flash") and not _installed("flash-attn", "flash-attn-4"):
+            fix = "pip install --no-build-isolation 'gearshift[flash]', or attn: sdpa"
+            yield Finding(f"attention of {role}", "bad", f"{picked} is not installed", fix)
+        else:
+            yield Finding(f"attention of {role}", "ok", picked)
+
+
+def _installed(*names: str) -> bool:
+    for name in names:
+        try:
+            importlib.metadata.version(name)
+            return True
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return False
+
+
+def _nvme(settings: dict[str, dict]) -> Iterator[Finding]:
+    """The folders of states that are kept on a disk."""
+    for role, deepspeed in settings.items():
+        zero = deepspeed["zero_optimization"]
+        parts = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
+        if all(part.get("device") != "nvme" for part in parts):
+            continue
+        try:
+            ds_config.check_nvme(deepspeed)
+        except ValueError as error:
+            yield Finding(f"nvme of {role}", "bad", *str(error).split("; ", 1))
+            continue
+        yield Finding(f"nvme of {role}", "ok", "the folder is there")
