@@ -192,6 +192,18 @@ class Stored:
         return file.get_slice(key)[left:right]
 
 
+def whole(files: list[Path], kind: str = "weights") -> Iterator[tuple[str, Tensor]]:
+    """(name, flattened) of every parameter in the files of all ranks that saved, one at a time."""
+    with ExitStack() as stack:
+        stored = Stored(files, stack)
+        for name, places in stored.places.items():
+            dtype = places[0][2].get_slice(f"{kind}/{name}")[:0].dtype
+            flat = torch.empty(max(end for _, end, _ in places), dtype=dtype)
+            piece = Piece(name, 0, len(flat), flat, 0)
+            stored.read(kind, piece, flat)
+            yield name, flat
+
+
 def _share(piece: Piece) -> Piece:
     """This rank's part of a whole parameter."""
     part = -(-piece.count // distributed.world_size())

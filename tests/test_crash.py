@@ -1,0 +1,39 @@
+"""The short form of tests/crash.py: a two-rank run that is killed wherever it hurts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny_job
+
+CRASH = Path(__file__).with_name("crash.py")
+
+
+def crash(*arguments: object, timeout: float) -> dict:
+    """What the script found out."""
+    done = subprocess.run(
+        [sys.executable, str(CRASH), *map(str, arguments)],
+        env=tiny_job.environment(PYTHONPATH=str(CRASH.parent.parent)),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.stdout.strip().startswith("{") or done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_five_kills_lose_nothing(tmp_path):
+    found = crash(5, "--keep", tmp_path / "home", timeout=600)
+    assert found["killed"] == 5 and found["finished"] >= 1
+    assert found["differing"] == found["behind"] == []
+
+
+@pytest.mark.slow
+def test_forty_kills_lose_nothing(tmp_path):
+    """Every moment five times."""
+    found = crash(40, "--keep", tmp_path / "home", "--seed", 1, timeout=3600)
+    assert set(found["kills"].values()) == {5}
+    assert found["differing"] == found["behind"] == []

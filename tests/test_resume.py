@@ -1,0 +1,96 @@
+"""Taking a run up elsewhere: on other numbers of ranks, under other ZeRO stages."""
+
+import json
+
+import pytest
+import torch
+
+from gearshift.engine import checkpoint_store as store
+from gearshift.engine.zero_state import whole
+from tests import tiny_run
+from tests.ranks_resume import STAGES, take_up, write_stage_1
+
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
+
+
+def content(checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, put together."""
+    assert store.read_manifest(checkpoint)
+    found = {}
+    for role in ("actor", "critic"):
+        files = sorted(checkpoint.glob(f"{role}.rank*.safetensors"))
+        for kind in KINDS:
+            found |= {f"{role}.{kind}.{name}": value for name, value in whole(files, kind)}
+    return found
+
+
+def same(one, two) -> None:
+    one, two = content(one), content(two)
+    assert one.keys() == two.keys() and len(one) > 6
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def close(figures: dict, expected: dict) -> None:
+    """Equal but for the order of sums."""
+    for key in ("loss/policy_avg", "loss/value_avg", "objective/scores", "objective/kl_coef"):
+        assert figures[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    for key in ("actor/grad_norm", "critic/grad_norm", "lr", "critic/lr", "step", "episode"):
+        assert figures[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """A run under ZeRO-3 on two ranks, and its checkpoint after two steps."""
+    return tiny_run.outcome("ranks_checkpoint.py")
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks, tmp_path_factory):
+    """That checkpoint taken up by this process: (its folder, what it found)."""
+    out = tmp_path_factory.mktemp("one")
+    with tiny_run.alone():
+        source = two_ranks / "checkpoints" / "step_000002"
+        return out, take_up(two_ranks.parent / "models", source, "zero3", out)
+
+
+@pytest.fixture(scope="module")
+def two_again(two_ranks, one_rank, tmp_path_factory):
+    """What this process saved a step later, taken up by two ranks under every stage."""
+    out = tmp_path_factory.mktemp("two")
+    models = two_ranks.parent / "models"
+    tiny_run.launch("ranks_resume.py", models, one_rank[0] / "step_000003", out)
+    return out
+
+
+def test_two_ranks_to_one(two_ranks, one_rank):
+    out, found = one_rank
+    same(two_ranks / "checkpoints" / "step_000002", out / "step_000002")
+    close(found["figures"], torch.load(two_ranks / "whole.pt")["figures"][0])
+    assert found["remarks"] == [
+        "saved by 2 ranks, taken up by 1: weights, optimizers and data positions are exact, random "
+        "generators are seeded anew"
+    ]
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_one_rank_to_two_under_any_stage(two_ranks, one_rank, two_again, zero):
+    same(one_rank[0] / "step_000003", two_again / zero / "step_000003")
+    figures = json.loads((two_again / f"{zero}.json").read_text())["figures"]
+    close(figures, torch.load(two_ranks / "whole.pt")["figures"][1])
+
+
+def test_stage_2_back_to_stage_3(two_again):
+    same(two_again / "zero2" / "step_000003", two_again / "back" / "step_000003")
+    same(two_again / "zero3" / "step_000004", two_again / "back" / "step_000004")
+
+
+@pytest.mark.parametrize("zero", ["zero1", "zero0"])
+def test_one_rank_without_partitions(two_ranks, tmp_path, zero):
+    models = two_ranks.parent / "models"
+    write_stage_1(models)
+    source = two_ranks / "checkpoints" / "step_000002"
+    with tiny_run.alone():
+        found = take_up(models, source, zero, tmp_path)
+    same(source, tmp_path / "step_000002")
+    close(found["figures"], torch.load(two_ranks / "whole.pt")["figures"][0])
