@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from gearshift.engine import checkpoint, distributed, ds_config
 from gearshift.engine.checkpoint import Checkpoints
+from gearshift.engine.ppo import PPOTrainer
 from tests import tiny_run
 from tests.ranks_checkpoint import CHANGES, Prompts, advance
 
@@ -25,15 +28,17 @@ def take_up(models: Path, source: Path, zero: str, out: Path) -> dict[str, Any]:
     trainer, stream = tiny_run.trainer(config), Prompts(config.ppo)
     advance(trainer, stream, 1)  # what it must forget
     remarks = checkpoint.load(source, trainer, {"prompts": stream})
-    checkpoints = Checkpoints(out, keep=9, background=False)
-    checkpoints.take(trainer, {"prompts": stream})
-    checkpoints.publish()
-    checkpoints.settle()
+    save(trainer, stream, out)
     (figures,) = advance(trainer, stream, 1)
+    save(trainer, stream, out)
+    return {"figures": figures, "remarks": remarks}
+
+
+def save(trainer: PPOTrainer, stream: Prompts, out: Path) -> None:
+    checkpoints = Checkpoints(out, keep=9, background=False, tell=pytest.fail)
     checkpoints.take(trainer, {"prompts": stream})
     checkpoints.publish()
     checkpoints.settle()
-    return {"figures": figures, "remarks": remarks}
 
 
 def write_stage_1(models: Path) -> None:

@@ -1,14 +1,18 @@
 """Taking a run up elsewhere: on other numbers of ranks, under other ZeRO stages."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from gearshift.engine import checkpoint, ds_config
 from gearshift.engine import checkpoint_store as store
+from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.zero_state import whole
 from tests import tiny_run
-from tests.ranks_resume import STAGES, take_up, write_stage_1
+from tests.ranks_checkpoint import Prompts, advance
+from tests.ranks_resume import STAGES, save, take_up, write_stage_1
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -94,3 +98,43 @@ def test_one_rank_without_partitions(two_ranks, tmp_path, zero):
         found = take_up(models, source, zero, tmp_path)
     same(source, tmp_path / "step_000002")
     close(found["figures"], torch.load(two_ranks / "whole.pt")["figures"][0])
+
+
+def goes_on(config, out) -> None:
+    """Two steps, a checkpoint and a step are the same as the checkpoint taken up and a step."""
+    trainer, stream = tiny_run.trainer(config), Prompts(config.ppo)
+    advance(trainer, stream, 2)
+    save(trainer, stream, out / "whole")
+    advance(trainer, stream, 1)
+    save(trainer, stream, out / "whole")
+    other, stream = tiny_run.trainer(config), Prompts(config.ppo)
+    checkpoint.load(out / "whole" / "step_000002", other, {"prompts": stream})
+    advance(other, stream, 1)
+    save(other, stream, out / "resumed")
+    one, two = (store.read_manifest(out / w / "step_000003")["files"] for w in ("whole", "resumed"))
+    assert one == two
+
+
+@pytest.mark.parametrize("zero", ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_split"])
+def test_low_precision_goes_on_bit_for_bit(tmp_path, zero):
+    models = tiny_run.write_models(tmp_path / "models")
+    for role in ("actor", "critic"):
+        settings = ds_config.load(f"{role}_zero2_bf16") | {"zero_optimization": {"stage": 1}}
+        (models / f"{role}_zero1_bf16.json").write_text(json.dumps(settings))
+    config = tiny_run.config(models, zero, "tied")
+    if zero.endswith("split"):
+        split = OptimizerConfig(name="split_adamw", moments="bf16", lr=1e-3, eps=1e-6)
+        roles = {
+            role: replace(getattr(config, role), optimizer=split) for role in ("actor", "critic")
+        }
+        config = replace(config, **roles)
+    with tiny_run.alone():
+        goes_on(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_optimizer_on_the_host_goes_on_bit_for_bit(tmp_path):
+    """DeepSpeed compiles it on its first use on a machine."""
+    models = tiny_run.write_models(tmp_path / "models")
+    with tiny_run.alone():
+        goes_on(tiny_run.config(models, "zero3_offload", "tied"), tmp_path)
