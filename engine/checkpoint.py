@@ -68,7 +68,7 @@ class Checkpoints:
         self.about, self.tell = dict(about or {}), tell
         self.retry = False
         self._job: Job | None = None
-        self._told: set[str] = set()
+        self._failing = self._told_of_memory = False
 
     def take(
         self, trainer: PPOTrainer, stateful: Mapping[str, Any], reward: float | None = None
@@ -121,6 +121,8 @@ class Checkpoints:
         reason = reason or _anywhere(own)
         if reason:
             self._give_up(job.target, reason)
+        else:
+            self._failing = False
 
     def _gather(
         self,
@@ -151,8 +153,9 @@ class Checkpoints:
         need = sum(t.nbytes for views, _ in job.tensors.values() for t in views.values())
         free = psutil.virtual_memory().available / distributed.ranks_per_node()
         lacking = distributed.global_max(torch.tensor(int(need > _COPY_SHARE * free)))
-        if lacking:
-            self._warn(
+        if lacking and not self._told_of_memory:
+            self._told_of_memory = True
+            self.tell(
                 f"run.async_save: no room for a copy of the training state ({need / 1e9:.1f} GB a "
                 f"rank, {free / 1e9:.1f} GB free); checkpoints are written while the run waits"
             )
@@ -174,14 +177,9 @@ class Checkpoints:
         if distributed.is_main():
             shutil.rmtree(store.partial(target), ignore_errors=True)
         self.retry = True
-        self._warn(f"checkpoint {target.name} not written, the run goes on: {reason}")
-
-    def _warn(self, text: str) -> None:
-        """Each cause once: the next step tries again, and would say so every time."""
-        cause = text.partition(": ")[2]
-        if cause not in self._told:
-            self._told.add(cause)
-            self.tell(text)
+        if not self._failing:  # the next steps try again, and would say so every time
+            self.tell(f"checkpoint {target.name} not written, the run goes on: {reason}")
+        self._failing = True
 
 
 def load(checkpoint: Path, trainer: PPOTrainer, stateful: Mapping[str, Any]) -> list[str]:

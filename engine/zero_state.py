@@ -40,6 +40,16 @@ class Piece:
         return tensor.detach().view(-1).narrow(0, self.offset, self.count)
 
 
+def check_settings(role: str, ds_config: dict[str, Any]) -> None:
+    """Raises ValueError where an engine with this DeepSpeed JSON could not be saved."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") == "nvme":
+        raise ValueError(
+            f"{role}.deepspeed: zero_optimization.offload_optimizer.device=nvme: checkpoints do "
+            "not read an optimizer that is on a disk; use cpu"
+        )
+
+
 def pieces(engine: Any) -> list[Piece]:
     """All that this rank updates, of the trained parameters of a DeepSpeed engine."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}

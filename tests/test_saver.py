@@ -1,0 +1,187 @@
+"""When a run saves and when it ends early: real one-rank jobs, disks and signals."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gearshift.engine import checkpoint_store as store
+from gearshift.launch import train
+from tests import tiny, tiny_job
+
+REWARD = """
+import os
+import signal
+from pathlib import Path
+
+calls = 0
+
+
+def score(prompts, completions, **columns):
+    global calls
+    calls += 1
+    {act}
+    return [float(len(text.split())) for text in completions]
+"""
+TIMED = ("timing_s/", "memory_gb/", "throughput/", "perf/")
+
+
+def job(folder: Path, act: str = "pass", **run: object) -> Path:
+    """A job whose reward does `act` at each step; `calls` counts the steps of this process."""
+    path = tiny_job.write(folder, run={"steps": 3, "export": False} | run)
+    (folder / "reward.py").write_text(REWARD.format(act=act))
+    return path
+
+
+def start(path: Path, *overrides: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_job.alone(patch)
+        return train.main(["--config", str(path), *map(str, overrides)])
+
+
+def saved(folder: Path) -> list[str]:
+    return [path.name for path in store.steps(folder / "run" / "checkpoints")]
+
+
+def figures(folder: Path) -> list[dict]:
+    text = (folder / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+
+
+@contextmanager
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """A small disk of its own at `folder`."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Three steps without an interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert start(job(folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capfd, name, whole):
+    act = f"os.kill(os.getpid(), signal.{name}) if calls == 2 else None"
+    path = job(tmp_path, act)
+    assert start(path) == 0
+    told = capfd.readouterr()
+    assert f"ended by {name} after step 2; the same command goes on from there" in told.out
+    assert f"{name}: ending after this step, with a checkpoint\n" in told.err
+    assert saved(tmp_path) == ["step_000002"]
+    assert [line["step"] for line in figures(tmp_path)] == [1, 2]
+    assert start(path) == 0
+    assert saved(tmp_path) == ["step_000002", "step_000003"]
+    assert figures(tmp_path) == figures(whole)
+
+
+def test_a_deadline_ends_the_run(tmp_path, capfd):
+    path = job(tmp_path)
+    assert start(path, "--run.save_by", time.strftime("%Y-%m-%d %H:%M")) == 0
+    assert "ended by run.save_by after step 1" in capfd.readouterr().out
+    assert saved(tmp_path) == ["step_000001"]
+    assert start(path, "--run.save_by", "soon") == 2
+    assert "run.save_by='soon': not a time" in capfd.readouterr().err
+
+
+def test_minutes_between_checkpoints(tmp_path):
+    assert start(job(tmp_path), "--run.save_minutes", 1e-6, "--run.keep_checkpoints", 9) == 0
+    assert saved(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_disk_that_is_full_for_a_while(tmp_path, capfd, background, whole):
+    """The second step makes room, and the checkpoint that could not be is made then."""
+    held = tmp_path / "run" / "checkpoints" / "filler"
+    act = f"Path({str(held)!r}).unlink() if calls == 3 else None"
+    with disk(held.parent, "size=400k"):
+        held.write_bytes(bytes(300_000))
+        assert start(job(tmp_path, act, save_every=1, async_save=background)) == 0
+        (told,) = (line for line in capfd.readouterr().out.splitlines() if "warning" in line)
+        assert told.startswith("warning: checkpoint step_000001 not written, the run goes on: ")
+        assert "[Errno 28] No space left on device" in told
+        assert saved(tmp_path) == ["step_000003"]
+    assert figures(tmp_path) == figures(whole)
+
+
+def test_a_folder_for_checkpoints_that_is_read_only(tmp_path, capfd, whole):
+    with disk(tmp_path / "run" / "checkpoints", "size=400k,ro"):
+        assert start(job(tmp_path, save_every=1)) == 0
+        told = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
+        assert len(told) == 1 and "Read-only file system" in told[0]
+    assert figures(tmp_path) == figures(whole)
+
+
+def test_no_memory_for_a_copy_is_said_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("gearshift.engine.checkpoint._COPY_SHARE", 0.0)
+    assert start(job(tmp_path, save_every=1)) == 0
+    assert capfd.readouterr().out.count("run.async_save: no room for a copy") == 1
+    assert saved(tmp_path) == ["step_000002", "step_000003"]
+
+
+def test_another_model_or_tokenizer_is_refused(tmp_path, capfd):
+    path = job(tmp_path, steps=1)
+    assert start(path) == 0
+    other = tiny.save_policy(tmp_path / "other", tiny_job.VOCABULARY, hidden_size=32, head_dim=8)
+    more = "--run.steps", 2, "--actor.path", other
+    capfd.readouterr()
+    assert start(path, *more) == 2
+    old, new = json.dumps(str(tmp_path / "policy")), json.dumps(str(other))
+    assert f"other settings: actor.path: {old} -> {new}; restore" in capfd.readouterr().err
+    assert start(path, *more, "--run.resume_changed", "[actor.path]") == 2
+    told = capfd.readouterr().err
+    assert "is of another actor: lm.lm_head.weight is [16, 16] there and [16, 32] in" in told
+    words = json.loads((tmp_path / "policy" / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["w14"], vocabulary["w15"] = vocabulary["w15"], vocabulary["w14"]
+    (tmp_path / "policy" / "tokenizer.json").write_text(json.dumps(words))
+    assert start(path, "--run.steps", 2) == 2
+    assert "was saved with another tokenizer" in capfd.readouterr().err
+    assert saved(tmp_path) == ["step_000001"]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capfd, whole):
+    path = job(tmp_path, save_every=1, keep_checkpoints=3)
+    assert start(path) == 0
+    first = tmp_path / "run" / "checkpoints" / "step_000001"
+    assert start(path, "--run.resume", first, "--run.steps", 2) == 0
+    told = capfd.readouterr().out
+    assert "set aside " in told and "step_000003.stale: this run replaces it" in told
+    assert saved(tmp_path) == ["step_000001", "step_000002"]
+    assert [line["step"] for line in figures(tmp_path)] == [1, 2]
+    assert start(path) == 0
+    assert saved(tmp_path) == ["step_000001", "step_000002", "step_000003"]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.stale"))
+
+
+def test_an_optimizer_on_a_disk_is_refused_early(tmp_path, capfd):
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)},
+        },
+    }
+    (tmp_path / "nvme.json").write_text(json.dumps(settings))
+    assert start(job(tmp_path), "--actor.deepspeed", tmp_path / "nvme.json") == 2
+    assert (
+        "actor.deepspeed: zero_optimization.offload_optimizer.device=nvme: checkpoints do not"
+        in (capfd.readouterr().err)
+    )
