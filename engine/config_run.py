@@ -32,6 +32,7 @@ class RunConfig(Bounded):
     samples: int = knob(4, "rows of a sample table", least=1)
     trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
+    ignore_plan: bool = knob(False, "start even where the memory plan says that it cannot fit")
     threads: int = knob(0, "CPU threads per rank; 0: cores / ranks on this node", least=0)
     hang_timeout_s: float = knob(
         1200.0,
@@ -44,10 +45,12 @@ class RunConfig(Bounded):
 # what is learned.
 RESUME_MAY_CHANGE = (
     "run.*",
+    "guards.*",
     "rollout.*",
     "*.attn",
     "*.deepspeed",
     "*.gradient_checkpointing",
+    "*.sleep",
     "*.batch_size",
     "rewards.*.timeout_s",
     "rewards.*.retries",

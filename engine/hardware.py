@@ -54,6 +54,7 @@ class Hardware:
     gpus_per_node: int
     nodes: int
     host_bytes: float  # memory of one node
+    shared: bool = False  # CPU ranks: their memory is the host's
     network: float = 50 * GB  # bytes per second per GPU between nodes: one 400 Gb/s port each
 
     @property
@@ -66,12 +67,16 @@ class Hardware:
 
         1.5 GB for CUDA and NCCL and 2 % of the memory: an estimate until measured.
         """
+        if self.shared:
+            return self.gpu.memory
         return 0.98 * self.gpu.memory - 1.5 * GB
 
     @property
     def usable_host(self) -> float:
         """Bytes of a node's memory after 3 GB per process (interpreter, CUDA's host side, pages of
         the files being read) and 4 GB for the system: an estimate until measured."""
+        if self.shared:
+            return self.host_bytes
         return self.host_bytes - 3 * GB * self.gpus_per_node - 4 * GB
 
     @property

@@ -1,118 +1,43 @@
 """The memory and time plan of a run, from configurations alone: `gearshift plan`, and start-up.
 
-It plans what the code does: every state stays where its DeepSpeed JSON puts it through the whole
-step, and the KV cache gets what is left in generation. Bytes are per rank, or per node of the host.
+It plans what the code does: states are where their DeepSpeed JSON puts them, and where the table of
+residence.py moves them in a phase; the KV cache gets what is left in generation. Bytes are per
+rank, or per node of the host.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from gearshift.engine import memory_model as model
-from gearshift.engine import plan_time
+from gearshift.engine import plan_time, residence
 from gearshift.engine.config import Config
 from gearshift.engine.hardware import GB, Hardware
-from gearshift.engine.memory_model import States, Zero
+from gearshift.engine.memory_model import Zero
+from gearshift.engine.plan_choice import choices
+from gearshift.engine.plan_record import LATER, Phase, Plan, Role, sleeps_of
 from gearshift.engine.plan_time import Work
-from gearshift.engine.rollout import GPU_CACHE_SHARE
+from gearshift.engine.rollout import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.shapes import Shape, shape_of
+from gearshift.kernels.linear_head import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
-STAGING = 256 * 2**20  # of a shift on a GPU; rollout.shift_bucket_mb
-# Where a measured phase is in metrics.jsonl.
-MEASURED = {
-    "generate": "generate",
-    "rewards": "rewards",
-    "logprobs": "logprobs",
-    "reference": "ref",
-    "values": "values",
-    "update_actor": "update_actor",
-    "update_critic": "update_critic",
-}
-TOLERANCE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Role:
-    """One model of the run, as it is planned."""
-
-    name: str
-    shape: Shape
-    zero: Zero
-    states: States
-    trained: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Bytes of a rank's GPU by what they are, of a node's host in all, and expected seconds."""
-
-    name: str
-    gpu: dict[str, float]
-    host: float
-    seconds: float
-
-    @property
-    def total(self) -> float:
-        return sum(self.gpu.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a step is expected to take. refuse_reason: None where it fits.
-
-    micro_batch: the largest ppo.micro_batch_size that fits, 0 for none; kv_slots: sequences of
-    full length that the cache of a TP group holds, at most kv_wanted.
-    """
-
-    hardware: Hardware
-    roles: tuple[Role, ...]
-    phases: tuple[Phase, ...]
-    tp: int
-    micro_batch: int
-    kv_slots: int
-    kv_wanted: int
-    refuse_reason: str | None
-
-    @property
-    def fits(self) -> bool:
-        return self.refuse_reason is None
-
-    @property
-    def peak(self) -> Phase:
-        return max(self.phases, key=lambda phase: phase.total)
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(p.seconds for p in self.phases if p.name not in ("load", "save"))
+STAGING = {False: 256 * 2**20, True: 16 * 2**20}  # of a shift, on CPU or not: hybrid.py's
 
 
 def plan(config: Config, hf_configs: dict[str, Any], ds: dict[str, dict], hardware: Hardware):
-    """The Plan of a run.
+    """The Plan of a run: the fastest that fits of what the configuration leaves open.
 
     hf_configs, ds: transformers configuration and DeepSpeed settings by role: actor, critic,
     reference, and reward models by their names. Absent roles take no part.
     """
-    return _Planner(config, _roles(config, hf_configs, ds, hardware.world), hardware).plan()
-
-
-def compare(plan: Plan, figures: dict[str, float]) -> list[str]:
-    """Planned beside measured memory of a step, a line per phase; deviations above 5 % say so.
-
-    figures: a PPO step's metrics; memory_gb/<phase> is torch's peak of allocated GPU memory, so
-    this is for GPUs.
-    """
-    lines = []
-    for phase in plan.phases:
-        measured = figures.get(f"memory_gb/{MEASURED.get(phase.name)}")
-        if measured is None:
-            continue
-        planned = phase.total / GB
-        off = measured / planned - 1
-        verdict = "" if abs(off) <= TOLERANCE else f", {off:+.0%} off the plan"
-        lines.append(f"{phase.name}: planned {planned:.1f} GB, measured {measured:.1f}{verdict}")
-    return lines
+    roles = _roles(config, hf_configs, ds, hardware.world)
+    trained = [role.name for role in roles if role.trained]
+    settled = choices(config, trained, shared=hardware.shared)
+    plans = [_Planner(choice, roles, hardware).plan() for choice in settled]
+    fitting = [made for made in plans if made.fits]
+    if fitting:
+        return min(fitting, key=lambda made: made.step_seconds)
+    return min(plans, key=lambda made: made.peak.total)
 
 
 def _roles(config: Config, hf_configs: dict, ds: dict, world: int) -> tuple[Role, ...]:
@@ -163,53 +88,87 @@ class _Planner:
             epochs=ppo.epochs,
             updates=ppo.optimizer_steps_per_step,
         )
-        self.resident = self._resident(roles)
-        self.host = self._host(roles)
+        self.sleeps, self.joint = sleeps_of(config, roles), ppo.update == "joint"
+        self.host = self._host()
         self.tp = self._tp()
 
     def plan(self) -> Plan:
         generate, slots, wanted = self._generate()
         phases = [self._load(), generate, *self._scores(), *self._updates(), self._save()]
-        room = self.hw.usable - sum(self.resident.values())
+        trained = [role for role in self.roles if role.trained]
+        moving = {r.name: sum(self._movable(r)) for r in trained}
         return Plan(
+            config=self.config,
             hardware=self.hw,
             roles=self.roles,
             phases=tuple(phases),
             tp=self.tp,
-            micro_batch=self._largest_micro_batch(room),
+            micro_batch=self._largest_micro_batch(),
             kv_slots=slots,
             kv_wanted=wanted,
+            swap_seconds=plan_time.swap_seconds(moving, self.sleeps, self.hw),
             refuse_reason=self._refusal(phases, slots),
         )
 
-    def _resident(self, roles: Iterable[Role]) -> dict[str, float]:
-        """What is on the GPU in every phase: 'actor fp32 master' and so on."""
-        return {f"{r.name} {what}": size for r in roles for what, size in r.states.gpu.items()}
+    def _resident(self, phase: str) -> dict[str, float]:
+        """What is on the GPU in a phase: 'actor fp32 master' and so on."""
+        if self.joint and phase.startswith("update_"):
+            phase = "update_joint"
+        row = residence.where(phase, self.sleeps)
+        found = {}
+        for role in self.roles:
+            for what, size in role.states.gpu.items():
+                place = row.get(role.name)
+                away = place and (
+                    (model.is_optimizer(what) and place.optimizer != "device")
+                    or (model.is_gradients(what) and place.gradients != "device")
+                )
+                if not away:
+                    found[f"{role.name} {what}"] = size
+        return found
 
-    def _host(self, roles: Iterable[Role]) -> float:
-        return self.hw.gpus_per_node * sum(role.states.steady_host for role in roles)
+    def _movable(self, role: Role) -> list[float]:
+        return model.movable(role.shape, role.zero, self.hw.world, role.states)
+
+    def _host(self) -> float:
+        """Of a node: what DeepSpeed keeps there, and the room of those who sleep."""
+        steady = sum(self._steady_host(role) for role in self.roles)
+        movable = {name: self._movable(self.by_name[name]) for name in self.sleeps}
+        asleep = residence.host_bytes(self.sleeps, movable, joint=self.joint)
+        return self.hw.gpus_per_node * (steady + asleep)
+
+    def _steady_host(self, role: Role) -> float:
+        """Nothing is pinned on CPU."""
+        rounding = role.states.host.get("pinned rounding", 0.0) if self.hw.shared else 0.0
+        return role.states.steady_host - rounding
 
     def _tp(self) -> int:
         """As Gearbox chooses it: the least whose shards fill half of what is free."""
         if self.config.rollout.tp or self.hw.world == 1:
             return self.config.rollout.tp or 1
-        node, free = self.hw.gpus_per_node, self.hw.usable - sum(self.resident.values())
+        if self.hw.shared:
+            return 1
+        resident = sum(self._resident("load").values())
+        node, free = self.hw.gpus_per_node, self.hw.usable - resident
         sizes = [size for size in range(1, node + 1) if node % size == 0]
         weights = self.actor.zero.size * self.actor.shape.total
         return next((size for size in sizes if weights / size <= free / 2), node)
 
     def _load(self) -> Phase:
-        later = ("moments", "low master bits", "whole")
-        gpu = {what: size for what, size in self.resident.items() if not what.endswith(later)}
+        resident = {
+            f"{r.name} {what}": size for r in self.roles for what, size in r.states.gpu.items()
+        }
+        gpu = {what: size for what, size in resident.items() if not what.endswith(LATER)}
         read = sum(r.zero.size * r.shape.total for r in self.roles)
         return Phase(name="load", gpu=gpu, host=self.host, seconds=read / plan_time.DISK)
 
     def _generate(self) -> tuple[Phase, int, int]:
         actor, rollout, work = self.actor, self.config.rollout, self.work
         shape, size = actor.shape, actor.zero.size
-        gpu = dict(self.resident)
+        gpu = self._resident("generate")
         gpu["generation shards"] = self._shards()
-        gpu["shift staging"] = (rollout.shift_bucket_mb * 2**20 or STAGING) * (self.hw.world > 1)
+        staging = rollout.shift_bucket_mb * 2**20 or STAGING[self.hw.shared]
+        gpu["shift staging"] = staging * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
         # Logits of the drawing rows in the model's dtype, and the sampler's fp32 form.
         logits = min(rollout.max_sequences, work.rows * self.tp) * shape.vocabulary * (size + 4)
@@ -218,7 +177,7 @@ class _Planner:
         sequence = math.ceil(work.length / rollout.block_size + 1) * rollout.block_size * per_token
         wanted = min(rollout.max_sequences, work.rows * self.tp)
         free = GPU_CACHE_SHARE * (self.hw.usable - sum(gpu.values()) + gpu["prefill and logits"])
-        budget = rollout.kv_cache_gb * GB or free
+        budget = rollout.kv_cache_gb * GB or (CPU_CACHE_GB * GB if self.hw.shared else free)
         slots = max(0, min(wanted, int(budget // sequence)))
         gpu["KV cache"] = float(slots * sequence)
         seconds = plan_time.generate_seconds(
@@ -246,12 +205,14 @@ class _Planner:
         if phase == "rewards":
             reward = next(r for r in self.config.rewards if r.name == role.name)
             rows = min(reward.batch_size, work.rows)
-        gpu = dict(self.resident)
+        gpu = self._resident("ref" if phase == "reference" else phase)
         gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)
         gpu["activations"] = model.scoring_activations(role.shape, zero, rows * work.length)
         if role.shape.head:
             response = rows * work.response
-            gpu["logits chunk"] = model.logits_chunk(role.shape, zero, response, training=False)
+            gpu["logits chunk"] = model.logits_chunk(
+                role.shape, zero, response, training=False, most=self._logits_bytes
+            )
         seconds = plan_time.score_seconds(role.shape, zero, work, self.hw)
         return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
 
@@ -261,9 +222,10 @@ class _Planner:
     def _update(self, role: Role) -> Phase:
         zero, shape = role.zero, role.shape
         recompute = getattr(self.config, role.name).gradient_checkpointing
-        gpu = self.resident | self._update_parts(role, self.config.ppo.micro_batch_size)
+        phase = f"update_{role.name}"
+        gpu = self._resident(phase) | self._update_parts(role, self.config.ppo.micro_batch_size)
         seconds = plan_time.train_seconds(shape, zero, self.work, self.hw, recompute)
-        return Phase(name=f"update_{role.name}", gpu=gpu, host=self.host, seconds=seconds)
+        return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
 
     def _update_parts(self, role: Role, rows: int) -> dict[str, float]:
         """The larger of a backward and an optimizer step; they do not meet."""
@@ -274,7 +236,9 @@ class _Planner:
         backward = {
             "gathered weights": model.live_weights(shape, zero, world),
             "activations": model.training_activations(shape, zero, tokens, recompute),
-            "logits chunk": model.logits_chunk(shape, zero, response, training=True),
+            "logits chunk": model.logits_chunk(
+                shape, zero, response, training=True, most=self._logits_bytes
+            ),
             "gradients in flight": model.reduce_transient(shape, zero, world),
         }
         step = {"optimizer step": model.step_transient(shape, zero, world)}
@@ -287,20 +251,43 @@ class _Planner:
         whole = max(role.zero.size * role.shape.total for role in trained)
         written = sum(plan_time.save_seconds(r.shape, r.zero, self.hw) for r in trained)
         # Export: rank 0 holds the whole model on the host, and gathers a parameter at a time.
-        gpu = self.resident | {"one parameter": 4.0 * max(self.actor.shape.numels)}
+        gpu = self._resident("save") | {"one parameter": 4.0 * max(self.actor.shape.numels)}
         return Phase(name="save", gpu=gpu, host=self.host + whole, seconds=written)
 
-    def _largest_micro_batch(self, room: float) -> int:
+    def _untouched(self) -> float:
+        """Of a node: pages of DeepSpeed's buckets that a model never fills, which a CPU rank
+        therefore never gets."""
+        kept = [role for role in self.roles if "reduce buckets" in role.states.gpu]
+        spare = [r.zero.communication * (r.zero.reduce_bucket - r.shape.total) for r in kept]
+        return self.hw.gpus_per_node * sum(size for size in spare if size > 0)
+
+    @property
+    def _logits_bytes(self) -> int:
+        return CPU_LOGITS_BYTES if self.hw.shared else CUDA_LOGITS_BYTES
+
+    def _largest_micro_batch(self) -> int:
         most = max(1, math.ceil(self.config.ppo.minibatch_size / self.hw.world))
         trained = [role for role in self.roles if role.trained]
+        rooms = {
+            r.name: self.hw.usable - sum(self._resident(f"update_{r.name}").values())
+            for r in trained
+        }
 
         def holds(rows: int) -> bool:
-            return all(sum(self._update_parts(r, rows).values()) <= room for r in trained)
+            return all(sum(self._update_parts(r, rows).values()) <= rooms[r.name] for r in trained)
 
         return next((rows for rows in range(most, 0, -1) if holds(rows)), 0)
 
     def _refusal(self, phases: list[Phase], slots: int) -> str | None:
         worst = max(phases, key=lambda phase: phase.total)
+        if self.hw.shared:
+            node = worst.total * self.hw.gpus_per_node + worst.host - self._untouched()
+            if node <= self.hw.usable_host:
+                return None
+            return (
+                f"{worst.name} needs {node / GB:.1f} GB of a host's "
+                f"{self.hw.usable_host / GB:.1f} usable"
+            )
         if worst.total > self.hw.usable:
             return (
                 f"{worst.name} needs {worst.total / GB:.1f} GB of a GPU's "

@@ -155,6 +155,34 @@ def _rounding(blocks: list[int]) -> float:
     return float(sum((1 << (block - 1).bit_length()) - block for block in blocks))
 
 
+def movable(shape: Shape, zero: Zero, world: int, states: States) -> list[float]:
+    """Bytes of each tensor of the optimizer that can sleep: one per kind and ZeRO-3 sub-group."""
+    parts = [float(state_elements(shape, zero, world))]
+    if zero.stage == 3:
+        parts = [0.0]
+        for numel in shape.numels:
+            if parts[-1] >= zero.sub_group:
+                parts.append(0.0)
+            parts[-1] += math.ceil(numel / world)
+    whole = sum(parts)
+    sizes = []
+    for what in states.gpu:
+        if is_optimizer(what):
+            tensors = 2 if what == "moments" else 1
+            sizes += [states.gpu[what] / tensors * part / whole for part in parts] * tensors
+    return sizes
+
+
+def is_optimizer(what: str) -> bool:
+    """Whether a state sleeps with the optimizer."""
+    return what.endswith("master") or what in ("low master bits", "moments")
+
+
+def is_gradients(what: str) -> bool:
+    """Whether a state is a buffer that holds nothing between two updates."""
+    return what in ("gradients", "reduce buckets")
+
+
 def live_weights(shape: Shape, zero: Zero, world: int) -> float:
     """Bytes of whole parameters that ZeRO-3 holds at once, prefetch and the head included."""
     if zero.stage < 3 or (world == 1 and zero.parameters == "gpu"):
@@ -206,14 +234,19 @@ def scoring_activations(shape: Shape, zero: Zero, tokens: int) -> float:
     return tokens * (2 * zero.size * shape.hidden + wide)
 
 
-def logits_chunk(shape: Shape, zero: Zero, rows: int, *, training: bool) -> float:
-    """Bytes of the head's buffers for `rows` response tokens, and in training its gradients."""
+def logits_chunk(
+    shape: Shape, zero: Zero, rows: int, *, training: bool, most: float = CUDA_LOGITS_BYTES
+) -> float:
+    """Bytes of the head's buffers for `rows` response tokens, and in training its gradients.
+
+    most: bytes of a chunk of logits.
+    """
     if not shape.head:
         return 0.0
     row = shape.vocabulary * (4 + (2 if training and zero.size == 2 else 0))
-    chunk = min(float(rows * row), CUDA_LOGITS_BYTES)
+    chunk = min(float(rows * row), most)
     if not training:
         return chunk
-    several = rows * row > CUDA_LOGITS_BYTES
+    several = rows * row > most
     weight = shape.head * (zero.size + (4 if several and zero.size == 2 else 0))
     return chunk + weight + rows * shape.hidden * zero.size

@@ -103,6 +103,29 @@ def generate_seconds(
     return shift + prefill + steps * step
 
 
+def swap_seconds(sizes: dict[str, float], sleeps: dict[str, str], hw: Hardware) -> float:
+    """Sleeping states on their way in one step, both directions at once.
+
+    sizes: bytes of each trained role's optimizer. With `exchange` the two pass one another twice;
+    with `always` each comes alone, and one leaves while the next comes.
+    """
+    rate = hw.gpu.host * LINK_SHARE
+    moving = {role: size for role, size in sizes.items() if sleeps[role] in ("exchange", "always")}
+    if len(sizes) == 1:
+        return 2 * sum(size for r, size in moving.items() if sleeps[r] == "always") / rate
+    most = max(moving.values(), default=0.0)
+    if "always" in sleeps.values():
+        return (sum(moving.values()) + most) / rate
+    return 2 * most / rate
+
+
+def useful_flops(shape: Shape, work: Work, *, scored: int, trained: bool) -> float:
+    """Multiplications and additions that a role's forwards and backwards need; recomputed ones are
+    not counted. scored: gradient-free passes over all rows."""
+    once = sum(forward_flops(shape, work))
+    return once * (scored + (3 * work.epochs if trained else 0))
+
+
 def save_seconds(shape: Shape, zero: Zero, hw: Hardware) -> float:
     """A checkpoint of weights, master and moments, written by all nodes."""
     return (12 + zero.size) * shape.total / hw.nodes / DISK

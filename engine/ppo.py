@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed
+from gearshift.engine import distributed, ledger
 from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
 from gearshift.engine.config import Config
 from gearshift.engine.figures import (
@@ -141,6 +141,7 @@ class PPOTrainer:
             self.residence.enter(name)
         with metrics.phase(name):
             yield
+        ledger.record(metrics, self.residence, name)
 
     def _epochs(
         self, experience: Experience, actor: Any, critic: Any, metrics: StepMetrics

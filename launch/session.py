@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from gearshift.engine import (
     checkpoint_store,
     config_load,
     distributed,
+    ledger,
+    plan_start,
     resume,
     watchdog,
 )
 from gearshift.engine.batch import Experience
+from gearshift.engine.config import Config
 from gearshift.engine.config_load import Resolved
 from gearshift.engine.data import PromptStream, TextStream
 from gearshift.engine.export import export
@@ -29,6 +32,7 @@ from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.run_log import RunLog
 from gearshift.engine.run_state import tokenizer_print
 from gearshift.engine.trackers import check_trackers
+from gearshift.engine.zero_state import check_settings
 from gearshift.kernels.self_check import self_check
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
@@ -54,11 +58,16 @@ class Session:
         if checked:
             self.console.note(checked)
         self.blueprint = assemble.draw_up(config)
+        config = self._plan(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
         about = resume.identity(
-            asdict(config), self.blueprint.deepspeed, tokenizer_print(self.blueprint.tokenizer)
+            asdict(self.resolved.config),
+            self.blueprint.deepspeed,
+            tokenizer_print(self.blueprint.tokenizer),
         )
+        for role in {"actor", "critic"} & set(self.blueprint.deepspeed):
+            check_settings(role, self.blueprint.deepspeed[role])
         if self.resumed:
             resume.check(self.resumed, about, config.run.resume_changed)
         for text in [*warnings, *remarks]:
@@ -73,6 +82,19 @@ class Session:
             for remark in checkpoint.load(self.resumed, self.trainer, self.streams):
                 self.console.note(remark)
             self.console.note(f"resumed from {self.resumed}")
+
+    def _plan(self, config: Config) -> Config:
+        """What the run leaves open is chosen; raises ValueError where it cannot fit."""
+        start = plan_start.plan_run(config, plan_start.this_machine(self.device))
+        self.plan = start.plan
+        self.console.note(start.said)
+        if start.warning:
+            self.console.warn(start.warning)
+        if start.plan is None:
+            return config
+        self.config = start.plan.config
+        self.blueprint = replace(self.blueprint, config=self.config)
+        return self.config
 
     def train(self) -> None:
         """Steps until `run.steps`, saving on the way, then exports and reports."""
@@ -98,11 +120,23 @@ class Session:
         prompts = self.streams["prompts"].next_batch().to(self.device)
         with self.console.progress("generate") as progress:
             figures, experience = self.trainer.step(prompts, progress)
+        self._account(figures)
         self.saver.after_step(figures)
         self._show(self.trainer.steps_done, figures, experience, log)
         if log:
             log.sync()
         self.saver.publish()
+
+    def _account(self, figures: dict[str, float]) -> None:
+        """Adds what needs the plan to a step's figures; after the first, says how it was met."""
+        if self.plan is None:
+            return
+        used = ledger.mfu(self.plan, figures)
+        if used is not None:
+            figures["perf/mfu"] = used
+        if self.trainer.steps_done == 1:
+            met = ledger.compare(self.plan, figures, first=True)
+            self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
 
     def _show(self, step: int, figures: dict, experience: Experience, log: RunLog | None) -> None:
         self.console.step(step, figures)

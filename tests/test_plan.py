@@ -56,7 +56,9 @@ def test_a_run_that_does_not_fit_says_what_to_change(capsys, run_yaml):
 
 def test_the_change_it_names_makes_the_run_fit(capsys, run_yaml):
     wide = ["--ppo.micro_batch_size=8", "--sampling.max_new_tokens=4096"]
-    where = ["--config", run_yaml, "--gpu", "a100-40", *wide]
+    fixed = ["--actor.sleep=never", "--critic.sleep=never"]
+    fixed += ["--actor.gradient_checkpointing=false", "--critic.gradient_checkpointing=false"]
+    where = ["--config", run_yaml, "--gpu", "a100-40", *wide, *fixed]
     status, made = plan_json(capsys, *where)
     assert (status, made["change"]) == (3, "set ppo.micro_batch_size: 1")
     assert plan_json(capsys, *where, "--ppo.micro_batch_size=1")[0] == 0
