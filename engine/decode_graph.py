@@ -3,10 +3,12 @@
 A graph is captured per number of rows (1, 2, 4, 8, 16, 32, 48, ...) when it is first needed, from
 the model's forward to the drawn tokens, tensor-parallel all-reduces included; all share one memory
 pool. Rows that fill a bucket up read and write the cache's dummy block. Graphs hold addresses: of
-the weights, which may be refreshed in place but not moved, and of one KVCache.
+the weights, which may be refreshed in place (the engine checks that they did not move), and of one
+KVCache.
 """
 
 import bisect
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +23,7 @@ from gearshift.engine.packing import Inputs
 from gearshift.engine.sampling import draw_packed
 
 STEP = 16  # rows between buckets above 16: at most 15 padding rows, one graph per 16 rows
+WIDTH = 16  # widths are rounded up to it: a slightly longer prompt needs no new graphs
 # Expert layers that choose their kernels without reading the routing on the host.
 CAPTURABLE_EXPERTS = ("grouped_mm", "batched_mm")
 
@@ -37,6 +40,11 @@ def bucket_of(rows: int, most: int) -> int:
     return sizes[bisect.bisect_left(sizes, rows)]
 
 
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    """Where the module's weights and buffers are."""
+    return tuple(t.data_ptr() for t in (*module.parameters(), *module.buffers()))
+
+
 def cannot_capture(module: nn.Module) -> str | None:
     """Why the module's forward cannot be captured; None if nothing known forbids it."""
     config = module.config.get_text_config()
@@ -51,7 +59,8 @@ def cannot_capture(module: nn.Module) -> str | None:
 class DecodeGraphs:
     """Runs decode steps of one module over one cache with one sampling configuration.
 
-    rows: most sequences decoded at once. width: blocks of the longest sequence.
+    rows: most sequences decoded at once. width: blocks of the longest sequence. Valid while the
+    module's tensors are at the `weights` addresses; capture_seconds grows with every new bucket.
     On a device without CUDA the same steps run eagerly, padding included; tests rely on it.
     """
 
@@ -66,7 +75,8 @@ class DecodeGraphs:
         width: int,
     ):
         self.module, self.cache, self.sampling, self.group = module, cache, sampling, group
-        self.rows, self.width = rows, width
+        self.rows, self.width = rows, -(-width // WIDTH) * WIDTH
+        self.weights, self.capture_seconds = addresses(module), 0.0
         self._capture = cache.device.type == "cuda"
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
@@ -84,7 +94,9 @@ class DecodeGraphs:
         bucket = bucket_of(count, self.rows)
         self._fill(inputs, seeds, positions, bucket)
         if bucket not in self._replays:
+            start = time.perf_counter()
             self._replays[bucket] = self._prepare(bucket)
+            self.capture_seconds += time.perf_counter() - start
         replay, packed = self._replays[bucket]
         replay()
         token_ids, bits = packed[:, :count].cpu()

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.config import RolloutConfig, SamplingConfig
+from gearshift.engine.fast_linear import fast_linear
 from gearshift.engine.sampling import Completion, Ending, Request, accepts, draw
 
 
@@ -40,7 +41,7 @@ def hf_generate(
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
     completions = []
-    with evaluating(module):
+    with evaluating(module), fast_linear(torch.device(device)):
         for start in range(0, len(prompts), max_sequences):
             rows = list(range(start, min(start + max_sequences, len(prompts))))
             completions += _complete(module, request, rows, ending, pad_token_id, group, device)
@@ -66,7 +67,7 @@ class PaddedEngine:
             progress(len(prompts), len(prompts))
         return completions
 
-    def release(self) -> None:
+    def rest(self) -> None:
         """Nothing outlives a call."""
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ from gearshift.engine.tp_plan import plan_tensor_parallel
 
 # Staging of a shift in MB: large buckets saturate NVLink, on CPU they only leave the cache.
 _BUCKET_MB = {"cuda": 256.0, "cpu": 16.0}
+# A group that is done waits as long for the slowest; the run's watchdog finds ranks that are stuck.
+LONGEST_GENERATION = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Gearbox:
     engine: the DeepSpeed engine that trains them, at any ZeRO stage. hf_module: the transformers
     causal LM inside it. Training state (weights, optimizer, hooks, random numbers) is only read.
 
+    `module` generates; its parameters are empty outside `generation()`, unless they are kept.
     TP groups are consecutive ranks: `tp_group` (None for a group of one), `tp_rank`, `tp_size`,
     and `dp_index`, the number of this rank's group. Raises ValueError for what cannot be done.
     World-collective: construct it at the same point on every rank.
@@ -61,12 +65,15 @@ class Gearbox:
         check_partitions(hf_module)
         self.tp_size = config.tp or smallest_tp(hf_module, node_size, self.device)
         check_tp(self.tp_size, node_size)
-        self._module = meta_twin(hf_module)
-        plan = plan_tensor_parallel(self._module, self.tp_size)
+        self.module = meta_twin(hf_module)
+        plan = plan_tensor_parallel(self.module, self.tp_size)
         self.tp_group, self._topology = make_groups(node_size, self.tp_size)
+        self._all_groups = None
+        if world_size() > self.tp_size:
+            self._all_groups = dist.new_group(backend="gloo", timeout=LONGEST_GENERATION)
         self.dp_index, self.tp_rank = divmod(world_rank(), self.tp_size)
         place = Rank(self.tp_rank, self.tp_size, self.tp_group)
-        self._shards = localize(self._module, hf_module, plan, place, self.device)
+        self._shards = localize(self.module, hf_module, plan, place, self.device)
         self._partitioned = engine.zero_optimization_stage() == 3 and world_size() > 1
         self._aliased = not self._partitioned and self.tp_size == 1 and self._on_device()
         self._bytes_minimum = 0
@@ -82,10 +89,21 @@ class Gearbox:
         """
         self._shift()
         try:
-            yield self._module
+            yield self.module
         finally:
             if self._aliased or not self._resident:
                 self._release()
+
+    def meet(self) -> float:
+        """Waits until every TP group has generated; returns the seconds this one was idle.
+
+        World-collective. On the host: the next collective on devices would give up after the
+        process group's timeout, 10 minutes, where responses differ by more than that.
+        """
+        start = time.perf_counter()
+        if self._all_groups is not None:
+            dist.barrier(self._all_groups)
+        return time.perf_counter() - start
 
     @torch.no_grad()
     def _shift(self) -> None:
@@ -95,7 +113,7 @@ class Gearbox:
         else:
             self._allocate()
             traffic = self._fill()
-        copy_buffers(self._module, self._source, self.device)
+        copy_buffers(self.module, self._source, self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         shard_bytes = 0 if self._aliased else sum(s.parameter.nbytes for s in self._shards)

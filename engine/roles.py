@@ -1,4 +1,4 @@
-"""Actor, Critic, Reference and RewardModel: the only callers of deepspeed.initialize.
+"""Actor and Critic: the roles that are trained, each with an engine and an optimizer.
 
 A role hides DeepSpeed, the model's head and the memory it uses; its methods take and return the
 records of batch.py, [B, R] float32 tensors with exact zeros where masked.
@@ -75,24 +75,31 @@ class Actor(Trained):
         self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
-        self.sampler = choose_engine(lm, config.rollout.engine)
+        kind = choose_engine(lm, config.rollout.engine)
         self.gearbox = Gearbox(self.engine, lm, config.rollout, device=self.engine.device)
+        self.sampler = kind(
+            self.gearbox.module,
+            config.rollout,
+            eos_token_ids=self.ends,
+            pad_token_id=self.ends[0],
+            tokenizer=tokenizer,
+            group=self.gearbox.tp_group,
+            device=self.gearbox.device,
+        )
+        self.idle_seconds = 0.0  # how long this TP group waited for the others, last time
 
     def generate(self, prompts: PromptBatch, sampling: SamplingConfig, progress=None) -> Rollout:
-        """One response per row; a row's tokens depend on its row_id, not on its batch or rank."""
-        with self.gearbox.generation() as module:
-            engine = self.sampler(
-                module,
-                self.config.rollout,
-                eos_token_ids=self.ends,
-                pad_token_id=self.ends[0],
-                tokenizer=self.tokenizer,
-                group=self.gearbox.tp_group,
-                device=self.engine.device,
-            )
-            seed, group = self.config.run.seed, self.gearbox.tp_group
-            rollout = generate_responses(engine, prompts, sampling, seed, group, progress)
-            engine.release()
+        """One response per row; a row's tokens depend on its row_id, not on its batch or rank.
+
+        If it fails, training state and memory are as before, and the call can be repeated.
+        """
+        seed, group = self.config.run.seed, self.gearbox.tp_group
+        with self.gearbox.generation():
+            try:
+                rollout = generate_responses(self.sampler, prompts, sampling, seed, group, progress)
+            finally:
+                self.sampler.rest()
+        self.idle_seconds = self.gearbox.meet()
         return rollout
 
     @property
@@ -165,7 +172,7 @@ class Critic(Trained):
         self.engine.eval()
         values = torch.zeros_like(rollout.rollout_logprobs)
         after = []
-        for start, micro in _pieces(rollout, self.ppo.score_batch_size):
+        for start, micro in pieces(rollout, self.ppo.score_batch_size):
             live = micro.response_mask
             read = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])
             rows = slice(start, start + len(micro))
@@ -182,73 +189,3 @@ class Critic(Trained):
             values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
         )
         return loss, {"clipped": clipped}
-
-
-class Reference:
-    """The frozen policy that the KL is measured against."""
-
-    def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, ds_config: dict):
-        self.engine = frozen_engine(Policy(lm), ds_config)
-        verify_head(self.engine)
-        self.ppo, self.temperature = ppo, temperature
-
-    def logprobs(self, rollout: Rollout) -> Tensor:
-        """[B, R] log-probs of the responses."""
-        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
-
-
-class RewardModel:
-    """A frozen sequence classifier with one label."""
-
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, ds_config: dict):
-        self.engine = frozen_engine(ScoreModel(model), ds_config)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-
-    @torch.no_grad()
-    def score_ids(self, sequences: list[list[int]]) -> Tensor:
-        """[B] float32 scores of token sequences; every rank must pass equally many."""
-        scores, device = [], self.engine.device
-        for start in range(0, len(sequences), self.batch_size):
-            rows = [torch.tensor(s) for s in sequences[start : start + self.batch_size]]
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            scores.append(self.engine(ids, mask))
-        return torch.cat(scores)
-
-
-def frozen_engine(module: nn.Module, ds_config: dict) -> deepspeed.DeepSpeedEngine:
-    """An engine without an optimizer."""
-    module.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=module, config=ds_config)
-    engine.eval()
-    return engine
-
-
-@torch.no_grad()
-def policy_logprobs(
-    engine: Callable, rollout: Rollout, batch_size: int, temperature: float
-) -> Tensor:
-    """[B, R] float32 log-probs of the responses, in micro-batches of `batch_size` rows."""
-    engine.eval()
-    result = torch.zeros_like(rollout.rollout_logprobs)
-    for start, micro in _pieces(rollout, batch_size):
-        live = micro.response_mask
-        targets = micro.response_ids[live]
-
-        def head(hidden, weight, bias, targets=targets):
-            options = vars(engine.module.options)
-            return ops.linear_logprob(
-                hidden, weight, targets, temperature=temperature, bias=bias, **options
-            )[0]
-
-        scored = engine(micro.input_ids, micro.attention_mask, live, head)
-        result[start : start + len(micro), : live.shape[1]].masked_scatter_(live, scored)
-    return result
-
-
-def _pieces(rollout: Rollout, size: int):
-    """(first row, trimmed piece) over a rollout."""
-    for start, piece in zip(range(0, len(rollout), size), rollout.split(size), strict=True):
-        yield start, piece
-        beat()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from gearshift.engine import paged
 from gearshift.engine.config import RolloutConfig, SamplingConfig
-from gearshift.engine.decode_graph import DecodeGraphs, cannot_capture
+from gearshift.engine.decode_graph import DecodeGraphs, addresses, cannot_capture
+from gearshift.engine.fast_linear import fast_linear
 from gearshift.engine.kv_cache import BlockPool, KVCache, LayerShape
 from gearshift.engine.packing import Inputs, pack, send, to_step
 from gearshift.engine.progress import beat
@@ -25,15 +26,15 @@ GB = 1e9
 CPU_CACHE_GB = 1.0
 # Of the free GPU memory; the rest is for the activations of a prefill and for the logits.
 GPU_CACHE_SHARE = 0.9
-# MKL's fp32 product with a large weight takes longer for 7 to 15 rows than for 16 (measured on a
-# 49152 x 576 head: 33, 56 and 26 ms for 8, 15 and 16 rows).
-SLOW_ROWS = range(7, 16)
+# Longer chunks of prompts leave the CPU's caches, and decoding rows wait for them: 2 % slower.
+CPU_BATCH_TOKENS = 512
 
 
 class RolloutEngine:
-    """Generates responses with one module.
+    """Generates responses with one module, call after call.
 
-    module: causal LM on `device`; put back exactly as found after every call.
+    module: causal LM on `device`; put back exactly as found after every call. Its weights may
+    change between calls, in place or to other addresses (CUDA graphs are then captured again).
     group: the tensor-parallel group. Its ranks must make the same calls with the same arguments.
     Raises ValueError if the module cannot run paged attention (see `paged.supports`).
     """
@@ -55,9 +56,14 @@ class RolloutEngine:
         self.module, self.config, self.device = module, config, torch.device(device)
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.tokenizer, self.group = tokenizer, group
+        most = config.max_batch_tokens
+        self._batch_tokens = min(most, CPU_BATCH_TOKENS) if self.device.type == "cpu" else most
         self._shapes: dict[nn.Module, LayerShape] = {}
         self._cache: KVCache | None = None
+        self._budget = 0  # blocks, when the cache was made
         self._graphs: DecodeGraphs | None = None
+        # A cache of a size the user chose can stay; one that takes what is free must make room.
+        self._keeps = config.weights == "resident" and config.kv_cache_gb > 0
         self._use_graphs = (
             config.cuda_graphs and self.device.type == "cuda" and not cannot_capture(module)
         )
@@ -87,7 +93,8 @@ class RolloutEngine:
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: list[Completion | None] = [None] * len(prompts)
         finished = 0
-        with paged.attending(self.module):
+        with paged.attending(self.module), fast_linear(self.device):
+            self._drop_stale_graphs()
             scheduler = self._schedule(request)
             while not scheduler.done:
                 for sequence, over in self._step(scheduler, sampling, ending):
@@ -101,12 +108,27 @@ class RolloutEngine:
         self.preemptions = scheduler.preemptions
         return completions
 
-    def release(self) -> None:
-        """Gives the memory of the cache and the graphs back; the next call makes both again.
+    def rest(self) -> None:
+        """Gives the memory of the cache and the graphs back, unless the configuration keeps it.
 
-        To be called before the weights move to other addresses, where CUDA graphs are in use.
+        rollout.weights=resident with a rollout.kv_cache_gb keeps both at their addresses.
         """
+        if not self._keeps:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the memory of the cache and the graphs back; the next call makes both again."""
         self._cache = self._graphs = None
+
+    @property
+    def capture_seconds(self) -> float:
+        """What capturing the CUDA graphs held now took; 0 without any."""
+        return self._graphs.capture_seconds if self._graphs else 0.0
+
+    def _drop_stale_graphs(self) -> None:
+        """Graphs hold the addresses of the weights that were there when they were captured."""
+        if self._graphs is not None and self._graphs.weights != addresses(self.module):
+            self._graphs = None
 
     @property
     def kv_bytes(self) -> int:
@@ -133,30 +155,39 @@ class RolloutEngine:
             BlockPool(self._cache.blocks),
             block_size=self.config.block_size,
             max_sequences=self.config.max_sequences,
-            max_batch_tokens=self.config.max_batch_tokens,
+            max_batch_tokens=self._batch_tokens,
         )
 
     def _open_cache(self, sequences: list[Sequence]) -> None:
-        """Allocates as many blocks as these sequences can use and the budget allows."""
+        """Has a cache of as many blocks as these sequences can use and the budget allows."""
         size = self.config.block_size
         # The last token's key is never needed; one more block for the copy of a shared one.
         needs = [-(-(len(s.tokens) + s.limit - 1) // size) for s in sequences]
         useful = sum(sorted(needs)[-self.config.max_sequences :]) + len(sequences)
-        if self._cache is not None and self._cache.blocks >= useful:
-            return
-        self.release()
-        if not self._shapes:
-            self._shapes = self._probe()
-        per_block = size * sum(shape.bytes_per_token for shape in self._shapes.values())
-        budget = self._agree(int(self._cache_bytes() // per_block) - 1)
-        if budget < max(needs):
-            least = (max(needs) + 1) * per_block / GB
+        if self._cache is None or self._cache.blocks < min(useful, self._budget):
+            self.release()
+            self._set_budget()
+        if self._budget < max(needs):
+            least = (max(needs) + 1) * self._block_bytes / GB
             raise ValueError(
                 f"rollout.kv_cache_gb={self._cache_bytes() / GB:.3g}: one sequence of "
                 f"{max(needs) * size} tokens needs {least:.3g}; raise it, or lower "
                 "sampling.max_new_tokens or data.max_prompt_tokens"
             )
-        self._cache = KVCache(self._shapes, min(useful, budget), size, self.device)
+        if self._cache is None:
+            # One that will be kept takes the whole budget at once: it then never has to move.
+            blocks = self._budget if self._keeps else min(useful, self._budget)
+            self._cache = KVCache(self._shapes, blocks, size, self.device)
+
+    def _set_budget(self) -> None:
+        """Blocks that fit into the cache's memory now, beside its dummy block."""
+        if not self._shapes:
+            self._shapes = self._probe()
+        self._budget = self._agree(int(self._cache_bytes() // self._block_bytes) - 1)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.config.block_size * sum(s.bytes_per_token for s in self._shapes.values())
 
     def _cache_bytes(self) -> float:
         if self.config.kv_cache_gb:
@@ -232,14 +263,11 @@ class RolloutEngine:
 
     def _forward(self, inputs: Inputs) -> Tensor:
         """Logits [S, V] of the rows inputs.last."""
-        last = inputs.last
-        if self.device.type == "cpu" and len(last) in SLOW_ROWS:
-            last = np.resize(last, SLOW_ROWS.stop)
         with paged.running(to_step(inputs, self._cache)):
             output = self.module(
                 input_ids=send(inputs.token_ids, self.device)[None],
                 position_ids=send(inputs.positions, self.device)[None],
                 use_cache=False,
-                logits_to_keep=send(last, self.device),
+                logits_to_keep=send(inputs.last, self.device),
             )
-        return output.logits[0, : len(inputs.last)]
+        return output.logits[0]
