@@ -18,7 +18,8 @@ from gearshift.kernels.policy_terms import Objective, PolicyRows, policy_loss_re
 SPREAD = 3.0
 LOG_RATIOS = (-1.0, -0.1, 0.1, 0.5, 1.6)  # far from ln 0.8 = -0.22, ln 1.28 = 0.25, ln 3 = 1.10
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-BONUS = {"entropy_coef": 0.01, "kl_loss_coef": 0.1, "dual_clip": 3.0}
+KL = {"kl_loss_coef": 0.1, "dual_clip": 3.0}
+BONUS = KL | {"entropy_coef": 0.01}
 CAPPED = {"logit_softcap": 20.0, "logit_scale": 0.8, "temperature": 0.7}
 COLUMNS = ("weights", "old_logprobs", "advantages", "ref_logprobs")
 
@@ -220,6 +221,7 @@ CASES = (
     _logprob_case("linear_logprob", {}),
     _logprob_case("linear_logprob.capped", CAPPED),
     _ppo_case("linear_ppo_loss", {}, {}),
+    _ppo_case("linear_ppo_loss.kl", {}, KL),
     _ppo_case("linear_ppo_loss.bonus", {}, BONUS),
     _ppo_case("linear_ppo_loss.capped", CAPPED, {}),
     Case(

@@ -8,6 +8,7 @@ import torch
 from gearshift.kernels import ops
 from gearshift.kernels.check_case import Case, Size, Tensors
 from gearshift.kernels.check_head import row_blocks
+from gearshift.kernels.kl_gae import SCAN_BLOCK
 from gearshift.kernels.logprob import LogitMap, logprob_entropy_reference
 from gearshift.kernels.sample import FRACTION_BITS, philox_uniform
 
@@ -62,6 +63,10 @@ def _draw_grid(size: Size, dtype: torch.dtype, generator: torch.Generator) -> Te
         mask = torch.rand(shape, generator=generator, device=device) < 0.9
         ends = torch.randint(size.response + 1, shape[:1], generator=generator, device=device)
         mask &= torch.arange(size.response, device=device) < ends[:, None]
+        if size.response > SCAN_BLOCK:
+            # Tokens on both sides of where the kernel's first block ends, and a hole right there.
+            mask[::2, -SCAN_BLOCK - 1 : 2 - SCAN_BLOCK] = True
+            mask[::2, -SCAN_BLOCK] = False
     inputs = {name: torch.where(mask, x, float("nan")) for name, x in inputs.items()}
     return inputs | {"mask": mask, "scores": normal(size.batch)}
 

@@ -20,6 +20,7 @@ import torch
 from gearshift.kernels import dispatch
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+SCAN_BLOCK = 1024  # tokens that a program takes at a time
 LOG_RATIO_LIMIT = 20.0  # nats; exp(20) = 4.9e8 keeps k3 finite however far the policies drift
 
 
@@ -179,7 +180,7 @@ def _kl_reward_gae_triton(logprobs, ref_logprobs, values, mask, scores, bootstra
         float(coef.gamma * coef.lam),
         ESTIMATOR=coef.estimator,
         LIMIT=LOG_RATIO_LIMIT,
-        BLOCK=1024,
+        BLOCK=SCAN_BLOCK,
         num_warps=4,
     )
     return out

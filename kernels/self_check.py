@@ -17,9 +17,10 @@ CASES: tuple[Case, ...] = (
     check_head.CASES + check_tokens.CASES + check_attention.CASES + check_optimizer.CASES
 )
 
-# Odd sizes: a vocabulary that no block divides, responses over a block of 1024, two chunks of rows.
+# Odd sizes: a vocabulary that no block divides, responses over a block of 1024, two chunks of rows,
+# and rows enough in each that a program goes through a row alone.
 SMALL = Size(
-    rows=48, hidden=64, vocab=5003, batch=6, response=1100, context=200, logits_bytes=1 << 20
+    rows=1800, hidden=64, vocab=5003, batch=6, response=1100, context=200, logits_bytes=24 << 20
 )
 SEED = 20260
 

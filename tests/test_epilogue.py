@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gearshift.kernels import anchored
 from gearshift.kernels.anchored import finish_anchored
 from gearshift.kernels.epilogue import finish_two_pass
 from gearshift.kernels.linear_head import Head
@@ -28,6 +29,12 @@ def test_anchored_kernels(out_dtype, limit, objective, vocab, rows):
     """E in bf16 beside fp32 logits is what 16-bit training on a GPU stores; rows are split over
     the vocabulary when they are few."""
     check_logit_gradient(finish_anchored, vocab, rows, objective, {}, out_dtype, limit)
+
+
+def test_one_program_goes_through_a_whole_row(monkeypatch):
+    """As it is from a thousand rows on; fewer rows are split instead."""
+    monkeypatch.setattr(anchored, "PROGRAMS", 1)
+    check_logit_gradient(finish_anchored, 9001, 3, {}, {}, torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize("out_dtype, limit", [(torch.float32, 4e-6), (torch.bfloat16, BF16_STORE)])
