@@ -9,12 +9,13 @@ from typing import Any
 from gearshift.engine import ds_config
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
+from gearshift.engine.frozen import Reference, RewardModel
 from gearshift.engine.models import load_config, load_model, load_tokenizer, location
 from gearshift.engine.optim import check_optimizer
 from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
-from gearshift.engine.roles import Actor, Critic, Reference, RewardModel
+from gearshift.engine.roles import Actor, Critic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     config, ds = blueprint.config, blueprint.deepspeed
     scorers = {
         reward.name: RewardModel(
-            load_model(reward, "reward", ds[reward.name]),
+            load_model(reward, "reward", ds[reward.name], frozen=True),
             blueprint.reward_tokenizers[reward.name],
             reward.batch_size,
             ds[reward.name],
@@ -91,7 +92,7 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     blueprint.rewards.join(scorers)
     reference = None
     if "reference" in ds:
-        model = load_model(_reference_source(config), "policy", ds["reference"])
+        model = load_model(_reference_source(config), "policy", ds["reference"], frozen=True)
         reference = Reference(model, config.ppo, config.sampling.temperature, ds["reference"])
     critic = None
     if "critic" in ds:

@@ -118,6 +118,12 @@ def find(name_or_path: str) -> Path:
     raise ValueError(f"{name_or_path}: no such DeepSpeed file; {hint}There are {', '.join(names)}")
 
 
+def offloads_parameters(config: dict[str, Any]) -> str | None:
+    """ "cpu" or "nvme" where the weights live there under ZeRO-3."""
+    device = (config["zero_optimization"].get("offload_param") or {}).get("device", "none")
+    return None if device == "none" else device
+
+
 def check_nvme(config: dict[str, Any]) -> None:
     """Raises ValueError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
     for section in ("offload_param", "offload_optimizer"):

@@ -52,7 +52,10 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 
 @contextmanager
 def gathered(*parameters: nn.Parameter | None) -> Iterator[None]:
-    """Whole parameters inside an engine's forward, whatever the ZeRO stage."""
+    """Whole parameters inside an engine's forward, whatever the ZeRO stage, or streamed."""
+    for parameter in parameters:
+        if hasattr(parameter, "lender"):  # of a StreamedEngine
+            parameter.lender()
     absent = [p for p in parameters if p is not None and _is_partitioned(p)]
     if not absent:
         yield
@@ -98,20 +101,23 @@ def verify_head(engine: Any) -> None:
     three tokens; a collective under ZeRO-3.
     """
     policy, lm = engine.module, engine.module.lm
+    run = getattr(engine, "together", lambda calls: [call() for call in calls])
     ids = torch.arange(3, device=engine.device)[None]
     mask = torch.ones_like(ids, dtype=torch.bool)
-    positions = position_ids(mask)
-    logits = lm(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    logits, hidden = logits[0, :2].float(), hidden_states(lm, ids, mask)[0, :2]
+    settings = {"position_ids": position_ids(mask), "use_cache": False}
+    logits = run([lambda: lm(ids, attention_mask=mask, **settings).logits[0, :2]])[0]
+    eps, logits = torch.finfo(logits.dtype).eps, logits.float()
     own, rarest = logits.log_softmax(-1).min(-1)
-    output = lm.get_output_embeddings()
-    bias = getattr(output, "bias", None)
-    with gathered(output.weight, bias):
-        options = vars(policy.options)
-        ours, _ = ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)
-    error = float((ours - own).abs().max())
+
+    def apart() -> Tensor:
+        hidden, output = hidden_states(lm, ids, mask)[0, :2], lm.get_output_embeddings()
+        bias, options = getattr(output, "bias", None), vars(policy.options)
+        with gathered(output.weight, bias):
+            return ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)[0]
+
+    error = float((run([apart])[0] - own).abs().max())
     # The model rounds its logits to its own dtype, we do not.
-    if not error <= 1e-4 + 2 * torch.finfo(hidden.dtype).eps * float(logits.abs().max()):
+    if not error <= 1e-4 + 2 * eps * float(logits.abs().max()):
         raise ValueError(
             f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
             f"supported: its log-probs differ from ours by {error:.2g} nats; choose another family"

@@ -6,6 +6,7 @@ partitioned before the next one is read. No rank ever holds a whole model.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from transformers import (
 from gearshift.engine.assets import resolve
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import ModelConfig
+from gearshift.engine.ds_config import offloads_parameters
 from gearshift.engine.gguf import as_directory
+from gearshift.engine.shards import Spill
 
 logger = logging.getLogger("gearshift")
 
@@ -86,9 +89,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_model(
-    config: ModelConfig, role: str, ds_config: dict, *, fresh_head: bool = False
+    config: ModelConfig, role: str, ds_config: dict, *, fresh_head=False, frozen=False
 ) -> PreTrainedModel:
     """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
+
+    frozen: only scores; partitions that belong on NVMe are spilled there (shards.py).
 
     A critic is AutoModelForTokenClassification with one label: its head's weight is the score head
     of the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
@@ -96,6 +101,9 @@ def load_model(
     """
     hf_config = load_config(config, role)
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+    spill = None
+    if frozen and offloads_parameters(ds_config) == "nvme":
+        spill, ds_config = Spill.of(ds_config)
     module = _build(config, hf_config, role)
     files = CheckpointFiles(location(config), config.revision)
     fresh = ("score.weight", "score.bias") if fresh_head else ()
@@ -104,8 +112,10 @@ def load_model(
     names = files.match(module, fresh)
     if names is None:
         module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
+        for parameter in module.parameters() if spill else ():
+            spill.take(parameter)
     else:
-        _fill(module, files, names, dtype, ds_config)
+        _fill(module, files, names, dtype, _partitioner(ds_config, dtype, spill))
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -161,10 +171,9 @@ def _fill(
     files: CheckpointFiles,
     names: dict[str, str | None],
     dtype: torch.dtype,
-    ds_config: dict,
+    partition: Callable[[nn.Parameter], None],
 ) -> None:
-    """Reads every tensor of `module`, one small module at a time, partitioning under ZeRO-3."""
-    partition = _partitioner(ds_config, dtype)
+    """Reads every tensor of `module`, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -195,7 +204,9 @@ def _read(
     return value
 
 
-def _partitioner(ds_config: dict, dtype: torch.dtype):
+def _partitioner(
+    ds_config: dict, dtype: torch.dtype, spill: Spill | None
+) -> Callable[[nn.Parameter], None]:
     """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""
     if ds_config["zero_optimization"]["stage"] != 3:
         return lambda parameter: None
@@ -210,6 +221,8 @@ def _partitioner(ds_config: dict, dtype: torch.dtype):
             module=holder, config_dict_or_path=ds_config, dtype=dtype, param_swapper=swapper
         )
         swapper = made.param_swapper
+        if spill:
+            spill.take(parameter)
 
     return partition
 

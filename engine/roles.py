@@ -4,7 +4,6 @@ A role hides DeepSpeed, the model's head and the memory it uses; its methods tak
 records of batch.py, [B, R] float32 tensors with exact zeros where masked.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
-from gearshift.engine.config import Config, PPOConfig, SamplingConfig, TrainedConfig
-from gearshift.engine.heads import Policy, ScoreModel, ValueModel, verify_head
+from gearshift.engine.config import Config, SamplingConfig, TrainedConfig
+from gearshift.engine.heads import Policy, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
 from gearshift.engine.progress import beat
 from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.scoring import forwards, pieces, policy_logprobs
 from gearshift.engine.sleep import Sleeper
 from gearshift.engine.split_adamw import share_weights
 from gearshift.kernels import ops
@@ -170,12 +170,11 @@ class Critic(Trained):
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """[B, R] values before each response token, and [B] after the last one."""
         self.engine.eval()
-        values = torch.zeros_like(rollout.rollout_logprobs)
-        after = []
-        for start, micro in pieces(rollout, self.ppo.score_batch_size):
-            live = micro.response_mask
-            read = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])
-            rows = slice(start, start + len(micro))
+        values, after = torch.zeros_like(rollout.rollout_logprobs), []
+        parts = list(pieces(rollout, self.ppo.score_batch_size))
+        inputs = ((m.input_ids, m.attention_mask, m.response_mask.shape[1]) for _, m in parts)
+        for (start, micro), read in zip(parts, forwards(self.engine, inputs), strict=True):
+            live, rows = micro.response_mask, slice(start, start + len(micro))
             values[rows, : live.shape[1]] = torch.where(live, read[:, :-1], 0.0)
             after.append(read.gather(1, micro.lengths[:, None])[:, 0])
         return values, torch.cat(after)

@@ -18,9 +18,9 @@ import torch
 from gearshift.engine import distributed, ds_config
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.export import whole_weights
+from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.heads import HeadOptions, Policy, verify_head
 from gearshift.engine.models import load_model
-from gearshift.engine.roles import frozen_engine
 
 
 def anonymous_bytes() -> int:

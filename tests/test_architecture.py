@@ -18,7 +18,7 @@ MOST_FUNCTION_LINES = {"engine": 60, "launch": 60, "kernels": 120}
 # Who may know DeepSpeed, at module level or inside a function.
 DEEPSPEED = {
     *("roles", "hybrid", "reshard", "memory", "models", "checkpoint", "distributed"),
-    *("export", "heads", "optim", "ds_config"),
+    *("export", "heads", "optim", "ds_config", "frozen"),
 }
 # Its logger's level, its version, and what a benchmark compares with.
 LAUNCH_WITH_DEEPSPEED = re.compile("train|session|bench_.*")

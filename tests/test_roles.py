@@ -13,11 +13,11 @@ from transformers import (
 from gearshift.engine import ds_config
 from gearshift.engine.batch import Experience, Rollout
 from gearshift.engine.config import RewardConfig
+from gearshift.engine.frozen import RewardModel
 from gearshift.engine.heads import HeadOptions
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models import load_model, load_tokenizer
 from gearshift.engine.objective import token_weights
-from gearshift.engine.roles import RewardModel
 from tests import tiny_run
 
 CPU = torch.device("cpu")

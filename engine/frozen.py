@@ -1,0 +1,62 @@
+"""Reference and RewardModel: the roles that only score.
+
+Where their DeepSpeed JSON offloads parameters they are streamed (streaming.py); else they are
+ordinary ZeRO engines without an optimizer.
+"""
+
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from gearshift.engine import ds_config
+from gearshift.engine.batch import Rollout
+from gearshift.engine.config import PPOConfig
+from gearshift.engine.heads import Policy, ScoreModel, verify_head
+from gearshift.engine.scoring import forwards, policy_logprobs
+from gearshift.engine.streaming import StreamedEngine
+
+
+class Reference:
+    """The frozen policy that the KL is measured against."""
+
+    def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, settings: dict):
+        self.engine = frozen_engine(Policy(lm), settings)
+        verify_head(self.engine)
+        self.ppo, self.temperature = ppo, temperature
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """[B, R] log-probs of the responses."""
+        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+
+
+class RewardModel:
+    """A frozen sequence classifier with one label."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, settings: dict):
+        self.engine = frozen_engine(ScoreModel(model), settings)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+
+    @torch.no_grad()
+    def score_ids(self, sequences: list[list[int]]) -> Tensor:
+        """[B] float32 scores of token sequences; every rank must pass equally many."""
+        inputs, device = [], self.engine.device
+        for start in range(0, len(sequences), self.batch_size):
+            rows = [torch.tensor(s) for s in sequences[start : start + self.batch_size]]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            inputs.append((ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]))
+        return torch.cat(list(forwards(self.engine, inputs)))
+
+
+def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngine | StreamedEngine:
+    """An engine without an optimizer. settings: the role's DeepSpeed JSON."""
+    module.requires_grad_(False)
+    if ds_config.offloads_parameters(settings):
+        cuda = torch.cuda.is_available()
+        place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return StreamedEngine(module, place)
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    engine.eval()
+    return engine
