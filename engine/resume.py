@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from gearshift.engine import checkpoint_store as store
-from gearshift.engine import distributed
+from gearshift.engine import config_load, distributed
 from gearshift.engine.config_run import RESUME_MAY_CHANGE, RESUME_MUST_MATCH, RunConfig
 
 # Of a DeepSpeed JSON: where states lie may change, what is computed may not.
@@ -103,6 +104,15 @@ def check(checkpoint: Path, ours: Mapping[str, Any], accepted: list[str]) -> Non
             f"run.resume={str(checkpoint)!r}: was saved with another tokenizer (its tokens, "
             "special ids or chat template); give actor.tokenizer as it was, or start a new run"
         )
+
+
+def same_run(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the run that began in `folder` had this configuration, as far as it matters."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return False
+    before = asdict(config_load.load(str(path), []).config)
+    return all(_may_change(key, []) for key in _changes(before, dict(config)))
 
 
 def _may_change(key: str, accepted: list[str]) -> bool:

@@ -11,6 +11,7 @@ import importlib
 PARTS = {
     "step": ("gearshift.launch.bench_step", "time and memory of one PPO step, by phase"),
     "generation": ("gearshift.launch.bench_generation", "tokens per second of the rollout engine"),
+    "checkpoint": ("gearshift.launch.bench_checkpoint", "seconds and bytes of a checkpoint"),
     "shift": ("gearshift.launch.bench_shift", "bytes and seconds of a change of gear"),
     "kernels": ("gearshift.launch.bench_kernels", "the fused kernels against plain PyTorch"),
 }

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("gearshift.launch.plan", "memory and seconds of a run before it starts"),
     "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
     "generate": ("gearshift.launch.generate", "sample from an exported model"),
+    "export": ("gearshift.launch.export", "a checkpoint as Hugging Face directories"),
     "report": ("gearshift.launch.report", "write a run folder's report.html"),
     "bench": ("gearshift.launch.bench", "measure a step, generation, shifts, kernels"),
     "config-docs": ("gearshift.launch.config_docs", "write docs/config.md from the configuration"),

@@ -49,7 +49,7 @@ class Session:
         parse_deadline(config.run.save_by, time.time())
         self.device = distributed.start(config.run.threads)
         self.resumed, remarks = resume.choose(config.run)
-        check_folder(self.folder, self.resumed)
+        remarks += check_folder(config, self.resumed)
         watchdog.start(config.run.hang_timeout_s, self.folder)
         distributed.seed_everything(config.run.seed)
         self.main = distributed.is_main()
@@ -207,23 +207,30 @@ class Session:
         return RunLog(self.config.run, asdict(self.config), resumed_step=self.trainer.steps_done)
 
 
-def check_folder(folder: Path, resumed: Path | None) -> None:
-    """Raises ValueError where another run is, or where nothing can be written.
+def check_folder(config: Config, resumed: Path | None) -> list[str]:
+    """Raises ValueError where another run is, or where nothing can be written; returns remarks.
 
-    resumed: the checkpoint that is continued.
+    resumed: the checkpoint that is continued. A run that was killed before its first checkpoint
+    begins again, by the same command as any other.
     """
+    folder, remarks = Path(config.run.dir), []
     log, own = folder / "metrics.jsonl", (folder / "checkpoints").resolve()
     continued = resumed is not None and resumed.resolve().parent == own
     saved = bool(checkpoint_store.steps(own))
     if not continued and (saved or log.exists() and log.stat().st_size):
-        more = "; run.resume=auto continues it" if saved else ""
-        raise ValueError(
-            f"run.dir={str(folder)!r}: holds another run; choose a new folder, or delete it{more}"
-        )
+        again = config.run.resume == "auto" and not saved
+        if not (again and resume.same_run(folder, asdict(config))):
+            more = "; run.resume=auto continues it" if saved else ""
+            raise ValueError(
+                f"run.dir={str(folder)!r}: holds another run; choose a new folder, or delete "
+                f"it{more}"
+            )
+        remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "is not writable" if nearest.is_dir() else "is a file"
         raise ValueError(f"run.dir={str(folder)!r}: {nearest} {what}; choose another folder")
+    return remarks
 
 
 def sample_rows(experience: Experience, tokenizer: Any, count: int) -> list[dict[str, Any]]:

@@ -119,6 +119,20 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, capfd, background, whole):
     assert figures(tmp_path) == figures(whole)
 
 
+def test_a_run_without_a_checkpoint_yet_begins_again(tmp_path, capfd, whole):
+    path = job(tmp_path)
+    assert start(path) == 0
+    for step in store.steps(tmp_path / "run" / "checkpoints"):  # as if killed before it was there
+        step.rename(store.partial(step))
+    capfd.readouterr()
+    assert start(path, "--ppo.lam", 0.5) == 2
+    assert "holds another run; choose a new folder, or delete it" in capfd.readouterr().err
+    assert start(path, "--run.steps", 3) == 0
+    assert "has no checkpoint yet; the run begins again" in capfd.readouterr().out
+    assert saved(tmp_path) == ["step_000003"]
+    assert figures(tmp_path) == figures(whole)
+
+
 def test_a_folder_for_checkpoints_that_is_read_only(tmp_path, capfd, whole):
     with disk(tmp_path / "run" / "checkpoints", "size=400k,ro"):
         assert start(job(tmp_path, save_every=1)) == 0
