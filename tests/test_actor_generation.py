@@ -28,7 +28,7 @@ def training_state(actor) -> dict:
     return {
         "weights": [getattr(p, "ds_tensor", p).detach().clone() for p in actor.lm.parameters()],
         "masters": [master.detach().clone() for master in masters],
-        "moments": copy.deepcopy(inner.state_dict()["state"]),
+        "moments": copy.deepcopy(list(inner.state.values())),
         "random": torch.get_rng_state(),
     }
 
