@@ -81,6 +81,7 @@ class Head:
             arguments.check_vector("bias", bias, len(weight), hidden.device)
         if max_logits_bytes is None:
             max_logits_bytes = CUDA_LOGITS_BYTES if hidden.is_cuda else CPU_LOGITS_BYTES
+        arguments.check_positive("max_logits_bytes", max_logits_bytes)
         backend = dispatch.resolve(backend, hidden.device)
         head = cls(weight, bias, logit_map, backend, max_logits_bytes)
         if group is not None:

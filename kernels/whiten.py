@@ -52,6 +52,8 @@ def whiten(
             f"x, mask: expected a float and a bool tensor of one shape, got "
             f"{list(x.shape)} {x.dtype} and {list(mask.shape)} {mask.dtype}"
         )
+    if x.device != mask.device:
+        raise ValueError(f"mask: is on {mask.device} but x is on {x.device}; move it there")
     statistics = _statistics(x.float(), mask)
     if group is not None:
         parts = [torch.empty_like(statistics) for _ in range(dist.get_world_size(group))]

@@ -1,11 +1,14 @@
 """How `gearshift bench kernels` takes time and memory: interleaved, beside measured ceilings."""
 
+import ctypes
 import functools
 import gc
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -74,19 +77,38 @@ def summary(first: list[float], second: list[float]) -> Timing:
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
-    """Most memory allocated while `run` ran, results included, above what was allocated before.
+    """Most memory in use while `run` ran, results included, above what was in use before.
 
-    The allocator's own count on a GPU; None elsewhere, where nobody keeps count.
+    The allocator's own count on a GPU. Resident pages of the process elsewhere; None where the
+    system does not let a process start their peak anew (proc(5), clear_refs).
     """
-    if device.type != "cuda":
-        return None
     gc.collect()
+    if device.type != "cuda":
+        return _resident_growth(run)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _resident_growth(run: Run) -> int | None:
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not os.access(clear, os.W_OK):
+        return None
+
+    def pages(field: str) -> int:
+        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
+        return int(line.split()[1]) * 1024
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # pages kept from earlier runs would hide those of this one
+    clear.write_text("5")  # VmHWM becomes VmRSS
+    before = pages("VmRSS:")
+    run()
+    return max(0, pages("VmHWM:") - before)
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Ceiling:

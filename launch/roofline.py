@@ -35,6 +35,7 @@ def roofline(rows: list[Row], ceiling: Ceiling, device: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" '
         f'role="img" aria-label="roofline">\n<style>{_STYLE}</style>\n'
         f'<text class="title" x="{_LEFT}" y="24">{escape(title)}</text>\n'
+        f'<text x="{_WIDTH - _RIGHT + 12:g}" y="24">% of the floor; open: peers</text>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )

@@ -38,6 +38,15 @@ def bench(*words) -> int:
     return cli.main(["bench", "kernels", *map(str, words)])
 
 
+def test_peak_memory_of_a_run_without_a_gpu():
+    """32 MiB that come and go inside the run count; what was there before does not."""
+    kept = torch.ones(1 << 23)
+    extra = bench_timing.peak_extra_bytes(lambda: torch.ones(1 << 23).sum(), CPU)
+    if extra is None:
+        pytest.skip("the system does not count a process's peak")
+    assert kept.nbytes - (2 << 20) < extra < kept.nbytes + (8 << 20)
+
+
 def test_table_json_and_picture(tmp_path, capsys):
     files = tmp_path / "k.json", tmp_path / "k.svg"
     words = ["--op", "linear_ppo_loss", "value_loss", "--shape", SHAPE, "--peers", "eager"]

@@ -78,6 +78,11 @@ def test_bad_input_is_named(x, mask):
         whiten(x, mask)
 
 
+def test_two_devices_are_named():
+    with pytest.raises(ValueError, match="mask: is on meta but x is on cpu"):
+        whiten(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"))
+
+
 SHARDS = [(3, 5, 3), (2, 9, 4)]  # B, R, seed of each rank: ranks differ in shape
 
 
