@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gearshift.engine import paged
+from gearshift.engine import paged, prefill
 from gearshift.engine.kv_cache import KVCache
 from gearshift.engine.scheduler import Batch
 
@@ -68,14 +68,38 @@ def to_step(inputs: Inputs, cache: KVCache) -> paged.Step:
         block_tables=send(inputs.block_tables, cache.device),
         lengths=send(inputs.lengths, cache.device),
         gathers=[] if kernel else _gathers(inputs, cache),
-        spans=[
-            paged.Span(
-                start=start,
-                stop=stop,
-                context=None if context is None else send(context, cache.device),
-            )
-            for start, stop, context in inputs.spans
-        ],
+        prompts=_prompts(inputs, cache.device),
+    )
+
+
+def _prompts(inputs: Inputs, device: torch.device) -> prefill.Prompts:
+    """The chunks of prompts; their rows are counted from the end of the decoding ones."""
+    if not inputs.spans:
+        return prefill.NONE
+    first = inputs.spans[0][0]
+    spans = [
+        prefill.Span(
+            start=start - first,
+            stop=stop - first,
+            context=None if slots is None else send(slots, device),
+        )
+        for start, stop, slots in inputs.spans
+    ]
+    packed = _packed(inputs, device) if prefill.packs(device) else None
+    return prefill.Prompts(spans=spans, packed=packed)
+
+
+def _packed(inputs: Inputs, device: torch.device) -> prefill.Packed:
+    fresh = all(slots is None for _, _, slots in inputs.spans)
+    # A span without a past has its own rows as keys, which are in the cache by then.
+    places = [inputs.slots[a:b] if slots is None else slots for a, b, slots in inputs.spans]
+    queries, keys = [b - a for a, b, _ in inputs.spans], [len(slots) for slots in places]
+    return prefill.Packed(
+        queries=send(np.cumsum([0, *queries], dtype=np.int32), device),
+        keys=send(np.cumsum([0, *keys], dtype=np.int32), device),
+        longest_query=max(queries),
+        longest_key=max(keys),
+        context=None if fresh else send(np.concatenate(places), device),
     )
 
 

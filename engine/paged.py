@@ -13,24 +13,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from gearshift.engine import prefill
 from gearshift.engine.kv_cache import KVCache, LayerCache, LayerShape
+from gearshift.engine.prefill import Rules, attend_masked
 from gearshift.engine.sampling import accepts
 from gearshift.kernels import dispatch, ops
 
 NAME = "gearshift_paged"
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """Consecutive rows of the packed batch that are a chunk of one prompt."""
-
-    start: int
-    stop: int
-    context: Tensor | None  # [past + chunk] int64 cache slots; None where nothing precedes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +50,14 @@ class Gather:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one forward computes: rows [0, S) decode one token each, then the spans."""
+    """What one forward computes: rows [0, S) decode one token each, then chunks of prompts."""
 
     cache: KVCache
     slots: Tensor  # [N] int64: where each row's key and value go
     block_tables: Tensor  # [S, blocks] int32
     lengths: Tensor  # [S] int32: tokens in the cache, this one included
     gathers: list[Gather]  # the S rows again, where no kernel reads the tables
-    spans: list[Span]
+    prompts: prefill.Prompts  # the rows after them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +65,6 @@ class Probe:
     """A forward that only shows what each attention layer keeps per token."""
 
     shapes: dict[nn.Module, LayerShape] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How one layer attends, beyond plain causal attention."""
-
-    scale: float
-    window: int | None  # a token sees itself and window - 1 before it
-    softcap: float | None  # c * tanh(score / c), Gemma 2
-    sinks: Tensor | None  # [heads] logits that take probability and give no value, gpt-oss
 
 
 _current: Step | Probe | None = None
@@ -140,7 +122,7 @@ def decode_step(cache: KVCache, slots: Tensor, block_tables: Tensor, lengths: Te
         block_tables=block_tables,
         lengths=lengths.to(torch.int32),
         gathers=gathers,
-        spans=[],
+        prompts=prefill.NONE,
     )
 
 
@@ -207,12 +189,8 @@ def attention(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     if decoding:
         out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
-    for span in step.spans:
-        rows = slice(span.start, span.stop)
-        past = span.context is not None
-        keys = layer.key_tokens[span.context] if past else key[rows]
-        values = layer.value_tokens[span.context] if past else value[rows]
-        out[rows] = prefill_attention(query[rows], keys, values, rules)
+    rows = (x[decoding:] for x in (query, key, value))
+    out[decoding:] = prefill.attend(*rows, layer, step.prompts, rules)
     return out[None], None
 
 
@@ -270,7 +248,7 @@ def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules)
         key = _gathered(layer.key, gather)
         value = _gathered(layer.value, gather)
         visible = gather.mask(key.shape[2], rules.window)
-        outs.append(_attend(grouped, key, value, visible, rules, sinks).flatten(1, 2))
+        outs.append(attend_masked(grouped, key, value, visible, rules, sinks).flatten(1, 2))
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
@@ -279,52 +257,6 @@ def _gathered(blocks: Tensor, gather: Gather) -> Tensor:
     # index_select of whole blocks is a memcpy each: twice as fast as indexing by the table.
     picked = blocks.flatten(1).index_select(0, gather.blocks)
     return picked.view(len(gather.lengths), -1, *blocks.shape[2:]).transpose(1, 2)
-
-
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-    """The last n of t tokens of one sequence: query [n, HQ, D], key [t, HK, D] -> [n, HQ, DV]."""
-    (n, heads, _), (t, groups, _) = query.shape, key.shape
-    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    plain = rules.softcap is None and rules.sinks is None
-    if plain and n == t and (rules.window is None or rules.window >= t):
-        out = scaled_dot_product_attention(
-            query[None],
-            key[None],
-            value[None],
-            is_causal=True,
-            scale=rules.scale,
-            enable_gqa=heads != groups,
-        )
-        return out[0].transpose(0, 1)
-    distance = torch.arange(t - n, t, device=query.device)[:, None] - torch.arange(
-        t, device=query.device
-    )
-    visible = distance >= 0
-    if rules.window is not None:
-        visible &= distance < rules.window
-    grouped = query.unflatten(0, (groups, -1))  # [HK, group, n, D]
-    sinks = None if rules.sinks is None else rules.sinks.view(groups, -1, 1)
-    out = _attend(grouped, key[:, None], value[:, None], visible, rules, sinks)
-    return out.flatten(0, 1).transpose(0, 1)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, rules: Rules, sinks: Tensor | None
-) -> Tensor:
-    """Attention with an explicit mask; every row sees at least one key."""
-    if rules.softcap is None and sinks is None:
-        if key.shape[1] == 1 != query.shape[1]:
-            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=rules.scale)
-    scores = (query @ key.transpose(-1, -2)).float() * rules.scale
-    if rules.softcap is not None:
-        scores = torch.tanh(scores / rules.softcap) * rules.softcap
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        column = sinks.float()[..., None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : key.shape[-2]]
-    return weights.to(value.dtype) @ value
 
 
 AttentionInterface.register(NAME, attention)

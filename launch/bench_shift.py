@@ -4,6 +4,7 @@ In the same run and turn by turn: our exact route, the plain all-gather route, a
 GatheredParameters over the whole model. Starts its own ranks unless a launcher has.
 
   gearshift bench shift --ranks 2 --tp 2
+  gearshift bench shift --ranks 4 --tp 2 --nodes 2      # two nodes of two, on one machine
   deepspeed --num_gpus 8 --module gearshift.launch.bench_shift --model DIR --tp 4
 """
 
@@ -33,6 +34,7 @@ from gearshift.engine.hybrid import Gearbox
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes to start")
     parser.add_argument("--tp", type=int, default=0, help="TP size; 0: all ranks of a node")
+    parser.add_argument("--nodes", type=int, default=1, help="treat the started ranks as so many")
     parser.add_argument("--model", help="Hugging Face directory; none: a random Llama")
     parser.add_argument("--hidden", type=int, default=512, help="of the random model")
     parser.add_argument("--layers", type=int, default=8, help="of the random model")
@@ -51,8 +53,12 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--repeats {args.repeats}: needs at least 2, the first is a warm-up")
     if args.ranks < 1:
         raise ValueError(f"--ranks {args.ranks}: must be at least 1")
+    if args.nodes < 1 or args.ranks % args.nodes:
+        raise ValueError(f"--nodes {args.nodes}: must divide the {args.ranks} ranks")
     if args.ranks > 1 and "RANK" not in os.environ:
         return _start_ranks(args)
+    if args.nodes > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks // args.nodes)
     return _measure(args)
 
 
@@ -199,6 +205,7 @@ def _row(name: str, figures: list[dict], minimum: int) -> dict:
         "received_over_minimum": figures[0]["received"] / minimum if minimum else None,
         "staging_bytes": int(max(f["staging"] for f in figures)),
         "held_bytes": int(figures[0]["held"]),
+        "peak_bytes": int(max(f["staging"] + f["held"] for f in figures)),
     }
 
 
