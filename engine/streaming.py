@@ -32,6 +32,7 @@ class Unit:
     shards: dict[nn.Parameter, Shard]
     kept: bool = False  # to the end of the pass: used at more than one place
     present: bool = False
+    came: bool = False  # in this pass
     visits: int = 0  # micro-batches that have been through it in this pass
 
     @property
@@ -95,6 +96,7 @@ class StreamedEngine:
             self._ahead.clear()
             for unit in self.units:
                 self._drop(unit)
+                unit.came = False
         self.traffic.passes += 1
         return results
 
@@ -151,8 +153,8 @@ class StreamedEngine:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
         for (parameter, shard), whole in zip(unit.shards.items(), coming.whole, strict=True):
             parameter.data = whole[: shard.numel].view(shard.shape)
-        unit.present = True
-        following = [u for u in self.units[index + 1 :] if not u.present][:2]
+        unit.present = unit.came = True
+        following = [u for u in self.units[index + 1 :] if not u.came][:2]
         if following and following[0].index not in self._ahead:
             self._ahead[following[0].index] = self._send(following[0])
         for shard in following[-1].shards.values() if following else ():

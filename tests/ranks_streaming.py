@@ -1,0 +1,122 @@
+"""Run on ranks: scores with weights that stay and with weights that stream; writes both down.
+
+    torchrun --nproc_per_node W ranks_streaming.py OUT MODELS DISK MODEL:ROLE:PLACE[,...]
+
+PLACE: of the weights, host or disk. OUT/rank<r>.jsonl: one object per case: the largest difference
+of resident and streamed scores, and the bytes that moved over the least that a pass must bring.
+"""
+
+import gc
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+
+from gearshift.engine import distributed, ds_config
+from gearshift.engine.config import ModelConfig
+from gearshift.engine.frozen import frozen_engine
+from gearshift.engine.heads import Policy, ScoreModel, verify_head
+from gearshift.engine.models import load_model
+from gearshift.engine.scoring import forwards
+from gearshift.kernels import ops
+
+
+def settings(place: str, disk: Path) -> dict:
+    """Of a frozen role with its weights on "device", "host" or "disk"."""
+    names = {"device": "frozen_zero3", "host": "frozen_zero3_cpu", "disk": "frozen_zero3_nvme"}
+    found = ds_config.load(names[place])
+    if place == "disk":
+        found["zero_optimization"]["offload_param"]["nvme_path"] = str(disk)
+    return found
+
+
+def engine_of(path: Path, role: str, place: str, disk: Path):
+    ds = settings(place, disk)
+    module = load_model(ModelConfig(path=str(path)), role, ds, frozen=True)
+    return frozen_engine(Policy(module) if role == "policy" else ScoreModel(module), ds)
+
+
+def inputs(role: str, count: int) -> list[tuple]:
+    """Micro-batches of one rank: ragged in length, different on every rank."""
+    draw = torch.Generator().manual_seed(7 + distributed.rank())
+    found = []
+    for i in range(count):
+        ids = torch.randint(3, 32, (2, 5 + i), generator=draw)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if role == "reward":
+            found.append((ids, mask))
+            continue
+        mask[0, :2] = False  # left padding
+        live = torch.ones(2, 3, dtype=torch.bool)
+        found.append((ids, mask, live, head(ids[:, -3:].flatten())))
+    return found
+
+
+def head(targets: torch.Tensor):
+    return lambda hidden, weight, bias: ops.linear_logprob(hidden, weight, targets, bias=bias)[0]
+
+
+def scores(engine, role: str, count: int) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(list(forwards(engine, inputs(role, count))))
+
+
+def case(models: Path, name: str, role: str, place: str, disk: Path) -> dict:
+    count = 3 + distributed.rank()  # ranks need not have as many micro-batches
+    resident = engine_of(models / name, role, "device", disk)
+    # Under ZeRO every forward is a collective: all ranks make the most that any makes.
+    expected = scores(resident, role, 2 + distributed.world_size())
+    engine = engine_of(models / name, role, place, disk)
+    if role == "policy":
+        verify_head(engine)
+    found = [scores(engine, role, count) for _ in range(2)]
+    part = sum(p.numel() for p in load_whole(models / name, role)) / distributed.world_size() * 4
+    return {
+        "case": f"{name} {role} {place}",
+        "error": max(float((f - expected[: len(f)]).abs().max()) for f in found),
+        "ratio": engine.traffic.ratio,
+        "passes": engine.traffic.passes,
+        "shard over part": engine.traffic.shard_bytes / part,
+        "held": sum(p.numel() for p in engine.module.parameters()),
+    }
+
+
+def load_whole(path: Path, role: str) -> list[torch.Tensor]:
+    ds = ds_config.load("frozen_zero3") | {"zero_optimization": {"stage": 0}}
+    return list(load_model(ModelConfig(path=str(path)), role, ds).parameters())
+
+
+def footprint(models: Path, disk: Path) -> dict:
+    """The most elements of weights that a pass of MODELS/deep has on the device at once."""
+    engine = engine_of(models / "deep", "policy", "disk", disk)
+    alive, most = weakref.WeakSet(), 0
+    send = engine._send
+
+    def counted(unit):
+        nonlocal most
+        coming = send(unit)
+        alive.update(coming.whole)
+        gc.collect()
+        most = max(most, sum(t.numel() for t in alive))
+        return coming
+
+    engine._send = counted
+    scores(engine, "policy", 3)
+    whole = sum(shard.numel for unit in engine.units for shard in unit.shards.values())
+    largest = max(sum(s.numel for s in unit.shards.values()) for unit in engine.units)
+    return {"case": "footprint", "most": most, "whole": whole, "largest": largest}
+
+
+def main(out: Path, models: Path, disk: Path, chosen: str) -> None:
+    distributed.start(1)
+    cases = [name.split(":") for name in chosen.split(",")]
+    rows = [case(models, *each, disk) for each in cases] + [footprint(models, disk)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (out / f"rank{distributed.rank()}.jsonl").write_text(text)
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), sys.argv[4])
+    distributed.stop()

@@ -1,0 +1,161 @@
+"""Streamed scoring: the same bits as with weights that stay, each weight brought once per pass."""
+
+import json
+import shutil
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from gearshift.engine import ds_config, models
+from gearshift.engine.config import ModelConfig
+from gearshift.engine.frozen import frozen_engine
+from gearshift.engine.heads import Policy
+from gearshift.engine.lockstep import Lockstep
+from gearshift.engine.shards import Spill
+from tests import tiny
+from tests.launch_ranks import launch
+from tests.tiny_run import alone
+
+FEW = "policy:policy:host,bert:reward:disk"
+ALL = f"{FEW},tied:policy:host,renamed:policy:disk,policy:policy:disk,reward:reward:host"
+ROW = {"error", "ratio", "passes", "shard over part", "held"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    tiny.save_policy(directory / "policy")
+    tiny.save_policy(directory / "tied", tie_word_embeddings=True)
+    tiny.save_policy(directory / "deep", num_hidden_layers=8)
+    tiny.save_reward(directory / "reward")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(5)
+    mixtral = AutoConfig.for_model(
+        "mixtral", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2
+    )
+    AutoModelForCausalLM.from_config(mixtral).save_pretrained(directory / "renamed")
+    bert = AutoConfig.for_model("bert", **sizes, num_attention_heads=2, num_labels=1)
+    AutoModelForSequenceClassification.from_config(bert).save_pretrained(directory / "bert")
+    (directory / "disk").mkdir()
+    return directory
+
+
+@pytest.fixture(scope="module", params=(1, 2, 4))
+def rows(request, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp(f"out{request.param}")
+    place = (str(folder), str(folder / "disk"), ALL if request.param == 2 else FEW)
+    return launch("ranks_streaming.py", request.param, out, *place, launcher="torchrun")
+
+
+def test_streamed_scores_are_the_same_bits(rows):
+    for rank in rows:
+        for row in rank[:-1]:
+            assert row["error"] == 0.0, row
+
+
+def test_every_weight_comes_once_per_pass(rows):
+    for rank in rows:
+        for row in rank[:-1]:
+            assert set(row) == ROW | {"case"}
+            assert row["ratio"] == 1.0, row
+            verified = 2 if "policy" in row["case"].split()[1] else 0
+            assert row["passes"] == 2 + verified
+            assert 1.0 <= row["shard over part"] < 1.2  # padding of tiny parameters
+            assert row["held"] == 0  # nothing stays on the device
+
+
+def test_two_layers_are_on_the_device_at_most(rows):
+    for rank in rows:
+        row = rank[-1]
+        assert row["most"] <= 2.2 * row["largest"] < 0.4 * row["whole"], row
+
+
+def test_nothing_is_left_on_the_disk(rows, folder):
+    assert not list((folder / "disk").iterdir())
+
+
+def test_calls_stop_where_they_wait_and_run_one_at_a_time():
+    order, running = [], threading.Lock()
+
+    def call(number):
+        for index in range(3):
+            assert running.acquire(blocking=False)
+            order.append((index, number))
+            running.release()
+            together.wait_for(index)
+        return number * 10
+
+    together = Lockstep([lambda n=n: call(n) for n in range(3)], torch.no_grad)
+    brought = []
+    assert together.run(brought.append) == [0, 10, 20]
+    assert brought == [0, 1, 2]
+    assert order == [(index, number) for index in range(3) for number in range(3)]
+
+
+def test_a_call_that_fails_unwinds_the_others():
+    unwound = []
+
+    def waits():
+        try:
+            together.wait_for(1)
+        finally:
+            unwound.append(1)
+
+    def fails():
+        together.wait_for(0)
+        raise ValueError("mine")
+
+    threads = threading.active_count()
+    together = Lockstep([waits, fails, waits], torch.no_grad)
+    with pytest.raises(ValueError, match="mine"):
+        together.run(lambda index: None)
+    assert unwound == [1, 1]
+    assert threading.active_count() == threads
+
+
+def test_an_engine_works_after_a_failed_pass(folder):
+    with alone():
+        ds = ds_config.load("frozen_zero3_cpu")
+        path = ModelConfig(path=str(folder / "policy"))
+        engine = frozen_engine(Policy(models.load_model(path, "policy", ds, frozen=True)), ds)
+        ids = torch.arange(3, 9)[None]
+        live = torch.ones(1, 2, dtype=torch.bool)
+
+        def head(hidden, weight, bias):
+            return hidden @ weight.T
+
+        inputs = (ids, torch.ones_like(ids, dtype=torch.bool), live)
+        before = engine(*inputs, head)
+        with pytest.raises(ZeroDivisionError):
+            engine(*inputs, lambda *_: 1 / 0)
+        assert torch.equal(engine(*inputs, head), before)
+
+
+def test_a_full_disk_is_told_before_the_model_is_loaded(folder, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
+    settings = ds_config.load("frozen_zero3_nvme")
+    settings["zero_optimization"]["offload_param"]["nvme_path"] = str(folder / "disk")
+    with alone(), pytest.raises(ValueError, match=r"nvme_path=\S+: 0.0 GB are free, .* needs"):
+        models.load_model(ModelConfig(path=str(folder / "policy")), "policy", settings, frozen=True)
+
+
+def test_a_spill_returns_what_was_written(folder):
+    with alone():
+        settings = ds_config.load("frozen_zero3_nvme")
+        settings["zero_optimization"]["offload_param"]["nvme_path"] = str(folder / "disk")
+        path = ModelConfig(path=str(folder / "policy"))
+        spilled = models.load_model(path, "policy", settings, frozen=True)
+        held = models.load_model(path, "policy", ds_config.load("frozen_zero3_cpu"))
+        pairs = list(zip(spilled.parameters(), held.parameters(), strict=True))
+        assert all(isinstance(p.spilled.spill, Spill) and not p.ds_tensor.numel() for p, _ in pairs)
+        assert all(torch.equal(p.spilled.read(), h.ds_tensor.data) for p, h in pairs)
+        assert sum(p.spilled.nbytes for p, _ in pairs) == pairs[0][0].spilled.spill.bytes_read
+
+
+def test_the_nvme_json_names_a_folder_to_be_set():
+    text = json.dumps(ds_config.load("frozen_zero3_nvme"))
+    assert "/local_nvme" in text
