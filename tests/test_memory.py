@@ -16,25 +16,42 @@ from gearshift.engine.shapes import published, shape_of
 from tests import tiny
 from tests.launch_ranks import launch
 
+# Hidden size, layers, the ending of the DeepSpeed files, and how far actor and critic sleep.
+CASES = (
+    (128, 4, "zero3", "never"),
+    (192, 4, "zero3_bf16", "exchange"),
+    (256, 6, "zero3_bf16_split", "always"),
+)
+
 
 @functools.cache
 def on_two_ranks() -> list[dict]:
     """One object per case of rank 0: planned and measured bytes by phase."""
+    cases = []
     with tempfile.TemporaryDirectory() as folder:
-        wide = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
-        model = tiny.save_policy(Path(folder, "model"), 2048, num_hidden_layers=4, **wide)
-        ranks = launch("ranks_memory.py", 2, Path(folder), f"{model}:zero3,{model}:zero3_bf16")
-    return ranks[0]
+        for hidden, layers, precision, sleep in CASES:
+            sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": 32}
+            path = tiny.save_policy(
+                Path(folder, f"model{hidden}"), 2048, num_hidden_layers=layers, **sizes
+            )
+            cases.append(f"{path}:{precision}:{sleep}")
+        return launch("ranks_memory.py", 2, Path(folder), ",".join(cases))[0]
 
 
-@pytest.mark.parametrize("case", [0, 1], ids=["fp32", "bf16"])
-def test_planned_states_are_the_tensors_that_live(case):
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_planned_bytes_are_the_tensors_that_live(case):
+    """Of a whole PPO step, phase by phase; and the ledger's own figures."""
     found = on_two_ranks()[case]
-    buckets = found["planned"].pop("buckets")  # far larger than these models: they would hide them
-    assert set(found["planned"]) == {"load", "update_actor", "update_critic", "generate"}
-    for phase, planned in found["planned"].items():
-        measured = found["measured"][phase] - buckets
-        assert measured == pytest.approx(planned - buckets, rel=0.05), json.dumps(found)
+    assert {*found["measured"]} == {"generate", "values", "update_actor", "update_critic"}
+    for phase in found["measured"]:
+        planned = found["planned"][phase]
+        # The buckets are far larger than these models: they would hide them.
+        measured = found["measured"][phase] - planned["buckets"]
+        expected = planned["bytes"] - planned["buckets"]
+        assert measured == pytest.approx(expected, rel=0.05), (phase, json.dumps(found))
+        ledger = found["states"][f"states_gb/{phase}"] * 1e9
+        states = planned["states"] - planned["buckets"]
+        assert ledger - planned["buckets"] == pytest.approx(states, rel=0.01), (phase, found)
 
 
 def saved_bytes(layers: int, dtype: torch.dtype, batch: int, length: int) -> int:
