@@ -28,13 +28,13 @@ SHAPES = {
 # Recipe, GPU, GPUs per node, nodes, GB of a host.
 CASES = (
     ("0.5b_24gb", "rtx4090", 1, 1, 64),
-    ("7b_1xh200", "h200", 1, 1, 512),
     ("7b_1xh200", "h200", 1, 1, 128),
     ("8b_8xh100", "h100", 8, 1, 1000),
     ("14b_8xh100", "h100", 8, 1, 1000),
-    ("32b_8xh100", "h100", 8, 1, 2000),
+    ("32b_8xh100", "h100", 8, 1, 1000),
     ("70b_multinode", "h100", 8, 8, 1000),
     ("70b_multinode", "h100", 8, 4, 1000),
+    ("70b_multinode", "h100", 8, 2, 1000),
 )
 
 
@@ -56,6 +56,7 @@ def row(recipe: str, place: Hardware) -> str:
         f"{place.nodes} x {place.gpus_per_node} x {place.name}, {place.host_bytes / GB:.0f} GB",
         f"{made.peak.total / GB:.1f} of {place.usable / GB:.1f} ({made.peak.name})",
         f"{_host_peak(made) / GB:.0f} of {max(0, place.usable_host) / GB:.0f}",
+        _chosen(made),
         str(made.tp),
         str(made.micro_batch),
         f"{made.kv_slots} of {made.kv_wanted}",
@@ -65,6 +66,12 @@ def row(recipe: str, place: Hardware) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _chosen(made: Plan) -> str:
+    """Of the actor; the recipes leave both roles' to the plan."""
+    role = made.config.actor
+    return f"{role.sleep}, {'yes' if role.gradient_checkpointing else 'no'}"
+
+
 def _host_peak(made: Plan) -> float:
     return max(phase.host for phase in made.phases)
 
@@ -72,8 +79,9 @@ def _host_peak(made: Plan) -> float:
 def table() -> str:
     """All recipes on their hardware."""
     head = (
-        "| recipe | hardware, host memory | GPU GB at the peak | host GB | tp | largest micro-batch"
-        " | KV slots | s per step | verdict |\n|---|---|---|---|---|---|---|---|---|\n"
+        "| recipe | hardware, host memory | GPU GB at the peak | host GB | sleep, recompute | tp"
+        " | largest micro-batch | KV slots | s per step | verdict |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(f"{row(name, hardware(*place))}\n" for name, *place in CASES)
 
