@@ -56,13 +56,22 @@ def _changes(config: Config, ds: Settings) -> Iterator[tuple[str, Callable]]:
         yield "set ppo.micro_batch_size: 1", lambda c, d: (_ppo(c, micro_batch_size=1), d)
     if ppo.score_batch_size > 1:
         yield "set ppo.score_batch_size: 1", lambda c, d: (_ppo(c, score_batch_size=1), d)
-    if not (config.actor.gradient_checkpointing and config.critic.gradient_checkpointing):
-        yield "set gradient_checkpointing: true on actor and critic", _recompute
+    roles = (config.actor, config.critic)
+    if any(role.sleep not in ("auto", "always") for role in roles):
+        yield "set sleep: auto on actor and critic", lambda c, d: (_roles(c, sleep="auto"), d)
+    if any(role.gradient_checkpointing is False for role in roles):
+        yield (
+            "set gradient_checkpointing: true on actor and critic",
+            lambda c, d: (_roles(c, gradient_checkpointing=True), d),
+        )
     frozen = [name for name in ds if name not in ("actor", "critic")]
     if any("offload_param" not in ds[name]["zero_optimization"] for name in frozen):
         yield "give the frozen models frozen_zero3_cpu_bf16.json", lambda c, d: (c, _on_host(d))
     trained = [name for name in ds if name in ("actor", "critic")]
-    if any("offload_optimizer" not in ds[name]["zero_optimization"] for name in trained):
+    # split_adamw updates the weights where they are used, and refuses offload.
+    plain = all(getattr(config, name).optimizer.name == "adamw" for name in trained)
+    kept = any("offload_optimizer" not in ds[name]["zero_optimization"] for name in trained)
+    if plain and kept:
         yield (
             "give actor and critic {actor,critic}_zero3_bf16_offload.json",
             lambda c, d: (c, _optimizer_on_host(d)),
@@ -73,10 +82,9 @@ def _ppo(config: Config, **changes: Any) -> Config:
     return replace(config, ppo=replace(config.ppo, **changes))
 
 
-def _recompute(config: Config, ds: Settings) -> tuple[Config, Settings]:
-    actor = replace(config.actor, gradient_checkpointing=True)
-    critic = replace(config.critic, gradient_checkpointing=True)
-    return replace(config, actor=actor, critic=critic), ds
+def _roles(config: Config, **changes: Any) -> Config:
+    actor, critic = replace(config.actor, **changes), replace(config.critic, **changes)
+    return replace(config, actor=actor, critic=critic)
 
 
 def _load(names: dict[str, str]) -> Settings:

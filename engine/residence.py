@@ -57,7 +57,7 @@ def where(phase: str, sleeps: Mapping[str, Sleep]) -> dict[str, Where]:
     parts = PARTS[phase]
     found = {}
     for role, sleep in sleeps.items():
-        alone = parts[role] == "wait" and len(sleeps) == 1
+        alone = len(sleeps) == 1 and parts[role] != "train"
         found[role] = GEARS[sleep]["stay" if alone else parts[role]]
     return found
 

@@ -17,6 +17,7 @@ from gearshift.engine import config_load, plan_inputs
 from gearshift.engine.hardware import GB, GPUS, Hardware, hardware
 from gearshift.engine.memory import Phase, Plan, Role, plan
 from gearshift.engine.plan_advice import advise
+from gearshift.engine.plan_choice import told
 
 DOES_NOT_FIT = 3
 
@@ -65,7 +66,12 @@ def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
         "largest_micro_batch": made.micro_batch,
         "kv_slots": made.kv_slots,
         "kv_slots_wanted": made.kv_wanted,
+        "sleep": made.sleeps,
+        "recompute": {
+            name: getattr(made.config, name).gradient_checkpointing for name in made.sleeps
+        },
         "step_seconds_estimate": made.step_seconds,
+        "swap_seconds_estimate": made.swap_seconds,
         "roles": [_role_json(role) for role in made.roles],
         "phases": [
             asdict(phase) | {"gpu_total": phase.total, "seconds_estimate": phase.seconds}
@@ -96,7 +102,9 @@ def summary(made: Plan, advice: str | None) -> list[str]:
         f"{max(0, place.usable_host) / GB:.1f} GB of a host",
         f"largest ppo.micro_batch_size {made.micro_batch}; sequences in the KV cache {cache} per "
         f"group of {made.tp}",
-        f"a PPO step: {made.step_seconds:.0f} s at full lengths (estimate until measured)",
+        told(made.config),
+        f"a PPO step: {made.step_seconds:.0f} s at full lengths, {made.swap_seconds:.1f} of them "
+        "swapping (estimate until measured)",
     ]
     if made.fits:
         return [*lines, "FITS"]

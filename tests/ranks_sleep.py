@@ -63,6 +63,13 @@ def live_bytes(but: torch.Tensor | None = None) -> int:
     return sum(found.values())
 
 
+def besides(trainer) -> int:
+    """What lives that is neither a state of actor and critic on the device nor their host room."""
+    exchange = trainer.residence.exchange
+    arena = exchange.arena.memory if exchange else None
+    return live_bytes(arena) - sum(trainer.residence.device_bytes().values())
+
+
 @contextmanager
 def watching(trainer, seen: dict):
     """Notes the bytes at the start of every phase, host memory of sleepers left out."""
@@ -71,9 +78,8 @@ def watching(trainer, seen: dict):
     @contextmanager
     def phase(self, name):
         if name in WALKED:
-            exchange = trainer.residence.exchange
-            arena = exchange.arena.memory if exchange else None
-            seen[name] = {"walk": live_bytes(arena), "roles": trainer.residence.device_bytes()}
+            roles = trainer.residence.device_bytes()
+            seen[name] = {"besides": besides(trainer), "roles": roles}
         with original(self, name):
             yield
 
@@ -83,8 +89,8 @@ def watching(trainer, seen: dict):
 
 
 def run(config) -> dict:
-    before = live_bytes()
     trainer = tiny_run.trainer(config)
+    loaded = besides(trainer)
     seen: dict = {}
     figures = []
     for step in range(STEPS - 1):
@@ -104,9 +110,8 @@ def run(config) -> dict:
     host = trainer.residence.host_bytes
     for role in (trainer.actor, trainer.critic):
         role.engine.destroy()
-    for phase in seen.values():
-        phase["walk"] -= before
-    return {"weights": weights, "state": state, "figures": figures, "seen": seen, "host": host}
+    learned = {"weights": weights, "state": state, "figures": figures}
+    return learned | {"seen": seen, "besides": loaded, "host": host}
 
 
 def same(a: dict, b: dict) -> dict[str, bool]:
@@ -119,19 +124,19 @@ def same(a: dict, b: dict) -> dict[str, bool]:
     }
 
 
+def measured(result: dict) -> dict:
+    return {key: result[key] for key in ("seen", "besides", "host")}
+
+
 def compare(models: Path, cases: list[str]) -> dict:
     found = {}
     for name in cases:
         zero, optimizer, sleeps = CASES[name]
         resident = run(settings(models, zero, optimizer, "never"))
-        found[name] = {"never": {"seen": resident["seen"], "host": resident["host"]}}
+        found[name] = {"never": measured(resident)}
         for sleep in sleeps:
             slept = run(settings(models, zero, optimizer, sleep))
-            found[name][sleep] = {
-                "same": same(resident, slept),
-                "seen": slept["seen"],
-                "host": slept["host"],
-            }
+            found[name][sleep] = measured(slept) | {"same": same(resident, slept)}
     return found
 
 

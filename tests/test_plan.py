@@ -64,6 +64,17 @@ def test_the_change_it_names_makes_the_run_fit(capsys, run_yaml):
     assert plan_json(capsys, *where, "--ppo.micro_batch_size=1")[0] == 0
 
 
+def test_sleep_is_advised_where_it_was_forbidden(capsys, run_yaml):
+    kept = ["--actor.sleep=never", "--critic.sleep=never", "--ppo.score_batch_size=1"]
+    kept += ["--actor.gradient_checkpointing=true", "--critic.gradient_checkpointing=true"]
+    longer = ["--data.max_prompt_tokens=4096", "--sampling.max_new_tokens=12000"]
+    where = ["--config", run_yaml, "--gpu", "rtx4090", *longer]
+    status, made = plan_json(capsys, *where, *kept)
+    assert (status, made["change"]) == (3, "set sleep: auto on actor and critic")
+    status, made = plan_json(capsys, *where, *kept[2:])
+    assert status == 0 and made["sleep"]["actor"] in ("gradients", "exchange", "always")
+
+
 def test_the_table_ends_with_the_verdict(capsys, run_yaml):
     assert cli.main(["plan", "--config", run_yaml, "--gpu", "h100"]) == 0
     shown = capsys.readouterr().out
