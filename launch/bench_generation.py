@@ -17,13 +17,13 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from gearshift.engine import assets
 from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout import RolloutEngine
 
-PEERS = ("hf", "batch")
+PEERS = ("hf", "batch", "zero3", "deepspeed")
 NO_TOKEN = -1  # as an end token: never sampled
 
 
@@ -36,7 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--new", type=int, default=123, help="longest response")
     add("--ragged", action="store_true", help="response lengths from 4 up, a quarter of --new mean")
     add("--slots", type=int, default=256, help="rollout.max_sequences")
-    add("--peers", nargs="*", default=[], choices=PEERS, help="hf: generate; batch: continuous")
+    add(
+        "--peers",
+        nargs="*",
+        default=[],
+        choices=PEERS,
+        help="hf: generate; batch: continuous batching; with --ranks, zero3: generate on the "
+        "partitioned module; deepspeed: HybridEngineRollout",
+    )
+    add("--ranks", type=int, default=1, help="processes, under ZeRO-3 if more than one")
+    add("--tp", type=int, default=0, help="with --ranks: TP size of ours; 0: all ranks")
     add("--repeats", type=int, default=2, help="runs of each side; the fastest counts")
     add("--threads", type=int, default=0, help="CPU threads; 0: as PyTorch finds")
     add("--json", type=Path, help="also write the figures to this file")
@@ -71,9 +80,18 @@ class EngineFigures:
     decode_step_ms: float
     outside_forward: float  # share of a decode step spent outside the model's forward
     kv_bytes: int
+    slots: int  # sequences decoded at once, at most
+    capture_s: float  # of CUDA graphs, once
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.ranks > 1:
+        from gearshift.launch import bench_zero3
+
+        return bench_zero3.start_ranks(args)
+    partitioned = sorted({"zero3", "deepspeed"} & set(args.peers))
+    if partitioned:
+        raise ValueError(f"--peers {' '.join(partitioned)}: needs --ranks of at least 2")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -177,6 +195,8 @@ def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
         decode_step_ms=1e3 * sum(steps) / max(1, len(steps)),
         outside_forward=1 - inside / sum(steps) if steps else 0.0,
         kv_bytes=engine.kv_bytes,
+        slots=engine.config.max_sequences,
+        capture_s=engine.capture_seconds,
     )
 
 
@@ -190,22 +210,31 @@ class RowLimits(transformers.StoppingCriteria):
         return (input_ids.shape[1] - self.width >= self.limits).to(input_ids.device)
 
 
-def generate_run(model: nn.Module, work: Workload) -> None:
-    """One left-padded batch through `generate`, until its longest response ends."""
-    width = max(map(len, work.prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in work.prompts], device=model.device)
-    lengths = torch.tensor([len(p) for p in work.prompts], device=model.device)
-    mask = torch.arange(width, device=model.device) >= width - lengths[:, None]
+def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and their mask, both [B, P] int64."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def generate_run(model: nn.Module, work: Workload, *, synced: bool = False) -> None:
+    """One left-padded batch through `generate`, until its longest response ends.
+
+    synced: until that of all ranks, which ZeRO-3 needs: its gathers are collectives.
+    """
+    ids, mask = padded(work.prompts, model.device)
     model.generate(
         ids,
-        attention_mask=mask.long(),
+        attention_mask=mask,
         max_new_tokens=max(work.limits),
         do_sample=True,
         top_k=0,
         top_p=1.0,
         eos_token_id=None,
         pad_token_id=0,
-        stopping_criteria=[RowLimits(work.limits, width)],
+        stopping_criteria=[RowLimits(work.limits, ids.shape[1])],
+        synced_gpus=synced,
     )
 
 
@@ -251,5 +280,6 @@ def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> 
         f"{len(work.prompts)} prompts, {work.tokens} tokens; prefill "
         f"{figures.prefill_tokens_per_s:.0f} tokens/s, decode {figures.decode_tokens_per_s:.1f} "
         f"tokens/s, {figures.decode_step_ms:.1f} ms a step, {figures.outside_forward:.1%} of it "
-        f"outside the forward, KV cache {figures.kv_bytes / 1e6:.1f} MB"
+        f"outside the forward, KV cache {figures.kv_bytes / 1e6:.1f} MB, {figures.slots} slots, "
+        f"graphs captured in {figures.capture_s:.1f} s"
     )
