@@ -128,18 +128,16 @@ class Session:
         self.saver.publish()
 
     def _account(self, figures: dict[str, float]) -> None:
-        """Adds what needs the plan to a step's figures; after the first, says how it was met."""
-        if self.plan is None:
-            return
-        used = ledger.mfu(self.plan, figures)
+        """Adds the share of the GPUs' rate that was of use, where that is known."""
+        used = ledger.mfu(self.plan, figures) if self.plan else None
         if used is not None:
             figures["perf/mfu"] = used
-        if self.trainer.steps_done == 1:
-            met = ledger.compare(self.plan, figures, first=True)
-            self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
 
     def _show(self, step: int, figures: dict, experience: Experience, log: RunLog | None) -> None:
         self.console.step(step, figures)
+        if step == 1 and self.plan:
+            met = ledger.compare(self.plan, figures, first=True)
+            self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
         run = self.config.run
         if log is None:
             return

@@ -30,6 +30,8 @@ METRICS = {
     *("throughput/generated_tokens_per_s", "timing_s/step", "timing_s/shift"),
     *(f"timing_s/{phase}" for phase in PHASES),
     *(f"memory_gb/{phase}" for phase in PHASES),
+    *(f"states_gb/{phase}" for phase in PHASES),
+    "timing_s/swap",
 }
 FOLDER = {
     *("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "report.html"),
@@ -253,7 +255,8 @@ def test_two_ranks_under_deepspeed(zero3, tmp_path, finished):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     said = ours(done.stdout)
-    kinds = ("prompts from", "first prompt", "step 1/2", "step 2/2", "exported", "report")
+    kinds = ("plan: fits", "prompts from", "first prompt", "step 1/2", "memory planned/measured")
+    kinds += ("step 2/2", "exported", "report")
     assert len(said) == len(kinds)
     for line, kind in zip(said, kinds, strict=True):
         assert line.startswith(kind)
