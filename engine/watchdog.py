@@ -114,7 +114,11 @@ class Watchdog:
             time.sleep(2 * self.interval)  # until the others have read it
 
     def blame(self) -> str | None:
-        """Who is gone, for a rank whose connection broke; None where all left in good order."""
+        """Who is gone, for a rank whose connection broke; None where all left in good order.
+
+        Takes seconds, in which the launcher may already send SIGTERM: it is not heard from here on.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._blaming.set()
         before = {rank: seen.beat for rank, seen in self._seen.items()}
         deadline = time.monotonic() + _LOOKS * self.interval
