@@ -1,12 +1,13 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine import ds_config
+from gearshift.engine import distributed, ds_config
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
 from gearshift.engine.frozen import Reference, RewardModel
@@ -70,6 +71,7 @@ def draw_up(config: Config) -> Blueprint:
     )
     _check_vocabulary(blueprint)
     _check_context(blueprint)
+    _check_cache(blueprint)
     return blueprint
 
 
@@ -223,4 +225,28 @@ def _check_context(blueprint: Blueprint) -> None:
             f"data.max_prompt_tokens={config.data.max_prompt_tokens} + sampling.max_new_tokens="
             f"{config.sampling.max_new_tokens} exceed the actor's context of "
             f"{blueprint.max_context}; lower either"
+        )
+
+
+def _check_cache(blueprint: Blueprint) -> None:
+    """Raises ValueError where a cache of the size asked for cannot hold one longest sequence."""
+    config = blueprint.config
+    rollout, text = config.rollout, blueprint.hf_config.get_text_config()
+    if not rollout.kv_cache_gb or rollout.engine == "hf":
+        return
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    tp = rollout.tp or distributed.ranks_per_node()
+    size = 2 if blueprint.deepspeed["actor"].get("bf16", {}).get("enabled") else 4
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    layers -= getattr(text, "num_kv_shared_layers", 0)
+    # Of one token on one rank; two blocks more: one partly filled, and the cache's dummy.
+    per_token = 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
+    least = (longest + 2 * rollout.block_size) * per_token / 1e9
+    if rollout.kv_cache_gb < least:
+        raise ValueError(
+            f"rollout.kv_cache_gb={rollout.kv_cache_gb:.3g}: one sequence of {longest} tokens "
+            f"needs {least:.3g}; raise it, or lower sampling.max_new_tokens or "
+            "data.max_prompt_tokens"
         )

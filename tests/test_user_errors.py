@@ -215,6 +215,11 @@ def test_more_than_the_model_s_context(refused):
             "--sampling.max_new_tokens", 200)  # fmt: skip
 
 
+def test_a_cache_below_one_sequence(refused):
+    refused("rollout.kv_cache_gb=1e-06: one sequence of ... tokens needs ... raise it",
+            "--rollout.kv_cache_gb", 1e-6)  # fmt: skip
+
+
 def test_a_chat_without_a_template(refused, tmp_path):
     chat = [{"prompt": [{"role": "user", "content": "w4"}]}]
     path = tiny_job.write_rows(tmp_path / "chat.jsonl", chat)
