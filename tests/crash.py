@@ -30,7 +30,6 @@ from tests import tiny_job
 from tests.launch_ranks import free_port
 
 RANKS, STEPS, LIFE_S = 2, 6, 300.0
-TIMED = ("timing_s/", "memory_gb/", "throughput/", "perf/")
 
 
 def die() -> None:
@@ -183,13 +182,11 @@ def await_end(children: list[int], victim: int, at: float | None, folder: Path) 
 
 def facts(run: Path) -> tuple[list[dict], dict[str, str]]:
     """metrics.jsonl without clocks and memory, and the checksums of the last checkpoint's files."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures = [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
     last = store.steps(run / "checkpoints")[-1]
     files = store.read_manifest(last)["files"]
     assert last.name == f"step_{STEPS:06d}"
     kept = {name: entry["sha256"] for name, entry in files.items() if name != "state.json"}
-    return figures, kept
+    return tiny_job.learned(run), kept
 
 
 def newest(run: Path) -> str:

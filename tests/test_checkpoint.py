@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gearshift.engine import checkpoint_store as store
-from tests import tiny_run
+from tests import tiny_job, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def two_ranks():
 
 
 def deterministic(figures: dict) -> dict:
-    return {k: v for k, v in figures.items() if not k.startswith(("timing", "memory", "through"))}
+    return {k: v for k, v in figures.items() if not k.startswith(tiny_job.COSTS)}
 
 
 def test_a_resumed_run_is_bit_for_bit_the_one_that_went_on(two_ranks):

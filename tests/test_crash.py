@@ -37,3 +37,29 @@ def test_forty_kills_lose_nothing(tmp_path):
     found = crash(40, "--keep", tmp_path / "home", "--seed", 1, timeout=3600)
     assert set(found["kills"].values()) == {5}
     assert found["differing"] == found["behind"] == []
+
+
+LOSSY = """
+import sys
+from gearshift.engine import run_state
+from tests import crash
+
+whole = run_state.restore
+
+def lossy(state, trainer, stateful):
+    kept = trainer.kl.coef
+    whole(state, trainer, stateful)
+    trainer.kl.coef = kept
+
+run_state.restore = lossy
+sys.exit(crash.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_forgets_its_kl_coefficient_is_found_out(tmp_path):
+    command = [sys.executable, "-c", LOSSY, "2", "--keep", str(tmp_path / "home")]
+    environment = tiny_job.environment(PYTHONPATH=str(CRASH.parent.parent))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["differing"]

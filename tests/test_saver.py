@@ -28,7 +28,6 @@ def score(prompts, completions, **columns):
     {act}
     return [float(len(text.split())) for text in completions]
 """
-TIMED = ("timing_s/", "memory_gb/", "throughput/", "perf/")
 
 
 def job(folder: Path, act: str = "pass", **run: object) -> Path:
@@ -49,9 +48,7 @@ def saved(folder: Path) -> list[str]:
 
 
 def figures(folder: Path) -> list[dict]:
-    text = (folder / "run" / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(TIMED)} for line in lines]
+    return tiny_job.learned(folder / "run")
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from gearshift.launch import train
 from tests import tiny
 
 VOCABULARY = 16
+# Figures that measure the machine: the others of two equal runs are equal to the bit.
+COSTS = ("timing_s/", "memory_gb/", "states_gb/", "throughput/", "perf/")
 TRAIN = Path(train.__file__).resolve()
 REWARD = '''
 def score(prompts, completions, **columns):
@@ -66,3 +68,9 @@ def environment(**changes: str) -> dict[str, str]:
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {key: value for key, value in os.environ.items() if key not in ours}
     return inherited | {"OMP_NUM_THREADS": "1"} | changes
+
+
+def learned(folder: Path) -> list[dict]:
+    """The lines of `folder`/metrics.jsonl, without COSTS."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(COSTS)} for line in lines]
