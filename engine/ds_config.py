@@ -191,12 +191,22 @@ def _check_precision(config: dict[str, Any]) -> None:
     accumulation = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
     if accumulation not in GRAD_DTYPES:
         raise ValueError(f"data_types.grad_accum_dtype={accumulation}: must be fp32 or bf16")
+    if config.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ValueError(
+            "bf16.check_grad_overflow=false: gradients that are not finite would reach the "
+            "weights; remove it"
+        )
 
 
 def _check_gradients(config: dict[str, Any]) -> None:
     clip = config["gradient_clipping"]
     if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0:
         raise ValueError(f"gradient_clipping={clip}: must be a number, 0 for none")
+    if config["zero_optimization"].get("compute_grad_norm") is False:
+        raise ValueError(
+            "zero_optimization.compute_grad_norm=false: the norm tells whether the gradients are "
+            "finite; remove it"
+        )
     reduction = config.get("gradient_allreduce_op", "mean")
     if reduction != "mean":
         raise ValueError(

@@ -4,6 +4,7 @@ A role hides DeepSpeed, the model's head and the memory it uses; its methods tak
 records of batch.py, [B, R] float32 tensors with exact zeros where masked.
 """
 
+import math
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.config import Config, SamplingConfig, TrainedConfig
+from gearshift.engine.gradient_watch import GradientWatch
 from gearshift.engine.heads import Policy, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.optim import build_optimizer, build_schedule
@@ -41,10 +43,17 @@ class Trained:
         offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
         offloaded = offload.get("device", "none") != "none"
         self.sleeper = Sleeper(self.engine, config.sleep, offloaded=offloaded)
+        self._watch = GradientWatch(self.engine.module)
+        self._finite = torch.tensor(True, device=self.engine.device)
 
     @property
     def learning_rate(self) -> float:
         return self.engine.get_lr()[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that forward and backward use."""
+        return next(self.engine.module.parameters()).dtype
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates gradients of this rank's part of the loss; `last` ends the optimizer step.
@@ -53,17 +62,37 @@ class Trained:
         """
         assert self.sleeper.awake, "asleep; the phase before should have brought it back"
         self.engine.set_gradient_accumulation_boundary(last)
+        self._finite &= torch.isfinite(loss.detach())
+        if last:
+            # The norm of the gradients is what all ranks share: a loss that is not finite is told
+            # by it, even where its own gradient happens to be finite.
+            loss = loss * torch.where(self._finite, 1.0, torch.nan)
         self.engine.backward(loss * distributed.world_size())
         beat()
 
+    def unreached(self) -> list[str]:
+        """Trainable parameters without a gradient, before the first optimizer step; then none."""
+        return self._watch.unreached(self.engine.device)
+
     def step(self) -> float:
-        """One optimizer step; returns the global gradient norm before clipping."""
-        norm = None
-        if self.engine.zero_optimization_stage() == 0:
-            grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        """One optimizer step; returns the global gradient norm before clipping.
+
+        A norm that is not finite says, on every rank, that the gradients were dropped: weights,
+        optimizer and schedule are as they were.
+        """
+        self._finite.fill_(True)
+        if self.engine.zero_optimization_stage():
+            self.engine.step()  # ZeRO drops such gradients itself
+            return float(self.engine.get_global_grad_norm())
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if math.isfinite(norm):
+            self.engine.step()
+            return norm
+        self.engine.zero_grad()
+        self.engine.skipped_steps += 1
+        self.engine.global_steps += 1  # as under ZeRO
+        return norm
 
 
 class Actor(Trained):
@@ -180,11 +209,11 @@ class Critic(Trained):
         return values, torch.cat(after)
 
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's part of the value loss (with gradient) and its [N] clip flags."""
+        """This micro-batch's part of the value loss, with gradient, and [N] token statistics."""
         live = micro.response_mask
         self.engine.train()
         values = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])[:, :-1][live]
         loss, clipped = ops.value_loss(
             values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
         )
-        return loss, {"clipped": clipped}
+        return loss, {"values": values.detach(), "clipped": clipped}
