@@ -43,7 +43,7 @@ def draw_up(config: Config) -> Blueprint:
         deepspeed["critic"] = ds_config.load(config.critic.deepspeed)
     if needs_reference(config):
         deepspeed["reference"] = ds_config.load(config.reference.deepspeed, frozen=True)
-    rewards = RewardSum(config.rewards)
+    rewards = RewardSum(config.rewards, config.guards)
     for reward in rewards.model_configs:
         deepspeed[reward.name] = ds_config.load(reward.deepspeed, frozen=True)
     for settings in deepspeed.values():

@@ -10,16 +10,17 @@ import math
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from gearshift.engine.config import RewardConfig
-from gearshift.engine.reward_text import RewardError, TextRows
+from gearshift.engine.reward_text import Answer, RewardError, TextRows
 
 _OURS = ("prompts", "completions", "completion_ids")
 _MAX_FLOAT32 = 3.4028234663852886e38
+_MOST_POISONED = 8  # rows that fail alone; with more it is the function, not its rows
 
 
 class FunctionReward:
@@ -43,18 +44,25 @@ class FunctionReward:
                 f"columns: {', '.join(sorted(columns)) or 'none'}. Rename it or give it a default"
             )
 
-    def scores(self, rows: TextRows) -> list[float]:
-        """One finite number per row."""
+    def scores(self, rows: TextRows) -> Answer:
+        """One score per row. Rows on which the function raises are left out of a second call."""
         self.check(rows.columns)
         arguments = self._arguments(rows)
-        try:
-            answer = self._function(**arguments)
-        except Exception as error:
-            i = self._first_failing_row(arguments, len(rows.responses))
-            raise RewardError(
-                f"reward {self.name!r} raised {_cause(error)}; {rows.row(i)}"
-            ) from error
-        return checked_scores(self.name, answer, rows)
+        answer, error = self._call(arguments)
+        if error is None:
+            return checked_scores(self.name, answer, rows)
+        everyone = range(len(rows.responses))
+        errors = self._errors_by_row(arguments, everyone)
+        others = [i for i in everyone if i not in errors]
+        if errors and others and len(errors) <= _MOST_POISONED:
+            answer, error = self._call(_picked(arguments, others))
+        else:
+            others = []
+        if error is not None:
+            errors, others = {i: errors.get(i, error) for i in everyone}, []
+        found = checked_scores(self.name, answer if others else [], rows, others)
+        found.faults.update({i: self._fault(e, rows.row(i)) for i, e in errors.items()})
+        return found
 
     def _arguments(self, rows: TextRows) -> dict[str, list[Any]]:
         offered = rows.columns | {
@@ -66,36 +74,63 @@ class FunctionReward:
             return offered
         return {name: values for name, values in offered.items() if name in self._named}
 
-    def _first_failing_row(self, arguments: dict[str, list[Any]], count: int) -> int:
-        """Calls again, a row at a time: the first that fails alone, or 0 if none does."""
-        for i in range(count):
-            try:
-                self._function(**{name: values[i : i + 1] for name, values in arguments.items()})
-            except Exception:
-                return i
-        return 0
+    def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, Exception | None]:
+        try:
+            return self._function(**arguments), None
+        except Exception as error:
+            return None, error
+
+    def _errors_by_row(
+        self, arguments: dict[str, list[Any]], rows: Sequence[int]
+    ) -> dict[int, Exception]:
+        """Calls again, a row at a time, until more fail than a few poisoned samples would."""
+        errors = {}
+        for i in rows:
+            _, error = self._call(_picked(arguments, [i]))
+            if error is not None:
+                errors[i] = error
+            if len(errors) > _MOST_POISONED:
+                break
+        return errors
+
+    def _fault(self, error: Exception, row: str) -> RewardError:
+        fault = RewardError(f"reward {self.name!r} raised {_cause(error)}; {row}")
+        fault.__cause__ = error
+        return fault
 
 
-def checked_scores(name: str, answer: Any, rows: TextRows) -> list[float]:
-    """`answer` as floats; RewardError for a wrong count or an entry that is no finite number.
+def checked_scores(
+    name: str, answer: Any, rows: TextRows, which: Sequence[int] | None = None
+) -> Answer:
+    """Scores of the rows `which` (None: of all); a missing (None) or not finite one is a fault.
 
-    A sequence, array or tensor of numbers is read; True and False are 1 and 0.
+    A sequence, array or tensor of numbers is read; True and False are 1 and 0. RewardError for a
+    wrong count and for what is no number.
     """
+    which = range(len(rows.responses)) if which is None else which
     scores = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(scores, (list, tuple)):
         raise RewardError(f"reward {name!r} returned {type(answer).__name__}: must return a list")
-    if len(scores) != len(rows.responses):
+    if len(scores) != len(which):
         raise RewardError(
-            f"reward {name!r} returned {len(scores)} scores for {len(rows.responses)} completions: "
+            f"reward {name!r} returned {len(scores)} scores for {len(which)} completions: "
             "must return one each"
         )
-    scores = [entry.item() if hasattr(entry, "item") else entry for entry in scores]
-    for i, score in enumerate(scores):
-        if not isinstance(score, (bool, int, float)):
+    found = Answer([math.nan] * len(rows.responses), {})
+    for i, entry in zip(which, scores, strict=True):
+        score = entry.item() if hasattr(entry, "item") else entry
+        if score is not None and not isinstance(score, (bool, int, float)):
             raise RewardError(f"reward {name!r} is {score!r}, not a number; {rows.row(i)}")
-        if not math.isfinite(score) or abs(score) > _MAX_FLOAT32:
-            raise RewardError(f"reward {name!r} is {score}, not finite; {rows.row(i)}")
-    return [float(score) for score in scores]
+        if score is None or not abs(score) <= _MAX_FLOAT32:
+            what = "not a number" if score is None else "not finite"
+            found.faults[i] = RewardError(f"reward {name!r} is {score}, {what}; {rows.row(i)}")
+        else:
+            found.scores[i] = float(score)
+    return found
+
+
+def _picked(arguments: dict[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    return {name: [values[i] for i in rows] for name, values in arguments.items()}
 
 
 def _load(name: str, spec: str | None) -> Callable[..., Any]:

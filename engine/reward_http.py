@@ -6,6 +6,7 @@ Answer: JSON {"scores": [...]}, one number per completion.
 
 import http.client
 import json
+import math
 import random
 import time
 import urllib.error
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 from gearshift.engine import distributed
 from gearshift.engine.config import RewardConfig
 from gearshift.engine.reward_functions import checked_scores
-from gearshift.engine.reward_text import RewardError, TextRows
+from gearshift.engine.reward_text import Answer, RewardError, TextRows
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _TRANSIENT = (408, 429)  # request time-out and too many requests: the only 4xx worth another try
@@ -43,8 +44,8 @@ class HttpReward:
     def check(self, columns: Collection[str] | None) -> None:
         """Nothing to check before the run: an endpoint may come up later."""
 
-    def scores(self, rows: TextRows) -> list[float]:
-        """One finite number per row; RewardError once the retries are used up."""
+    def scores(self, rows: TextRows) -> Answer:
+        """One score per row, none once the retries are used up; RewardError for a refusal."""
         body = self._body(rows)
         failure = ""
         for attempt in range(self.retries + 1):
@@ -65,10 +66,12 @@ class HttpReward:
                 failure = f"{url}: {type(error).__name__}: {error}"
             else:
                 return self._read(url, answer, rows)
-        raise RewardError(
+        outage = RewardError(
             f"reward {self.name!r}: no answer after {self.retries + 1} tries over "
             f"{', '.join(self.urls)}; the last: {failure}"
         )
+        count = len(rows.responses)
+        return Answer([math.nan] * count, dict.fromkeys(range(count), outage))
 
     def _body(self, rows: TextRows) -> bytes:
         for name, values in rows.columns.items():
@@ -90,7 +93,7 @@ class HttpReward:
         with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
             return response.read()
 
-    def _read(self, url: str, answer: bytes, rows: TextRows) -> list[float]:
+    def _read(self, url: str, answer: bytes, rows: TextRows) -> Answer:
         try:
             content = json.loads(answer)
         except ValueError as error:

@@ -14,6 +14,14 @@ class RewardError(ValueError):
     """A reward that cannot be used or gave no usable score; one line that names it."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One reward's scores of this rank's rows: NaN where it has none, and why, by row."""
+
+    scores: list[float]
+    faults: dict[int, RewardError]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextRows:
     """A rollout as lists, one entry per row."""

@@ -5,20 +5,39 @@ Every rank scores its own rows. Shaping (affine, clip, missing end token) is obj
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from gearshift.engine import distributed
 from gearshift.engine.batch import Rollout
 from gearshift.engine.config import RewardConfig
+from gearshift.engine.config_run import GuardConfig
 from gearshift.engine.reward_functions import FunctionReward, checked_scores
 from gearshift.engine.reward_http import HttpReward
-from gearshift.engine.reward_text import RewardError, TextRows, read_rows, render_for_reward
+from gearshift.engine.reward_text import (
+    Answer,
+    RewardError,
+    TextRows,
+    read_rows,
+    render_for_reward,
+)
 
-__all__ = ["RewardError", "RewardSum", "Scorer", "read_rows", "render_for_reward"]
+__all__ = ["RewardError", "RewardSum", "Scorer", "Scores", "read_rows", "render_for_reward"]
 
 log = logging.getLogger(__name__)
+
+
+class Scores(NamedTuple):
+    """What all rewards together make of this rank's rows, failed ones settled."""
+
+    total: Tensor  # [B] float32, the weighted sum
+    by_name: dict[str, Tensor]  # [B] float32, each reward's own, unweighted
+    teaches: Tensor  # [B] bool, False where a row must not move the policy
+    failed: int  # rows without a score of their own, over all ranks
+    fault: str  # why, of one of them; the same text on every rank
+    usable: bool  # some row of every reward has a score
 
 
 class Scorer(Protocol):
@@ -43,8 +62,8 @@ class ModelReward:
     def check(self, columns: Collection[str] | None) -> None:
         """A reward model reads no columns."""
 
-    def scores(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> list[float]:
-        """One finite number per row; a longer row keeps its last `max_tokens` tokens."""
+    def scores(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> Answer:
+        """One score per row; a longer row keeps its last `max_tokens` tokens."""
         token_ids = render_for_reward(
             rows, policy_tokenizer, scorer.tokenizer, chat_template=self.config.chat_template
         )
@@ -77,7 +96,8 @@ class RewardSum:
     any model is loaded; it raises RewardError (a ValueError). Reward models are joined later.
     """
 
-    def __init__(self, configs: list[RewardConfig]):
+    def __init__(self, configs: list[RewardConfig], guards: GuardConfig | None = None):
+        """guards: what follows where a reward fails; None: the defaults."""
         if not configs:
             raise RewardError("rewards: []: give at least one source of scores")
         names = [config.name for config in configs]
@@ -85,6 +105,7 @@ class RewardSum:
         if twice is not None:
             raise RewardError(f"rewards: name={twice!r} is used twice: give each its own")
         self._scorers: Mapping[str, Scorer] = {}
+        self._guards = guards or GuardConfig()
         self._weights = {config.name: config.weight for config in configs}
         self._sources = [_KINDS[config.kind](config) for config in configs]
 
@@ -107,25 +128,54 @@ class RewardSum:
         for source in self._sources:
             source.check(columns)
 
-    def scores(self, rollout: Rollout, tokenizer: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores of this rank's rows.
+    def scores(self, rollout: Rollout, tokenizer: Any) -> Scores:
+        """Scores of this rank's rows. A collective. tokenizer: the policy's.
 
-        tokenizer: the policy's. Returns the weighted sum [B] float32 and each reward's own,
-        unweighted scores by name, on the rollout's device. Raises RewardError when a reward
-        fails, or gives a wrong count or a value that is not a finite number; it shows the row.
+        A score that is missing or not finite is settled as `guards.failed_reward` says. Raises
+        RewardError, on every rank, where that says stop or more than `failed_reward_share` of all
+        rows fail; and for answers that are none: a wrong count, or no numbers. It shows a row.
         """
         rows = read_rows(rollout, tokenizer)
-        device = rollout.response_ids.device
-        by_name = {
-            source.name: torch.tensor(
-                self._score(source, rows, tokenizer), dtype=torch.float32, device=device
-            )
-            for source in self._sources
-        }
-        total = sum(self._weights[name] * scores for name, scores in by_name.items())
-        return total, by_name
+        answers = [self._score(source, rows, tokenizer) for source in self._sources]
+        table = torch.tensor(
+            [answer.scores for answer in answers],
+            dtype=torch.float64,
+            device=rollout.response_ids.device,
+        )
+        scored = ~table.isnan()  # [rewards, B]
+        whole = scored.all(0)
+        sums = torch.stack([table.nansum(1), scored.sum(1)])
+        counts = torch.stack([(~whole).sum(), torch.tensor(len(whole), device=whole.device)])
+        reduced = distributed.global_sum(torch.cat([sums.flatten(), counts.double()]))
+        (totals, numbers), (failed, everyone) = reduced[:-2].view(2, -1), reduced[-2:].tolist()
+        fault = self._judge_faults(answers, int(failed), int(everyone)) if failed else ""
+        table = torch.where(scored, table, (totals / numbers.clamp(min=1))[:, None]).float()
+        by_name = dict(zip(self._weights, table, strict=True))
+        usable = bool((numbers > 0).all())
+        dropped = not usable or self._guards.failed_reward == "drop"
+        return Scores(
+            total=sum(self._weights[name] * scores for name, scores in by_name.items()),
+            by_name=by_name,
+            teaches=whole if dropped else torch.ones_like(whole),
+            failed=int(failed),
+            fault=fault,
+            usable=usable,
+        )
 
-    def _score(self, source: Any, rows: TextRows, tokenizer: Any) -> list[float]:
+    def _judge_faults(self, answers: list[Answer], failed: int, everyone: int) -> str:
+        """One rank's first fault, on every rank; raises it where the run should stop."""
+        mine = next((fault for a in answers for _, fault in sorted(a.faults.items())), None)
+        told = distributed.all_gather_objects(None if mine is None else str(mine))
+        fault = next(text for text in told if text is not None)
+        share = self._guards.failed_reward_share
+        if self._guards.failed_reward == "stop" or failed > share * everyone:
+            raise RewardError(
+                f"{fault} ({failed} of {everyone} samples; guards.failed_reward="
+                f"{self._guards.failed_reward}, guards.failed_reward_share={share:g})"
+            ) from (mine and mine.__cause__)
+        return fault
+
+    def _score(self, source: Any, rows: TextRows, tokenizer: Any) -> Answer:
         if isinstance(source, ModelReward):
             assert source.name in self._scorers, f"no reward model was joined for {source.name!r}"
             return source.scores(rows, self._scorers[source.name], tokenizer)

@@ -177,7 +177,7 @@ def test_weighted_sum_and_each_by_name(tmp_path):
             config(name="one", function=f"{file}:one", weight=-0.5),
         ]
     )
-    total, by_name = rewards.scores(ROLLOUT, POLICY)
+    total, by_name = rewards.scores(ROLLOUT, POLICY)[:2]
     assert by_name["length"].tolist() == [9.0, 1.0] and by_name["one"].tolist() == [1.0, 1.0]
     assert total.tolist() == [17.5, 1.5] and total.dtype == torch.float32
 
@@ -536,7 +536,7 @@ def test_an_end_token_the_tokenizer_adds_by_itself_is_not_doubled():
 def test_a_reward_model_keeps_the_end_of_long_rows(caplog):
     scorer = FakeScorer(word_tokenizer())
     rewards = model_reward(scorer, max_tokens=4, weight=0.5)
-    total, by_name = rewards.scores(ROLLOUT, POLICY)
+    total, by_name = rewards.scores(ROLLOUT, POLICY)[:2]
     assert [len(row) for row in scorer.given] == [4, 4]
     end = scorer.tokenizer.convert_ids_to_tokens(scorer.given[0])
     assert end == ["fruit", "an", "apple", "</s>"]
@@ -578,7 +578,7 @@ def test_sentiment():
         ["I love it: good, superb", "I love it: good, superb", CHAT],
         [" and so on", " an awful, horrible, boring mess", "what a wonderful fruit"],
     )
-    _, by_name = rewards.scores(rollout, POLICY)
+    by_name = rewards.scores(rollout, POLICY).by_name
     both, own = by_name["both"].tolist(), by_name["own"].tolist()
     assert both[0] > 0.8 and both[0] > both[1] and both[2] > 0.4
     assert own[0] == 0.0 and own[1] < -0.7 and own[2] == pytest.approx(both[2])
