@@ -18,6 +18,7 @@ def report_experience(
     mask = experience.response_mask
     total = rewards.sum(1)
     metrics.add_mean("objective/kl", kl.sum(1))
+    metrics.add_std("objective/kl_std", kl.sum(1))
     metrics.add_mean("objective/kl_per_token", kl, mask)
     metrics.add_mean("objective/entropy", -experience.logprobs.sum(1))
     metrics.add_mean("objective/non_score_reward", total - experience.scores)

@@ -3,6 +3,7 @@
 B rows on this rank, R response tokens; masked positions are exactly 0 in every result.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +121,10 @@ class KLController:
         )
 
     def adapt(self, kl: float, responses: int) -> None:
-        """After a step: `kl` is the mean over responses of the KL summed over tokens, in nats."""
-        if self.adaptive:
+        """After a step: `kl` is the mean over responses of the KL summed over tokens, in nats.
+
+        A KL that is not finite, of a step whose update was dropped, leaves the coefficient alone.
+        """
+        if self.adaptive and math.isfinite(kl):
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * responses / self.horizon

@@ -23,6 +23,7 @@ from gearshift.engine.figures import (
     report_policy,
     report_rollout,
 )
+from gearshift.engine.guards import Guards, Piece
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.objective import (
     KLController,
@@ -52,6 +53,7 @@ class PPOTrainer:
         self.config, self.ppo, self.roles = config, config.ppo, roles
         self.actor, self.critic = roles.actor, roles.critic
         self.kl = KLController.of(config.ppo)
+        self.guards = Guards(config, self.actor.tokenizer, self.actor.dtype)
         self.steps_done = 0
         trained = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         sleepers = {name: role.sleeper for name, role in trained.items()}
@@ -72,8 +74,9 @@ class PPOTrainer:
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
             experience = self.make_experience(rollout, metrics)
-            self.update(experience, metrics)
-        figures = add_throughput(metrics.reduce())
+            if self.guards.may_update:
+                self.update(experience, metrics)
+        figures = self.guards.watch(add_throughput(metrics.reduce()))
         self.kl.adapt(figures["objective/kl"], self.ppo.rows_per_step)
         self.steps_done += 1
         return figures, experience
@@ -83,20 +86,21 @@ class PPOTrainer:
         """Judges the rollout and credits each token."""
         mask, ppo = rollout.response_mask, self.ppo
         with self._phase(metrics, "rewards"):
-            raw, by_name = self.roles.rewards.scores(rollout, self.actor.tokenizer)
+            judged = self.roles.rewards.scores(rollout, self.actor.tokenizer)
+            self.guards.check_rewards(judged.failed, judged.fault, judged.usable)
         with self._phase(metrics, "logprobs"):
             logprobs = self._old_logprobs(rollout, metrics)
         with self._phase(metrics, "ref"):
             reference = self.roles.reference
             ref_logprobs = reference.logprobs(rollout) if reference else logprobs
         with self._phase(metrics, "values"):
-            values, after = torch.zeros_like(logprobs), torch.zeros_like(raw)
+            values, after = torch.zeros_like(logprobs), torch.zeros_like(judged.total)
             if self.critic:
                 values, after = self.critic.values(rollout)
             after = torch.where(rollout.finished, 0.0, after)
-        report_rollout(metrics, rollout, raw, by_name)
-        scores = shape_scores(raw, rollout.finished, ppo)
-        judged = estimate_advantages(
+        report_rollout(metrics, rollout, judged.total, judged.by_name)
+        scores = shape_scores(judged.total, rollout.finished, ppo)
+        credit = estimate_advantages(
             logprobs,
             ref_logprobs,
             values,
@@ -107,17 +111,19 @@ class PPOTrainer:
             bootstrap_values=after if ppo.bootstrap_truncated else None,
             group=distributed.world_group(),
         )
+        teaches = judged.teaches[:, None]
         experience = Experience(
             **rollout.tensors(),
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
-            advantages=judged.advantages,
-            returns=judged.returns,
+            advantages=torch.where(teaches, credit.advantages, 0.0),
+            returns=torch.where(teaches, credit.returns, values),
             scores=scores,
         )
+        self.guards.take(experience)
         has_critic = self.critic is not None
-        report_experience(metrics, experience, judged.rewards, judged.kl, critic=has_critic)
+        report_experience(metrics, experience, credit.rewards, credit.kl, critic=has_critic)
         return experience
 
     def update(self, experience: Experience, metrics: StepMetrics) -> None:
@@ -167,6 +173,7 @@ class PPOTrainer:
         tokens = distributed.global_sum(minibatch.response_mask.sum())
         pieces = list(minibatch.split(ppo.micro_batch_size))
         drift = torch.zeros(2, dtype=torch.float64, device=minibatch.prompt_ids.device)
+        seen: dict[str, list[Piece]] = {"actor": [], "critic": []}
         for i, micro in enumerate(pieces):
             last = i == len(pieces) - 1
             weights = token_weights(
@@ -175,10 +182,12 @@ class PPOTrainer:
             if actor:
                 loss, stats = actor.loss(micro, self._corrected(micro, weights))
                 actor.backward(loss, last=last and not ppo.ptx_coef)
+                seen["actor"].append(Piece(micro, loss.detach(), stats["logprobs"]))
                 drift += report_policy(metrics, micro, stats, first=first)
                 report_loss(metrics, "loss/policy_avg", loss, len(pieces))
             if critic:
                 loss, stats = critic.loss(micro, weights)
+                seen["critic"].append(Piece(micro, loss.detach(), stats["values"]))
                 joint = actor is not None
                 critic.backward(loss * ppo.vf_coef if joint else loss, last=last)
                 report_loss(metrics, "loss/value_avg", loss, len(pieces))
@@ -186,11 +195,18 @@ class PPOTrainer:
         if actor:
             self._pretrain(metrics)
             metrics.add_value("lr", actor.learning_rate)
-            metrics.add_value("actor/grad_norm", actor.step())
+            self._step("actor", actor, seen["actor"], metrics)
         if critic:
             metrics.add_value("critic/lr", critic.learning_rate)
-            metrics.add_value("critic/grad_norm", critic.step())
+            self._step("critic", critic, seen["critic"], metrics)
         return drift
+
+    def _step(self, name: str, role: Any, pieces: list[Piece], metrics: StepMetrics) -> None:
+        """Applies the gradients of `pieces`, or drops them where they are not finite."""
+        self.guards.check_reached(name, role.unreached())
+        norm = role.step()
+        metrics.add_value(f"{name}/grad_norm", norm)
+        self.guards.check_norm(name, norm, pieces)
 
     def _pretrain(self, metrics: StepMetrics) -> None:
         """PPO-ptx: pretraining gradients into the same optimizer step."""

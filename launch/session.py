@@ -27,6 +27,7 @@ from gearshift.engine.config import Config
 from gearshift.engine.config_load import Resolved
 from gearshift.engine.data import PromptStream, TextStream
 from gearshift.engine.export import export
+from gearshift.engine.guards import Alarm, GuardStop
 from gearshift.engine.interrupt import parse_deadline
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.run_log import RunLog
@@ -77,9 +78,10 @@ class Session:
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         about |= {"environment": environment()}
-        self.saver = Saver(config.run, self.trainer, self.streams, about, self.console)
+        stateful = {**self.streams, "guards": self.trainer.guards}
+        self.saver = Saver(config.run, self.trainer, stateful, about, self.console)
         if self.resumed:
-            for remark in checkpoint.load(self.resumed, self.trainer, self.streams):
+            for remark in checkpoint.load(self.resumed, self.trainer, stateful):
                 self.console.note(remark)
             self.console.note(f"resumed from {self.resumed}")
 
@@ -97,7 +99,10 @@ class Session:
         return self.config
 
     def train(self) -> None:
-        """Steps until `run.steps`, saving on the way, then exports and reports."""
+        """Steps until `run.steps`, saving on the way, then exports and reports.
+
+        Raises GuardStop where a guard stops the run.
+        """
         steps = self.config.run.steps
         if self.trainer.steps_done >= steps:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
@@ -105,27 +110,39 @@ class Session:
             if self.main and not self.folder.exists():
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
-            while self.trainer.steps_done < steps and not self.saver.ended:
-                self._step(log)
+            stopping = None
+            while self.trainer.steps_done < steps and not self.saver.ended and not stopping:
+                stopping = self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
             self.saver.finish()
         if log:
             log.close()
+        if stopping:
+            raise GuardStop(stopping.text)
         if not self.saver.ended:
             return self._finish()
         done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
         self.console.note(f"{done}; the same command goes on from there")
 
-    def _step(self, log: RunLog | None) -> None:
+    def _step(self, log: RunLog | None) -> Alarm | None:
+        """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
         prompts = self.streams["prompts"].next_batch().to(self.device)
         with self.console.progress("generate") as progress:
             figures, experience = self.trainer.step(prompts, progress)
         self._account(figures)
-        self.saver.after_step(figures)
+        alarms = self.trainer.guards.drain()
+        stopping = next((alarm for alarm in alarms if alarm.stop), None)
+        if not stopping:
+            self.saver.after_step(figures)
         self._show(self.trainer.steps_done, figures, experience, log)
+        for alarm in alarms:
+            if not alarm.stop:
+                self.console.warn(alarm.text)
         if log:
             log.sync()
-        self.saver.publish()
+        if not stopping:
+            self.saver.publish()
+        return stopping
 
     def _account(self, figures: dict[str, float]) -> None:
         """Adds the share of the GPUs' rate that was of use, where that is known."""

@@ -11,6 +11,7 @@ import time
 import warnings
 
 from gearshift.engine import config_check, config_load, distributed, watchdog
+from gearshift.engine.guards import GuardStop
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
 # Seconds in which another rank may tell what this one would repeat: most mistakes are seen by all
@@ -30,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         tell(" ".join(str(error).split()))
         watchdog.leave(failing=True)
         return 2
+    except GuardStop as stop:
+        tell(str(stop))
+        watchdog.leave(failing=True)
+        return 1
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _PEER_LEFT):
             raise
