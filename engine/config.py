@@ -154,11 +154,15 @@ class RolloutConfig(Bounded):
     )
     block_size: int = knob(16, "tokens per block of the KV cache", least=1)
     max_sequences: int = knob(256, "sequences decoded at once per TP group", least=1)
-    max_batch_tokens: int = knob(8192, "prompt tokens per prefill forward", least=16)
+    max_batch_tokens: int = knob(
+        8192, "prompt tokens per prefill forward; on CPU at most 512", least=16
+    )
     kv_cache_gb: float = knob(0.0, "KV cache per rank; 0: what is free (CPU: 1)", least=0)
     shift_bucket_mb: float = knob(0.0, "staging of a shift; 0: 256 on GPU, 16 on CPU", least=0)
     weights: Literal["release", "resident"] = knob(
-        "release", "after generation: give the shards' memory back, or keep and refresh in place"
+        "release",
+        "after generation: give the shards' memory back, or keep and refresh in place; with a "
+        "kv_cache_gb the KV cache and the CUDA graphs are kept, too",
     )
     cuda_graphs: bool = knob(True, "capture decoding in CUDA graphs, on GPUs")
 
