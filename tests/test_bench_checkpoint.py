@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from gearshift.launch import bench_checkpoint
 from tests import tiny_job
 
 
@@ -42,7 +43,6 @@ def test_bytes_and_seconds(job, tmp_path):
 
 
 def test_a_folder_that_exists_is_left_alone(job, tmp_path):
-    done = bench("--config", job, "--run.dir", tmp_path)
-    assert done.returncode == 2
-    assert "exists; name a new folder on the disk to measure" in done.stderr
+    with pytest.raises(ValueError, match="exists; name a new folder on the disk to measure"):
+        bench_checkpoint.measure(str(job), ["--run.dir", str(tmp_path)], 1)
     assert tmp_path.exists()

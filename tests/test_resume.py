@@ -115,7 +115,15 @@ def goes_on(config, out) -> None:
     assert one == two
 
 
-@pytest.mark.parametrize("zero", ["zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_bf16_split"])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        pytest.param("zero1_bf16", marks=pytest.mark.slow),
+        "zero2_bf16",
+        pytest.param("zero3_bf16", marks=pytest.mark.slow),
+        "zero3_bf16_split",
+    ],
+)
 def test_low_precision_goes_on_bit_for_bit(tmp_path, zero):
     models = tiny_run.write_models(tmp_path / "models")
     for role in ("actor", "critic"):
