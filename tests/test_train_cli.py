@@ -279,12 +279,12 @@ def test_a_mistake_under_deepspeed(zero3):
 def test_a_mistake_of_the_second_rank_only(zero3, tmp_path):
     """Rank 0 meets it as a broken collective, of which nobody needs to hear."""
     body = "import os\n\ndef score(prompts, completions, **columns):\n"
-    body += "    return [1 / (1 - int(os.environ['RANK'])) for text in completions]\n"
+    body += "    return [0.0] * (len(completions) - int(os.environ['RANK']))\n"
     (tmp_path / "second.py").write_text(body)
     done = deepspeed("--config", zero3, "--rewards.0.function", f"{tmp_path / 'second.py'}:score")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "error (rank 1): reward 'words' raised ZeroDivisionError" in done.stderr
+    assert "error (rank 1): reward 'words' returned 1 scores for 2 completions" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
