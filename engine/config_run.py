@@ -19,6 +19,7 @@ class RunConfig(Bounded):
     resume: str = knob("auto", "auto: continue the run folder's last checkpoint; none; or a path")
     resume_changed: list[str] = knob([], "keys whose changed values a resumed run accepts")
     save_every: int = knob(0, "PPO steps between checkpoints; 0: only at the end", least=0)
+    save_last: bool = knob(True, "save the last step, too")
     save_minutes: float = knob(0.0, "also after so many minutes without a checkpoint", least=0)
     save_by: str | None = knob(
         None, "save and end before: 08:00, 2026-11-23 08:00, or slurm-10 (min before its limit)"

@@ -23,9 +23,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("engine", "kernels", "launch", "ds_configs")
-PARTS = ("kernels-correct", "kernels-speed", "generation", "shift")
+PARTS = ("kernels-correct", "kernels-speed", "generation", "shift", "ppo")
 SPEED_SHAPES = ("llama3-8b", "qwen2.5-7b", "qwen2.5-0.5b")
 BATCHES = (64, 512)
+STEP_ROWS = (64, 512)  # responses of one PPO step of four 7B models
 TAIL_LINES = 40  # of a job's output, repeated on the terminal
 
 
@@ -66,6 +67,10 @@ def jobs_of(part: str, gpus: int) -> list[Job]:
     model = ("--hidden", "4096", "--layers", "8", "--vocab", "128256")
     words = (*bench, "shift", "--ranks", str(gpus), *model, "--json", "{out}/shift.json")
     jobs.append(Job("shift", "shift", words, 420, ("deepspeed", "transformers", "rich")))
+    for rows in STEP_ROWS:
+        words = ("-m", "gearshift.launch.gpu_ppo", "--rows", str(rows), "--limit-s", "440")
+        file = ("--json", f"{{out}}/ppo-{rows}.json")
+        jobs.append(Job("ppo", f"ppo-{rows}", (*words, *file), 470, ("deepspeed", "transformers")))
     return [job for job in jobs if part in ("all", job.part)]
 
 

@@ -94,7 +94,8 @@ class Saver:
     def _due(self, now: float) -> bool:
         run, step = self.run, self.trainer.steps_done
         late = run.save_minutes and now - self._saved_at >= 60 * run.save_minutes
-        return bool(step == run.steps or (run.save_every and step % run.save_every == 0) or late)
+        last = run.save_last and step == run.steps
+        return bool(last or (run.save_every and step % run.save_every == 0) or late)
 
 
 def _finite(figures: Mapping[str, float]) -> float | None:
