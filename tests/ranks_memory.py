@@ -86,7 +86,7 @@ def watching(seen: dict[str, int]):
     def watched_phase(self, name):
         with phase(self, name):
             yield
-            if name in ("values", "update_actor", "update_critic"):  # a walk takes a second
+            if name in ("values", "update_actor", "update_critic"):
                 seen[name] = live_bytes()
 
     def watched_generate(self, *args, **kwargs):
@@ -137,6 +137,7 @@ def planned(config: Config) -> dict[str, dict[str, float]]:
 
 def main(out: str, cases: str) -> None:
     distributed.start(threads=1)
+    gc.freeze()  # the libraries' million objects: a walk leaves them out
     with Path(out, f"rank{dist.get_rank()}.jsonl").open("w") as log:
         for case in cases.split(","):
             config = settings(*case.split(":"))

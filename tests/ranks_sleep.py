@@ -30,7 +30,7 @@ CASES = {
     "split3_bf16": ("zero3_bf16_split", SPLIT | {"moments": "bf16"}, ("always",)),
 }
 STEPS = 2
-WALKED = ("generate", "update_actor", "update_critic")  # of the last step: a walk takes a second
+WALKED = ("generate", "update_actor", "update_critic")  # of the last step
 
 
 def write_settings(folder: Path) -> None:
@@ -143,6 +143,7 @@ def compare(models: Path, cases: list[str]) -> dict:
 def main() -> None:
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     distributed.start(1)
+    gc.freeze()  # the libraries' million objects: a walk leaves them out
     write_settings(models)
     distributed.barrier()
     found = compare(models, list(CASES) if len(sys.argv) < 4 else sys.argv[3].split(","))
