@@ -1,6 +1,6 @@
 """Run on ranks: faults of the second rank only, and what every rank makes of them.
 
-    torchrun --nproc_per_node 2 ranks_guards.py OUT MODELS
+    torchrun --nproc_per_node 2 ranks_guards.py MODELS OUT
 
 OUT/rank<r>.jsonl: a line per case, with the guards' figures and alarms on that rank.
 """
@@ -84,7 +84,7 @@ def frozen(models: Path) -> dict:
 
 
 def main() -> None:
-    out, models = Path(sys.argv[1]), Path(sys.argv[2])
+    models, out = Path(sys.argv[1]), Path(sys.argv[2])
     distributed.start(1)
     with (out / f"rank{distributed.rank()}.jsonl").open("w") as file:
         for case in (reward, nonfinite, frozen):

@@ -16,7 +16,6 @@ from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.rewards import RewardError
 from gearshift.launch import train
 from tests import tiny_job, tiny_run
-from tests.launch_ranks import launch
 
 CPU = torch.device("cpu")
 # A step has two epochs of two minibatches.
@@ -142,15 +141,15 @@ def poison_forward(trainer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "told"),
+    ("plant", "zero", "told"),
     [
-        (poison_forward, "what the model computes of row 5, prompt"),
-        (poison_loss, "the loss of rows"),
-        (poison_backward, "the loss of every sample is finite, so it is the backward pass"),
+        (poison_forward, "zero0", "what the model computes of row 5, prompt"),
+        (poison_loss, "zero3", "the loss of rows"),
+        (poison_backward, "zero0", "the loss of every sample is finite, so it is the backward"),
     ],
 )
-def test_where_it_came_from(models, plant, told):
-    trainer = make(models, "zero3", epochs=1)
+def test_where_it_came_from(models, plant, zero, told):
+    trainer = make(models, zero, epochs=1)
     before = list(state(trainer.actor))
     plant(trainer)
     trainer.critic = None
@@ -204,7 +203,7 @@ def test_frozen_parameters_are_named_once(models, zero):
 
 
 def test_frozen_parameters_can_stop_the_run_before_the_first_update(models):
-    trainer = make(models, "zero3", guards={"frozen": "stop"})
+    trainer = make(models, guards={"frozen": "stop"})
     before = list(state(trainer.actor))
     cut(trainer)
     with pytest.raises(GuardStop, match="guard frozen: the actor has 4 trainable"):
@@ -294,7 +293,7 @@ def test_a_failed_reward_stops_the_run(models, guards):
 
 def test_an_outage_skips_updates_until_it_is_too_long(models):
     guards = {"failed_reward_share": 1.0, "nonfinite_steps": 2}
-    trainer = make(models, "zero3", guards=guards, reward=poisoned_reward("True"))
+    trainer = make(models, guards=guards, reward=poisoned_reward("True"))
     before = list(state(trainer.actor))
     figures, alarms = step(trainer)
     assert figures["guards/failed_rewards"] == 8 and figures["guards/skipped_updates"] == UPDATES
@@ -517,7 +516,9 @@ def test_settings_that_would_let_it_through_are_refused(tmp_path, changes, told)
 
 def test_ranks_decide_alike(models, tmp_path):
     """The second rank's sample, reward and parameters: see ranks_guards.py."""
-    first, second = launch("ranks_guards.py", 2, tmp_path, str(models), launcher="torchrun")
+    tiny_run.launch("ranks_guards.py", models, tmp_path)
+    files = [tmp_path / f"rank{rank}.jsonl" for rank in range(2)]
+    first, second = ([json.loads(x) for x in file.read_text().splitlines()] for file in files)
     assert [line["case"] for line in first] == ["reward", "nonfinite", "frozen"]
     for one, two in zip(first, second, strict=True):
         assert one["figures"] == two["figures"] and one["alarms"] == two["alarms"]
