@@ -11,12 +11,13 @@ from gearshift.engine import distributed, ds_config
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
 from gearshift.engine.frozen import Reference, RewardModel
-from gearshift.engine.models import load_config, load_model, load_tokenizer, location
+from gearshift.engine.models import load_config, load_model, load_tokenizer, location, room_for
 from gearshift.engine.optim import check_optimizer
 from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
 from gearshift.engine.roles import Actor, Critic
+from gearshift.engine.shards import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,10 @@ def needs_reference(config: Config) -> bool:
 def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     """Loads every model. steps: optimizer steps of the whole run, for the schedules."""
     config, ds = blueprint.config, blueprint.deepspeed
+    stores = _stores(blueprint)
     scorers = {
         reward.name: RewardModel(
-            load_model(reward, "reward", ds[reward.name], frozen=True),
+            load_model(reward, "reward", ds[reward.name], store=stores[reward.name]),
             blueprint.reward_tokenizers[reward.name],
             reward.batch_size,
             ds[reward.name],
@@ -94,7 +96,8 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     blueprint.rewards.join(scorers)
     reference = None
     if "reference" in ds:
-        model = load_model(_reference_source(config), "policy", ds["reference"], frozen=True)
+        source, store = _reference_source(config), stores["reference"]
+        model = load_model(source, "policy", ds["reference"], store=store)
         reference = Reference(model, config.ppo, config.sampling.temperature, ds["reference"])
     critic = None
     if "critic" in ds:
@@ -110,6 +113,19 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         rewards=blueprint.rewards,
         pretrain=pretrain,
     )
+
+
+def _stores(blueprint: Blueprint) -> dict[str, Store | None]:
+    """Room for the weights of every frozen model, before any is read; see models.room_for."""
+    ds = blueprint.deepspeed
+    stores = {
+        reward.name: room_for(reward, "reward", ds[reward.name])
+        for reward in blueprint.rewards.model_configs
+    }
+    if "reference" in ds:
+        source = _reference_source(blueprint.config)
+        stores["reference"] = room_for(source, "policy", ds["reference"])
+    return stores
 
 
 def critic_source(blueprint: Blueprint) -> tuple[CriticConfig, bool]:

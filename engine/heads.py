@@ -52,10 +52,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
 
 @contextmanager
 def gathered(*parameters: nn.Parameter | None) -> Iterator[None]:
-    """Whole parameters inside an engine's forward, whatever the ZeRO stage, or streamed."""
-    for parameter in parameters:
-        if hasattr(parameter, "lender"):  # of a StreamedEngine
-            parameter.lender()
+    """Whole parameters inside an engine's forward, whatever the ZeRO stage."""
     absent = [p for p in parameters if p is not None and _is_partitioned(p)]
     if not absent:
         yield

@@ -72,6 +72,10 @@ class Lockstep:
     def size(self) -> int:
         return len(self._workers)
 
+    def is_mine(self) -> bool:
+        """Whether this thread runs one of the calls."""
+        return threading.current_thread() in self._workers
+
     def wait_for(self, index: int) -> None:
         """Of a call: go on when everybody waits and `index` is the least that is waited for."""
         worker = threading.current_thread()

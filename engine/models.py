@@ -27,7 +27,7 @@ from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.ds_config import offloads_parameters
 from gearshift.engine.gguf import as_directory
-from gearshift.engine.shards import Spill
+from gearshift.engine.shards import Store, partitioning, place, room_of
 
 logger = logging.getLogger("gearshift")
 
@@ -88,22 +88,35 @@ def load_tokenizer(config: ModelConfig) -> Any:
         ) from None
 
 
+def room_for(config: ModelConfig, role: str, ds_config: dict) -> Store | None:
+    """Takes the room for a frozen model's weights where its JSON keeps them off the device; reads
+    none of them. Raises ValueError where there is not enough on a disk."""
+    if not offloads_parameters(ds_config):
+        return None
+    module = _build(config, load_config(config, role), role)
+    return place(ds_config, room_of(module.parameters(), _dtype(ds_config)))
+
+
 def load_model(
-    config: ModelConfig, role: str, ds_config: dict, *, fresh_head=False, frozen=False
+    config: ModelConfig,
+    role: str,
+    ds_config: dict,
+    *,
+    fresh_head: bool = False,
+    store: Store | None = None,
 ) -> PreTrainedModel:
     """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
 
-    frozen: only scores; partitions that belong on NVMe are spilled there (shards.py).
+    store: of room_for; takes each partition of a frozen model as soon as it is made.
 
     A critic is AutoModelForTokenClassification with one label: its head's weight is the score head
     of the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
     Raises ValueError when tensors are missing or have other shapes than the configuration says.
     """
     hf_config = load_config(config, role)
-    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-    spill = None
-    if frozen and offloads_parameters(ds_config) == "nvme":
-        spill, ds_config = Spill.of(ds_config)
+    dtype = _dtype(ds_config)
+    if store:
+        ds_config = partitioning(ds_config)
     module = _build(config, hf_config, role)
     files = CheckpointFiles(location(config), config.revision)
     fresh = ("score.weight", "score.bias") if fresh_head else ()
@@ -112,10 +125,10 @@ def load_model(
     names = files.match(module, fresh)
     if names is None:
         module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
-        for parameter in module.parameters() if spill else ():
-            spill.take(parameter)
+        for parameter in module.parameters() if store else ():
+            store.take(parameter)
     else:
-        _fill(module, files, names, dtype, _partitioner(ds_config, dtype, spill))
+        _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -141,6 +154,10 @@ def attention_implementation(wanted: str, hf_config: Any) -> str:
             if installed():
                 return f"flash_attention_{version}"
     return "eager" if getattr(hf_config, "attn_logit_softcapping", None) else "sdpa"
+
+
+def _dtype(ds_config: dict) -> torch.dtype:
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
 def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
@@ -205,7 +222,7 @@ def _read(
 
 
 def _partitioner(
-    ds_config: dict, dtype: torch.dtype, spill: Spill | None
+    ds_config: dict, dtype: torch.dtype, store: Store | None
 ) -> Callable[[nn.Parameter], None]:
     """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""
     if ds_config["zero_optimization"]["stage"] != 3:
@@ -221,8 +238,8 @@ def _partitioner(
             module=holder, config_dict_or_path=ds_config, dtype=dtype, param_swapper=swapper
         )
         swapper = made.param_swapper
-        if spill:
-            spill.take(parameter)
+        if store:
+            store.take(parameter)
 
     return partition
 

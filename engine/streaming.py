@@ -8,6 +8,7 @@ states. Each micro-batch is the model's own forward, which a hook stops where it
 have not come (lockstep.py): any transformers model will do, and its results are the same bits.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,27 +18,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine import distributed
+from gearshift.engine import distributed, units
 from gearshift.engine.lockstep import Lockstep
-from gearshift.engine.shards import Shard, take_over, total_bytes
+from gearshift.engine.progress import beat
+from gearshift.engine.shards import Shard, take_over, unit_bytes
 
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
-class Unit:
-    """Weights that come and go together: a layer's, or another module's own."""
+class _Lending(dict):
+    """A module's parameters, which come when one is read: `lend(parameter)` sees to it."""
 
-    index: int  # in the order of the module tree, which is the forward's
-    shards: dict[nn.Parameter, Shard]
-    kept: bool = False  # to the end of the pass: used at more than one place
+    def __init__(self, parameters: dict[str, nn.Parameter], lend: Callable):
+        super().__init__(parameters)
+        self._lend = lend
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        parameter = super().__getitem__(name)
+        self._lend(parameter)
+        return parameter
+
+
+@dataclass(eq=False)
+class _Guest:
+    """A unit's weights and where they are in a pass."""
+
+    unit: units.Unit
+    shards: list[Shard]
     present: bool = False
     came: bool = False  # in this pass
-    visits: int = 0  # micro-batches that have been through it in this pass
+    called: bool = False  # in this pass: somebody needed it
+    idle: bool = False  # nobody needed it in the last pass
+    users: set[threading.Thread] = field(default_factory=set)  # that have been through it
 
     @property
     def nbytes(self) -> int:
-        return total_bytes(self.shards.values())
+        return sum(shard.nbytes for shard in self.shards)
 
 
 @dataclass
@@ -46,12 +62,16 @@ class Traffic:
 
     passes: int = 0
     bytes_moved: int = 0
-    shard_bytes: int = 0  # of this rank's part of the model: the least that a pass must bring
+    least_bytes: int = 0  # of this rank's part of the weights that each pass used
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Traffic(*(mine - theirs for mine, theirs in pairs))
 
     @property
     def ratio(self) -> float:
         """Bytes moved over the least: 1.0 where each weight came once per pass."""
-        return self.bytes_moved / (self.passes * self.shard_bytes)
+        return self.bytes_moved / self.least_bytes
 
 
 @dataclass
@@ -65,18 +85,24 @@ class _Coming:
 class StreamedEngine:
     """Stands where a DeepSpeed engine would; a call is one forward without gradients.
 
-    module: partitioned by ZeRO-3 into host memory or spilled (shards.py); its partitions are taken
-    over. Collective: every rank makes as many passes, of one micro-batch or more.
+    module: partitioned by ZeRO-3, its partitions in a store (shards.py), which are taken over.
+    Collective: every rank makes as many passes, of one micro-batch or more, and its forwards use
+    the units in the same order; inside a unit, as the experts of a layer, they may differ.
     """
 
     def __init__(self, module: nn.Module, device: torch.device):
         self.module, self.device = module.eval(), device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None  # of the pass
         self._lockstep: Lockstep | None = None
         self._ahead: dict[int, _Coming] = {}
-        self.units = self._hook(take_over(module))
-        self.traffic = Traffic(shard_bytes=sum(unit.nbytes for unit in self.units))
+        self.store, shards = take_over(module)
+        self.guests = [_Guest(u, [shards[p] for p in u.parameters]) for u in units.cut(module)]
+        self._home = {p: guest for guest in self.guests for p in guest.unit.parameters}
+        self.store.begin(max(unit_bytes(guest.shards) for guest in self.guests))
+        self.traffic = Traffic()
         module.to(device)  # buffers; the parameters have no data
+        self._hook()
 
     def eval(self) -> "StreamedEngine":
         return self
@@ -88,104 +114,103 @@ class StreamedEngine:
         """One pass: the results of calls that use the module, in order."""
         assert self._lockstep is None, "a pass inside a pass"
         self._lockstep = Lockstep(calls, self._setting)
+        if self._copies:
+            self._stream = torch.cuda.current_stream(self.device)
         try:
             with torch.no_grad():
                 results = self._lockstep.run(self._bring)
         finally:
             self._lockstep = None
-            self._ahead.clear()
-            for unit in self.units:
-                self._drop(unit)
-                unit.came = False
+            self._recall()
         self.traffic.passes += 1
+        for guest in self.guests:
+            self.traffic.least_bytes += guest.nbytes * guest.called
+            guest.idle, guest.called = not guest.called, False
         return results
 
     @contextmanager
     def _setting(self) -> Iterator[None]:
         """What a thread starts without."""
-        with torch.no_grad(), torch.cuda.device(self.device) if self._copies else nullcontext():
+        with torch.no_grad(), torch.cuda.stream(self._stream) if self._copies else nullcontext():
             yield
 
-    def _hook(self, shards: dict[nn.Parameter, Shard]) -> list[Unit]:
-        units: list[Unit] = []
-        home: dict[nn.Parameter, Unit] = {}
-        for module, parameters in _places(self.module):
-            used = {home[p] for p in parameters if p in home}
-            for unit in used:
-                unit.kept = True
-            new = {p: shards[p] for p in parameters if p not in home}
-            if new:
-                # Parameters beside submodules are in use while those run.
-                beside = any(module.children()) and len(new) != len(list(module.parameters()))
-                unit = Unit(len(units), new, kept=beside)
-                units.append(unit)
-                used.add(unit)
-                home |= dict.fromkeys(new, unit)
-            for unit in used:
-                module.register_forward_pre_hook(lambda *_, unit=unit: self._visit(unit))
-                module.register_forward_hook(lambda *_, unit=unit: self._leave(unit))
-        for parameter, unit in home.items():
-            parameter.lender = lambda unit=unit: self._visit(unit)
-        return units
+    def _hook(self) -> None:
+        for guest in self.guests:
+            for module in guest.unit.modules:
+                module.register_forward_pre_hook(lambda *_, guest=guest: self._visit(guest))
+                module.register_forward_hook(lambda *_, guest=guest: self._leave(guest))
+        for module in self.module.modules():
+            # Some models read a parameter where no module is called: a table, a tied head.
+            module._parameters = _Lending(module._parameters, self._lend)
 
-    def _visit(self, unit: Unit) -> None:
+    def _lend(self, parameter: nn.Parameter | None) -> None:
+        if self._lockstep and self._lockstep.is_mine() and parameter is not None:
+            self._visit(self._home[parameter])
+
+    def _visit(self, guest: _Guest) -> None:
         """A micro-batch needs the unit, and goes on when the weights are there."""
-        if not unit.present:
-            self._lockstep.wait_for(unit.index)
+        guest.called = True
+        if not guest.present:
+            self._lockstep.wait_for(guest.unit.index)
 
-    def _leave(self, unit: Unit) -> None:
-        unit.visits += 1
-        if unit.visits == self._lockstep.size and not unit.kept:
-            self._drop(unit)
+    def _leave(self, guest: _Guest) -> None:
+        guest.users.add(threading.current_thread())
+        if len(guest.users) == self._lockstep.size and not guest.unit.kept:
+            self._drop(guest)
 
-    def _drop(self, unit: Unit) -> None:
-        unit.present, unit.visits = False, 0
-        for parameter in unit.shards:
+    def _drop(self, guest: _Guest) -> None:
+        guest.present = False
+        guest.users.clear()
+        for parameter in guest.unit.parameters:
             parameter.data = parameter.new_empty(0)
+
+    def _recall(self) -> None:
+        """Nothing stays on the device, after a failure neither."""
+        if self._copies:
+            # Memory that is given back must not be written to any more.
+            for work in (work for coming in self._ahead.values() for work in coming.works):
+                work.wait()
+            self._stream.wait_stream(self._copies)
+        self._ahead.clear()
+        for guest in self.guests:
+            self._drop(guest)
+            guest.came = False
 
     def _bring(self, index: int) -> None:
         """Makes a unit present and sends for the next ones."""
-        unit = self.units[index]
-        coming = self._ahead.pop(index, None) or self._send(unit)
+        guest = self.guests[index]
+        guest.unit.kept |= guest.came  # used again after all were through: it stays from now on
+        coming = self._ahead.pop(index, None) or self._send(guest)
         for work in coming.works:
             work.wait()
         if self._copies:
-            torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        for (parameter, shard), whole in zip(unit.shards.items(), coming.whole, strict=True):
-            parameter.data = whole[: shard.numel].view(shard.shape)
-        unit.present = unit.came = True
-        following = [u for u in self.units[index + 1 :] if not u.came][:2]
-        if following and following[0].index not in self._ahead:
-            self._ahead[following[0].index] = self._send(following[0])
-        for shard in following[-1].shards.values() if following else ():
-            shard.prefetch()  # from a disk: it takes longer than the way to the device
+            self._stream.wait_stream(self._copies)
+        for p, shard, whole in zip(guest.unit.parameters, guest.shards, coming.whole, strict=True):
+            p.data = whole[: shard.numel].view(shard.shape)
+        guest.present = guest.came = True
+        following = [g for g in self.guests[index + 1 :] if not (g.came or g.idle)][:2]
+        if following and following[0].unit.index not in self._ahead:
+            self._ahead[following[0].unit.index] = self._send(following[0])
+        if len(following) > 1:
+            self.store.ahead(following[1].shards)  # a disk takes longer than the way to the device
+        beat()
 
-    def _send(self, unit: Unit) -> _Coming:
+    def _send(self, guest: _Guest) -> _Coming:
         """Copies this rank's part to the device and gathers the others'; on CUDA, in background."""
         coming, size, rank = _Coming(), distributed.world_size(), distributed.rank()
-        for shard in unit.shards.values():
+        for shard in guest.shards:
             whole = torch.empty(shard.part * size, dtype=shard.dtype, device=self.device)
             coming.whole.append(whole)
+        values = self.store.read(guest.shards)
         if self._copies:
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
+            self._copies.wait_stream(self._stream)
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():
-            for shard, whole in zip(unit.shards.values(), coming.whole, strict=True):
+            for shard, value, whole in zip(guest.shards, values, coming.whole, strict=True):
                 mine = whole.narrow(0, rank * shard.part, shard.part)
-                mine.copy_(shard.read(), non_blocking=True)
+                mine.copy_(value, non_blocking=True)
                 if size > 1:
                     work = dist.all_gather_into_tensor(whole, mine, async_op=True)
                     coming.works.append(work)
-        self.traffic.bytes_moved += unit.nbytes
+            self.store.copied(guest.shards)
+        self.traffic.bytes_moved += guest.nbytes
         return coming
-
-
-def _places(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """(module, the parameters its forward uses) in order: whole layers, else a module's own."""
-    own = list(module.parameters(recurse=False))
-    if own:
-        yield module, own
-    for child in module.children():
-        if isinstance(module, nn.ModuleList):
-            yield child, list(child.parameters())
-        else:
-            yield from _places(child)

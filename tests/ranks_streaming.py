@@ -18,7 +18,7 @@ from gearshift.engine import distributed, ds_config
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.heads import Policy, ScoreModel, verify_head
-from gearshift.engine.models import load_model
+from gearshift.engine.models import load_model, room_for
 from gearshift.engine.scoring import forwards
 from gearshift.kernels import ops
 
@@ -34,7 +34,8 @@ def settings(place: str, disk: Path) -> dict:
 
 def engine_of(path: Path, role: str, place: str, disk: Path):
     ds = settings(place, disk)
-    module = load_model(ModelConfig(path=str(path)), role, ds, frozen=True)
+    config = ModelConfig(path=str(path))
+    module = load_model(config, role, ds, store=room_for(config, role, ds))
     return frozen_engine(Policy(module) if role == "policy" else ScoreModel(module), ds)
 
 
@@ -73,12 +74,13 @@ def case(models: Path, name: str, role: str, place: str, disk: Path) -> dict:
         verify_head(engine)
     found = [scores(engine, role, count) for _ in range(2)]
     part = sum(p.numel() for p in load_whole(models / name, role)) / distributed.world_size() * 4
+    traffic = engine.traffic
     return {
         "case": f"{name} {role} {place}",
         "error": max(float((f - expected[: len(f)]).abs().max()) for f in found),
-        "ratio": engine.traffic.ratio,
-        "passes": engine.traffic.passes,
-        "shard over part": engine.traffic.shard_bytes / part,
+        "ratio": traffic.ratio,
+        "passes": traffic.passes,
+        "least over part": traffic.least_bytes / traffic.passes / part,
         "held": sum(p.numel() for p in engine.module.parameters()),
     }
 
@@ -94,9 +96,9 @@ def footprint(models: Path, disk: Path) -> dict:
     alive, most = weakref.WeakSet(), 0
     send = engine._send
 
-    def counted(unit):
+    def counted(guest):
         nonlocal most
-        coming = send(unit)
+        coming = send(guest)
         alive.update(coming.whole)
         gc.collect()
         most = max(most, sum(t.numel() for t in alive))
@@ -104,8 +106,8 @@ def footprint(models: Path, disk: Path) -> dict:
 
     engine._send = counted
     scores(engine, "policy", 3)
-    whole = sum(shard.numel for unit in engine.units for shard in unit.shards.values())
-    largest = max(sum(s.numel for s in unit.shards.values()) for unit in engine.units)
+    sizes = [sum(shard.numel for shard in guest.shards) for guest in engine.guests]
+    whole, largest = sum(sizes), max(sizes)
     return {"case": "footprint", "most": most, "whole": whole, "largest": largest}
 
 
