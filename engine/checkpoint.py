@@ -97,9 +97,12 @@ class Checkpoints:
             self.settle()
 
     def publish(self) -> None:
-        """Lets what was taken become a checkpoint, as soon as every rank has written its part."""
+        """Lets what was taken become a checkpoint, as soon as every rank has written its part.
+
+        Called after every step; it does nothing where none was taken since.
+        """
         job = self._job
-        if job is None or not distributed.is_main():
+        if job is None or job.published is not None or not distributed.is_main():
             return
         job.published = (_in_thread if job.copied else _at_once)(self._finish, job)
 

@@ -96,6 +96,19 @@ def test_a_deadline_ends_the_run(tmp_path, capfd):
     assert "run.save_by='soon': not a time" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("background", (True, False))
+def test_steps_between_checkpoints(tmp_path, background):
+    path = job(tmp_path, steps=5, save_every=2, keep_checkpoints=5, async_save=background)
+    assert start(path) == 0
+    assert saved(tmp_path) == ["step_000002", "step_000004", "step_000005"]
+    assert [line["step"] for line in figures(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_no_checkpoint_where_none_is_wanted(tmp_path):
+    assert start(job(tmp_path, steps=1, save_every=0, save_last=False)) == 0
+    assert saved(tmp_path) == []
+
+
 def test_minutes_between_checkpoints(tmp_path):
     assert start(job(tmp_path), "--run.save_minutes", 1e-6, "--run.keep_checkpoints", 9) == 0
     assert saved(tmp_path) == ["step_000001", "step_000002", "step_000003"]
