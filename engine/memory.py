@@ -206,14 +206,18 @@ class _Planner:
             reward = next(r for r in self.config.rewards if r.name == role.name)
             rows = min(reward.batch_size, work.rows)
         gpu = self._resident("ref" if phase == "reference" else phase)
-        gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)
+        if role.streamed:
+            gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
+            gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.rows, work.length)
+        else:
+            gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)
         gpu["activations"] = model.scoring_activations(role.shape, zero, rows * work.length)
         if role.shape.head:
             response = rows * work.response
             gpu["logits chunk"] = model.logits_chunk(
                 role.shape, zero, response, training=False, most=self._logits_bytes
             )
-        seconds = plan_time.score_seconds(role.shape, zero, work, self.hw)
+        seconds = plan_time.score_seconds(role.shape, zero, work, self.hw, streamed=role.streamed)
         return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
 
     def _updates(self) -> list[Phase]:

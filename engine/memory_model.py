@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gearshift.engine.shapes import Shape
+from gearshift.engine.shards import SLOTS
 from gearshift.kernels.linear_head import CUDA_LOGITS_BYTES
 
 
@@ -28,7 +29,7 @@ class Zero:
     max_live: float
     persistence: float
     sub_group: float
-    nvme_host: float  # elements of the buffers for weights on NVMe
+    nvme_host: float  # elements of DeepSpeed's buffers for trained weights on NVMe
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Zero":
@@ -92,11 +93,30 @@ def state_elements(shape: Shape, zero: Zero, world: int) -> int:
 
 
 def frozen_states(shape: Shape, zero: Zero, world: int) -> States:
-    """Of a model without an optimizer."""
-    gpu: dict[str, float] = {}
-    host: dict[str, float] = {}
-    _weights(shape, zero, world, gpu, host, flat=False)
-    return States(gpu=gpu, host=host)
+    """Of a model without an optimizer; off the device it is streamed (streaming.py)."""
+    if zero.parameters == "gpu":
+        return States(
+            gpu={"weights": float(zero.size * shard_elements(shape, zero, world))}, host={}
+        )
+    if zero.parameters == "cpu":
+        return States(gpu={}, host={"weights": float(zero.size * shape.shard(world))})
+    read_ahead = SLOTS * zero.size * math.ceil(max(shape.units) / world)
+    return States(gpu={}, host={"read-ahead": float(read_ahead)})
+
+
+def streamed_weights(shape: Shape, zero: Zero) -> float:
+    """Bytes of a streamed model on the device: the unit in use, the one on its way, kept ones."""
+    return float(zero.size * shape.most_streamed)
+
+
+def paused_forwards(shape: Shape, zero: Zero, rows: int, length: int) -> float:
+    """Bytes that the forwards of a streamed pass hold while others run, of all rows together.
+
+    Of each token the embedding, which the decoder's loop keeps, the hidden state, the rotary sine
+    and cosine, its position, and its row of the attention mask. Checked against a walk.
+    """
+    token = 2 * zero.size * (shape.hidden + shape.head_dim) + 8 + length
+    return float(rows * length * token)
 
 
 def trained_states(shape: Shape, zero: Zero, world: int, optimizer: Any) -> States:
@@ -107,7 +127,7 @@ def trained_states(shape: Shape, zero: Zero, world: int, optimizer: Any) -> Stat
     """
     gpu: dict[str, float] = {}
     host: dict[str, float] = {}
-    _weights(shape, zero, world, gpu, host, flat=True)
+    _weights(shape, zero, world, gpu, host)
     part = state_elements(shape, zero, world)
     place = gpu if zero.optimizer == "gpu" else host
     split = getattr(optimizer, "name", "adamw") == "split_adamw"
@@ -138,16 +158,15 @@ def trained_states(shape: Shape, zero: Zero, world: int, optimizer: Any) -> Stat
     return States(gpu=gpu, host=host)
 
 
-def _weights(shape: Shape, zero: Zero, world: int, gpu: dict, host: dict, *, flat: bool) -> None:
-    """flat: the partitions lie in one buffer, as a trained model's do."""
+def _weights(shape: Shape, zero: Zero, world: int, gpu: dict, host: dict) -> None:
+    """Of a trained model: its partitions lie in one buffer."""
     if zero.parameters == "gpu":
         gpu["weights"] = float(zero.size * shard_elements(shape, zero, world))
     elif zero.parameters == "nvme":
         host["NVMe buffers"] = zero.size * zero.nvme_host
     else:
         host["weights"] = float(zero.size * shape.shard(world))
-        parts = [zero.size * math.ceil(n / world) for n in shape.numels]
-        host["pinned rounding"] = _rounding([sum(parts)] if flat else parts)
+        host["pinned rounding"] = _rounding([zero.size * shape.shard(world)])
 
 
 def _rounding(blocks: list[int]) -> float:

@@ -22,6 +22,11 @@ class Role:
     states: States
     trained: bool
 
+    @property
+    def streamed(self) -> bool:
+        """Whether its weights visit the device once per pass."""
+        return not self.trained and self.zero.parameters != "gpu"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:

@@ -60,10 +60,16 @@ def fetch_seconds(shape: Shape, zero: Zero, hw: Hardware) -> float:
     return seconds
 
 
-def score_seconds(shape: Shape, zero: Zero, work: Work, hw: Hardware) -> float:
-    """One forward over all rows; weights are fetched while the layer before computes."""
+def score_seconds(
+    shape: Shape, zero: Zero, work: Work, hw: Hardware, *, streamed: bool = False
+) -> float:
+    """One forward over all rows; weights are fetched while the layer before computes: for each
+    micro-batch, or once for all where they are streamed."""
     compute = sum(forward_flops(shape, work)) / (hw.gpu.flops * SCORE_SHARE)
-    return max(compute, work.score_pieces * fetch_seconds(shape, zero, hw))
+    if not streamed:
+        return max(compute, work.score_pieces * fetch_seconds(shape, zero, hw))
+    disk = zero.size * shape.total / hw.nodes / DISK if zero.parameters == "nvme" else 0.0
+    return max(compute, fetch_seconds(shape, zero, hw), disk)
 
 
 def train_seconds(shape: Shape, zero: Zero, work: Work, hw: Hardware, recompute: bool) -> float:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from gearshift.engine.config import ModelConfig
+from gearshift.engine.units import cut, most_at_once
 
 PREFIX = "shape:"
 
@@ -81,6 +82,8 @@ class Shape:
     head: int
     embedding: int
     tied: bool = False  # the embedding is the head
+    units: tuple[int, ...] = ()  # elements of what comes together when streamed, in order
+    kept: tuple[bool, ...] = ()  # units that stay to the end of a pass
     experts: int = 0  # elements of all experts
     active: float = 1.0  # share of the experts that a token meets
 
@@ -97,6 +100,11 @@ class Shape:
     def shard(self, world: int) -> int:
         """Elements of a rank's ZeRO-3 partition: each parameter is padded to the ranks."""
         return sum(math.ceil(n / world) for n in self.numels)
+
+    @property
+    def most_streamed(self) -> int:
+        """Elements on the device at once while the model is streamed."""
+        return most_at_once(self.units, self.kept)
 
     def kv_bytes_per_token(self, tp: int, size: int) -> int:
         """Of one TP rank; a head that cannot be cut is on several ranks."""
@@ -117,7 +125,7 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     embedding = module.get_input_embeddings().weight
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     chosen = getattr(text, "num_experts_per_tok", experts) or experts
-    named = list(module.named_parameters())
+    named, units = list(module.named_parameters()), cut(module)
     hidden, heads = text.hidden_size, text.num_attention_heads
     return Shape(
         numels=tuple(p.numel() for _, p in named),
@@ -131,6 +139,8 @@ def shape_of(hf_config: Any, role: str) -> Shape:
         head=head.weight.numel() if head is not None else 0,
         embedding=embedding.numel(),
         tied=head is not None and head.weight is embedding,
+        units=tuple(sum(p.numel() for p in unit.parameters) for unit in units),
+        kept=tuple(unit.kept for unit in units),
         experts=sum(p.numel() for n, p in named if ".experts." in n),
         active=chosen / experts if experts else 1.0,
     )
