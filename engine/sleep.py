@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine.pinned import Block
 from gearshift.engine.split_adamw import SplitAdamW
 
 _ALIGNMENT = 512  # bytes: tensors start where any dtype may, as in torch's own allocators
@@ -30,19 +31,13 @@ class Arena:
     """
 
     def __init__(self, size: int, *, pinned: bool):
-        """size: bytes. Pinned memory is registered, not allocated: torch's allocator of pinned
-        memory rounds up to a power of two."""
-        self.memory = torch.empty(size, dtype=torch.uint8)
+        """size: bytes."""
+        self._block, self.pinned = Block(size, pinned=pinned), pinned
         self.stacks: tuple[list[int], list[int]] = ([], [])  # bytes of each piece
-        self.pinned = pinned
-        if pinned:
-            torch.cuda.check_error(
-                torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
-            )
 
-    def __del__(self):
-        if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+    @property
+    def memory(self) -> Tensor:
+        return self._block.memory
 
     @property
     def room(self) -> int:

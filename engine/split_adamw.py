@@ -152,7 +152,10 @@ def _joined(zero: Any, master: Tensor, start: int, count: int) -> Tensor:
     """Elements `start` to `start + count` of a flat master, as float32."""
     weight = master.data.narrow(0, start, count)
     low = zero.optimizer.state.get(master, {}).get("low")
-    return weight.float() if low is None else join_master(weight, low.narrow(0, start, count))
+    if low is None:
+        return weight.float()
+    # A sleeping role's low bits are on the host.
+    return join_master(weight, low.narrow(0, start, count).to(weight.device))
 
 
 def _gathered(zero: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

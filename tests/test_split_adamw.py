@@ -5,6 +5,7 @@ python -m pytest tests/test_split_adamw.py
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from gearshift.engine import ds_config
 from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.optim import build_optimizer
-from gearshift.engine.split_adamw import SplitAdamW
+from gearshift.engine.split_adamw import SplitAdamW, _joined
 from tests import tiny_run
 
 PARTS = (
@@ -89,6 +90,14 @@ def test_state_keeps_its_dtypes_through_load():
     assert ours.keys() == theirs.keys() and theirs["step"] == 2
     for name in ("low", "exp_avg", "exp_avg_sq"):
         assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+
+
+def test_low_bits_of_a_sleeping_role_meet_its_weights():
+    """The host stands in for a GPU's host, the meta device for the GPU."""
+    weight = torch.empty(4, dtype=torch.bfloat16, device="meta")
+    state = {weight: {"low": torch.zeros(4, dtype=torch.int16)}}
+    zero = SimpleNamespace(optimizer=SimpleNamespace(state=state))
+    assert _joined(zero, weight, 1, 2).device.type == "meta"
 
 
 def test_foreign_states_are_refused():
