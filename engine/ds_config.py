@@ -7,7 +7,9 @@ a string; both are refused here.
 
 import difflib
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +233,8 @@ def _check_zero(zero: dict[str, Any], frozen: bool) -> None:
 
 def _check_by_deepspeed(config: dict[str, Any]) -> None:
     """DeepSpeed's own parser: types and names inside every section."""
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    with _silence():  # its import warns of a missing GPU, which reading a file does not need
+        from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
@@ -240,6 +243,16 @@ def _check_by_deepspeed(config: dict[str, Any]) -> None:
         raise ValueError(_told(error.title, error.errors()[0])) from None
     except (DeepSpeedConfigError, AssertionError, TypeError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _told(model: str, problem: dict[str, Any]) -> str:
