@@ -8,6 +8,7 @@ traceback of a mistake, too.
 import argparse
 import difflib
 import importlib
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -59,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(command: str, argv: list[str]) -> int:
+    logging.disable(logging.WARNING)  # libraries warn of a missing GPU when they are imported
     module = importlib.import_module(COMMANDS[command][0])
+    logging.disable(logging.NOTSET)
     parser = argparse.ArgumentParser(f"gearshift {command}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
