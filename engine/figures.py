@@ -46,6 +46,14 @@ def report_rollout(
     metrics.add_sum("tokens", lengths + rollout.prompt_mask.sum(1))
 
 
+def report_streams(metrics: StepMetrics, moved: dict[str, dict[str, float]]) -> None:
+    """stream/<role>_ratio, bytes that came to the device over the least that scoring needs, and
+    stream/<role>_gb, what one rank brought. Ranks bring equal parts."""
+    for role, figures in moved.items():
+        for name, value in figures.items():
+            metrics.add_value(f"stream/{role}_{name}", value)
+
+
 def report_policy(
     metrics: StepMetrics, micro: Experience, stats: dict[str, Tensor], *, first: bool
 ) -> Tensor:

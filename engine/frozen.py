@@ -4,6 +4,7 @@ Where their DeepSpeed JSON offloads parameters they are streamed (streaming.py);
 ordinary ZeRO engines without an optimizer.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -15,7 +16,7 @@ from gearshift.engine.batch import Rollout
 from gearshift.engine.config import PPOConfig
 from gearshift.engine.heads import Policy, ScoreModel, verify_head
 from gearshift.engine.scoring import forwards, policy_logprobs
-from gearshift.engine.streaming import StreamedEngine
+from gearshift.engine.streaming import StreamedEngine, Traffic
 
 
 class Reference:
@@ -25,6 +26,11 @@ class Reference:
         self.engine = frozen_engine(Policy(lm), settings)
         verify_head(self.engine)
         self.ppo, self.temperature = ppo, temperature
+        self._meter = _Meter(self.engine)
+
+    def moved(self) -> dict[str, float]:
+        """What streaming its weights took since the last call: see _Meter.read."""
+        return self._meter.read()
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """[B, R] log-probs of the responses."""
@@ -37,6 +43,11 @@ class RewardModel:
     def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, settings: dict):
         self.engine = frozen_engine(ScoreModel(model), settings)
         self.tokenizer, self.batch_size = tokenizer, batch_size
+        self._meter = _Meter(self.engine)
+
+    def moved(self) -> dict[str, float]:
+        """What streaming its weights took since the last call: see _Meter.read."""
+        return self._meter.read()
 
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
@@ -48,6 +59,23 @@ class RewardModel:
             lengths = torch.tensor([len(row) for row in rows], device=device)
             inputs.append((ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]))
         return torch.cat(list(forwards(self.engine, inputs)))
+
+
+class _Meter:
+    """Counts between two looks at an engine's traffic."""
+
+    def __init__(self, engine: Any):
+        self._engine, self._seen = engine, Traffic()
+        self.read()
+
+    def read(self) -> dict[str, float]:
+        """Since the last call: `ratio`, bytes moved over the least; `gb`, moved by one rank.
+
+        Empty where no weights moved.
+        """
+        now = replace(getattr(self._engine, "traffic", self._seen))
+        new, self._seen = now - self._seen, now
+        return {"ratio": new.ratio, "gb": new.bytes_moved / 1e9} if new.passes else {}
 
 
 def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngine | StreamedEngine:

@@ -144,9 +144,8 @@ class ScoreModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[B] float32; rows are right-padded."""
         if not isinstance(getattr(self.model, "score", None), nn.Linear):  # encoders such as BERT
-            return (
-                self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, 0].float()
-            )
+            live = attention_mask.long()  # some subtract it
+            return self.model(input_ids=input_ids, attention_mask=live).logits[:, 0].float()
         hidden = hidden_states(self.model, input_ids, attention_mask)
         last = attention_mask.long().sum(1) - 1
         rows = hidden[torch.arange(len(last), device=last.device), last]

@@ -22,6 +22,7 @@ from gearshift.engine.figures import (
     report_loss,
     report_policy,
     report_rollout,
+    report_streams,
 )
 from gearshift.engine.guards import Guards, Piece
 from gearshift.engine.metrics import StepMetrics
@@ -44,6 +45,11 @@ class Roles:
     reference: Any | None
     rewards: Any
     pretrain: Any | None = None  # an endless stream of text for PPO-ptx
+
+    def moved(self) -> dict[str, dict[str, float]]:
+        """By role that only scores: figures of the weights that came to the device to do it."""
+        found = self.rewards.moved()
+        return found | ({"reference": self.reference.moved()} if self.reference else {})
 
 
 class PPOTrainer:
@@ -74,6 +80,7 @@ class PPOTrainer:
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
             experience = self.make_experience(rollout, metrics)
+            report_streams(metrics, self.roles.moved())
             if self.guards.may_update:
                 self.update(experience, metrics)
         figures = self.guards.watch(add_throughput(metrics.reduce()))

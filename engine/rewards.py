@@ -49,6 +49,10 @@ class Scorer(Protocol):
         """[B] scores of B rows of token ids, each read at its last token."""
         ...
 
+    def moved(self) -> dict[str, float]:
+        """Figures of the weights that came to the device since the last call; none if all stay."""
+        ...
+
 
 class ModelReward:
     """Scores from a reward model, whose tokenizer may differ from the policy's."""
@@ -122,6 +126,10 @@ class RewardSum:
         """Takes the loaded reward models: one for each of `model_configs`, by its name."""
         assert set(scorers) == {config.name for config in self.model_configs}
         self._scorers = dict(scorers)
+
+    def moved(self) -> dict[str, dict[str, float]]:
+        """By reward model: what streaming its weights took since the last call."""
+        return {name: scorer.moved() for name, scorer in self._scorers.items()}
 
     def check(self, columns: Collection[str]) -> None:
         """Raises RewardError when a reward needs a dataset column that is not among `columns`."""

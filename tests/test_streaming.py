@@ -4,15 +4,18 @@ import json
 import shutil
 import threading
 from collections import namedtuple
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gearshift.engine import ds_config, models
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.frozen import frozen_engine
-from gearshift.engine.heads import Policy
+from gearshift.engine.heads import Policy, ScoreModel
 from gearshift.engine.lockstep import Lockstep
 from tests import tiny
 from tests.launch_ranks import launch
@@ -20,7 +23,21 @@ from tests.tiny_run import alone
 
 FEW = "policy:policy:host,bert:reward:disk"
 ALL = f"{FEW},tied:policy:host,renamed:policy:disk,policy:policy:disk,reward:reward:host"
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2}
+WHOLE = {"zero_optimization": {"stage": 0}}
 ROW = {"error", "ratio", "passes", "least over part", "held"}
+
+
+def load(path: ModelConfig, role: str, ds: dict | None = None):
+    """A module of a frozen role, its weights in host memory, or where `ds` says."""
+    ds = ds or ds_config.load("frozen_zero3_cpu")
+    return models.load_model(path, role, ds, store=models.room_for(path, role, ds))
+
+
+def host_engine(path: ModelConfig, role: str):
+    wrap = Policy if role == "policy" else ScoreModel
+    return frozen_engine(wrap(load(path, role)), ds_config.load("frozen_zero3_cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +47,10 @@ def folder(tmp_path_factory):
     tiny.save_policy(directory / "tied", tie_word_embeddings=True)
     tiny.save_policy(directory / "deep", num_hidden_layers=8)
     tiny.save_reward(directory / "reward")
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     torch.manual_seed(5)
-    mixtral = AutoConfig.for_model(
-        "mixtral", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2
-    )
+    mixtral = AutoConfig.for_model("mixtral", **SIZES, num_key_value_heads=2, num_local_experts=2)
     AutoModelForCausalLM.from_config(mixtral).save_pretrained(directory / "renamed")
-    bert = AutoConfig.for_model("bert", **sizes, num_attention_heads=2, num_labels=1)
+    bert = AutoConfig.for_model("bert", **SIZES, num_labels=1)
     AutoModelForSequenceClassification.from_config(bert).save_pretrained(directory / "bert")
     (directory / "disk").mkdir()
     return directory
@@ -117,10 +131,7 @@ def test_a_call_that_fails_unwinds_the_others():
 
 def test_an_engine_works_after_a_failed_pass(folder):
     with alone():
-        ds = ds_config.load("frozen_zero3_cpu")
-        path = ModelConfig(path=str(folder / "policy"))
-        store = models.room_for(path, "policy", ds)
-        engine = frozen_engine(Policy(models.load_model(path, "policy", ds, store=store)), ds)
+        engine = host_engine(ModelConfig(path=str(folder / "policy")), "policy")
         ids = torch.arange(3, 9)[None]
         live = torch.ones(1, 2, dtype=torch.bool)
 
@@ -160,6 +171,67 @@ def test_a_spill_returns_what_was_written(folder):
             assert torch.equal(read, theirs.ds_tensor.data)
             store.copied(shards)
         assert store.bytes_read == sum(ours.stored[1].nbytes for ours, _ in pairs)
+
+
+FAMILIES = {
+    # A group of layers that is used several times in a forward.
+    "albert": SIZES | {"embedding_size": 8, "num_hidden_layers": 3},
+    # A table of positions that is read where no module is called.
+    "deberta-v2": SIZES
+    | {"relative_attention": True, "position_buckets": 8}
+    | {"pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    # The last norm comes before the layers in the tree of modules.
+    "opt": {"vocab_size": 32, "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    | {"num_attention_heads": 2, "word_embed_proj_dim": 8, "max_position_embeddings": 64},
+    "mixtral": SIZES | {"num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_use_their_weights_unusually(family, tmp_path):
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(family, **FAMILIES[family], num_labels=1)
+    AutoModelForSequenceClassification.from_config(settings).save_pretrained(tmp_path)
+    path = ModelConfig(path=str(tmp_path), attn="eager")
+    with alone():
+        resident = ScoreModel(models.load_model(path, "reward", WHOLE))
+        engine = host_engine(path, "reward")
+        ids = [torch.randint(3, 32, (2, 6 + i)) for i in range(3)]
+        inputs = [(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
+        with torch.no_grad():
+            expected = torch.cat([resident(*each) for each in inputs])
+        before = engine.traffic
+        for number in range(2):
+            before = replace(engine.traffic)
+            found = torch.cat(engine.together([partial(engine.module, *each) for each in inputs]))
+            assert torch.equal(found, expected)
+            learned = family == "albert" and not number  # that it is used again
+            assert ((engine.traffic - before).ratio == 1.0) is not learned
+        assert not any(p.numel() for p in engine.module.parameters())
+
+
+def test_what_a_pass_does_not_use_comes_once_at_most(folder):
+    """As the vision tower of a model that reads text."""
+    with alone():
+        ds = ds_config.load("frozen_zero3_cpu")
+        paths = [ModelConfig(path=str(folder / name)) for name in ("deep", "policy")]
+        tower, lm = (models.load_model(path, "policy", ds) for path in paths)
+        used = 4 * sum(p.ds_numel for p in lm.parameters())
+        engine = frozen_engine(_Tower(tower, lm), ds)
+        for _ in range(2):
+            before = replace(engine.traffic)
+            engine(torch.arange(3, 9)[None])
+        last = engine.traffic - before
+        assert (last.ratio, last.bytes_moved) == (1.0, used)
+
+
+class _Tower(nn.Module):
+    def __init__(self, tower, lm):
+        super().__init__()
+        self.tower, self.lm = tower, lm
+
+    def forward(self, ids):
+        return self.lm(ids).logits
 
 
 def test_the_nvme_json_names_a_folder_to_be_set():
