@@ -4,28 +4,35 @@
 
 PLACE: of the weights, host or disk. OUT/rank<r>.jsonl: one object per case: the largest difference
 of resident and streamed scores, and the bytes that moved over the least that a pass must bring.
+Then what was on the device at once, beside the plan; and, last, how the ranks end when one fails.
 """
 
 import gc
 import json
+import os
 import sys
-import weakref
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from ranks_memory import live_bytes  # beside this script
 
-from gearshift.engine import distributed, ds_config
+from gearshift.engine import distributed, ds_config, memory_model
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.heads import Policy, ScoreModel, verify_head
-from gearshift.engine.models import load_model, room_for
+from gearshift.engine.memory_model import Zero
+from gearshift.engine.models import load_config, load_model, room_for
 from gearshift.engine.scoring import forwards
+from gearshift.engine.shapes import shape_of
 from gearshift.kernels import ops
 
 
 def settings(place: str, disk: Path) -> dict:
-    """Of a frozen role with its weights on "device", "host" or "disk"."""
+    """Of a frozen role with its weights on "device", "host", "host16" (bf16) or "disk"."""
     names = {"device": "frozen_zero3", "host": "frozen_zero3_cpu", "disk": "frozen_zero3_nvme"}
+    names["host16"] = "frozen_zero3_cpu_bf16"
     found = ds_config.load(names[place])
     if place == "disk":
         found["zero_optimization"]["offload_param"]["nvme_path"] = str(disk)
@@ -90,35 +97,67 @@ def load_whole(path: Path, role: str) -> list[torch.Tensor]:
     return list(load_model(ModelConfig(path=str(path)), role, ds).parameters())
 
 
-def footprint(models: Path, disk: Path) -> dict:
-    """The most elements of weights that a pass of MODELS/deep has on the device at once."""
-    engine = engine_of(models / "deep", "policy", "disk", disk)
-    alive, most = weakref.WeakSet(), 0
-    send = engine._send
+def footprint(models: Path, place: str, disk: Path) -> dict:
+    """The most bytes that a pass of MODELS/wide has alive at once, weights and forwards, and the
+    host memory of its weights, each beside the plan."""
+    gc.freeze()  # the libraries' objects: a walk leaves them out
+    engine = engine_of(models / "wide", "policy", place, disk)
+    calls, rows, length = [], 0, 48
+    for ids, _, live, _ in inputs("policy", 3):
+        wide = torch.ones(len(ids), length, dtype=torch.long)
+        mask = wide.bool()
+        mask[0, :2] = False  # a row of padding: every micro-batch has a mask
+        calls.append(partial(engine.module, wide, mask, live, head(ids[:, -3:].flatten())))
+        rows += len(ids)
+    before, most, bring = live_bytes(), 0, engine._bring
 
-    def counted(guest):
+    def watched(index: int) -> None:
         nonlocal most
-        coming = send(guest)
-        alive.update(coming.whole)
-        gc.collect()
-        most = max(most, sum(t.numel() for t in alive))
-        return coming
+        bring(index)
+        most = max(most, live_bytes() - before)
 
-    engine._send = counted
-    scores(engine, "policy", 3)
-    sizes = [sum(shard.numel for shard in guest.shards) for guest in engine.guests]
-    whole, largest = sum(sizes), max(sizes)
-    return {"case": "footprint", "most": most, "whole": whole, "largest": largest}
+    engine._bring = watched
+    engine.together(calls)
+    shape = shape_of(load_config(ModelConfig(path=str(models / "wide")), "policy"), "policy")
+    zero = Zero.of(settings(place, disk))
+    return {
+        "case": f"footprint {place}",
+        "device": most,
+        "device planned": memory_model.streamed_weights(shape, zero)
+        + memory_model.paused_forwards(shape, zero, rows, length),
+        "host": engine.store.nbytes,
+        "host planned": memory_model.frozen_states(
+            shape, zero, distributed.world_size()
+        ).steady_host,
+        "whole": zero.size * shape.total,
+    }
+
+
+def one_fails(models: Path, disk: Path) -> dict:
+    """What each rank is told when the last rank's head raises in the middle of a pass."""
+    engine = engine_of(models / "policy", "policy", "host", disk)
+    *inside, head = inputs("policy", 1)[0]
+    if distributed.rank() == distributed.world_size() - 1:
+        engine.module.lm.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    start = time.monotonic()
+    try:
+        engine(*inside, head)
+    except (RuntimeError, ZeroDivisionError) as error:
+        return {"case": "failed", "told": type(error).__name__, "s": time.monotonic() - start}
+    return {"case": "failed", "told": "", "s": time.monotonic() - start}
 
 
 def main(out: Path, models: Path, disk: Path, chosen: str) -> None:
     distributed.start(1)
     cases = [name.split(":") for name in chosen.split(",")]
-    rows = [case(models, *each, disk) for each in cases] + [footprint(models, disk)]
+    rows = [case(models, *each, disk) for each in cases]
+    rows += [footprint(models, place, disk) for place in ("host", "host16", "disk")]
+    distributed.barrier()
+    rows.append(one_fails(models, disk))
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (out / f"rank{distributed.rank()}.jsonl").write_text(text)
 
 
 if __name__ == "__main__":
     main(*map(Path, sys.argv[1:4]), sys.argv[4])
-    distributed.stop()
+    os._exit(0)  # there is no group any more to say goodbye to
