@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,18 @@ def await_files(paths: list[Path], cancelled: Callable[[], bool], timeout_s: flo
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the last `keep` checkpoints and the one with the highest reward."""
-    found = steps(folder)
-    rewards = {path: read_manifest(path).get("reward") for path in found}
-    known = [path for path in found if rewards[path] is not None]
+    """Deletes all but the last `keep` checkpoints and the one with the highest reward.
+
+    One whose manifest cannot be read, damaged since or of another version, counts as none and is
+    left to its owner.
+    """
+    rewards = {}
+    for path in steps(folder):
+        with suppress(ValueError):
+            rewards[path] = read_manifest(path).get("reward")
+    known = [path for path, reward in rewards.items() if reward is not None]
     best = max(known, key=lambda path: rewards[path], default=None)
-    for path in found[:-keep]:
+    for path in list(rewards)[:-keep]:
         if path != best:
             _discard(path)
     for path in folder.glob("step_*.stale"):

@@ -164,6 +164,18 @@ def test_the_last_and_the_best_stay(tmp_path):
     assert json.loads((tmp_path / "latest").read_text()) == {"checkpoint": "step_000005"}
 
 
+def test_a_damaged_manifest_is_left_alone_and_does_not_count(tmp_path):
+    for step in (1, 2, 3, 4):
+        made(tmp_path, step, reward=float(step))
+    for step in (2, 3):
+        (tmp_path / f"step_{step:06d}" / "manifest.json").write_text("{")
+    store.prune(tmp_path, 2)
+    assert names(tmp_path) == ["latest", *(f"step_00000{step}" for step in (1, 2, 3, 4))]
+    made(tmp_path, 5, reward=5.0)
+    store.prune(tmp_path, 2)
+    assert names(tmp_path) == ["latest", *(f"step_00000{step}" for step in (2, 3, 4, 5))]
+
+
 def test_checkpoints_of_an_abandoned_continuation_are_set_aside(tmp_path):
     for step in (1, 2, 3):
         made(tmp_path, step)
