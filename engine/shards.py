@@ -24,6 +24,7 @@ SLOTS = 2  # units of a spilled model in host memory: one on its way to the devi
 _READERS = 4  # threads: one does not fill an NVMe disk's queue
 _PIECE = 16 * 2**20  # bytes of one read
 _ALIGNMENT = 16  # bytes: a shard starts where any dtype may
+_FIX = "free some, or name another disk"
 _KEY = "zero_optimization.offload_param.nvme_path"
 
 
@@ -108,21 +109,13 @@ class Spill:
     def __init__(self, folder: str, size: int):
         """folder: on the disk. Raises ValueError where it cannot hold `size` bytes."""
         self.folder, self.bytes_read = folder, 0
-        free = shutil.disk_usage(folder).free if os.path.isdir(folder) else size
-        fix = "free some, or name another disk"
-        if free < size:
-            raise ValueError(
-                f"{_KEY}={folder}: {free / 1e9:.1f} GB are free, this rank's part of the model "
-                f"needs {size / 1e9:.1f} GB; {fix}"
-            )
         try:
             # Open for as long as the process lives, and deleted already.
             self._file = tempfile.TemporaryFile(dir=folder, prefix="gearshift-")  # noqa: SIM115
-            if size:
-                os.posix_fallocate(self._file.fileno(), 0, size)  # others cannot take it any more
+            self._reserve(size)
         except OSError as error:
             raise ValueError(
-                f"{_KEY}={folder}: no room for {size / 1e9:.1f} GB: {error.strerror}; {fix}"
+                f"{_KEY}={folder}: no room for {size / 1e9:.1f} GB: {error.strerror}; {_FIX}"
             ) from None
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="spill")
         self._slots: list[_Slot] = []  # the one whose content left first comes first
@@ -143,6 +136,16 @@ class Spill:
                 done += os.pwritev(self._file.fileno(), [view[done:]], self._end + done)
         self._end += _padded(shard.nbytes)
         _moved(parameter, self, shard)
+
+    def _reserve(self, size: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise ValueError(
+                f"{_KEY}={self.folder}: {free / 1e9:.1f} GB are free, this rank's part of the "
+                f"model needs {size / 1e9:.1f} GB; {_FIX}"
+            )
+        if size:
+            os.posix_fallocate(self._file.fileno(), 0, size)  # nobody can take it any more
 
     def begin(self, largest: int) -> None:
         """Makes the slots. largest: bytes of the largest unit, see unit_bytes."""
