@@ -10,6 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from gearshift.engine.ppo import PPOTrainer
 
 # For every rank's part. A rank that died ends the job sooner, and one that failed says so.
 PEERS_TIMEOUT_S = 3600.0
+# The same where the run is ended by a fault: their parts are as large as ours, which is written.
+_PEERS_GRACE_S = 120.0
 # Of the host memory that is free, what a copy of the state may take.
 _COPY_SHARE = 0.5
 
@@ -46,8 +49,8 @@ class Job:
 class Checkpoints:
     """A run's checkpoints: `take` one when a step is done, `publish` it when the step is logged.
 
-    All methods are collectives, but `publish` and `failed`. A checkpoint that cannot be written is
-    told of once, dropped, and leaves `retry` set; the run goes on.
+    All methods are collectives, but `publish`, `failed` and `wait`. A checkpoint that cannot be
+    written is told of once, dropped, and leaves `retry` set; the run goes on.
     """
 
     def __init__(
@@ -126,6 +129,20 @@ class Checkpoints:
             self._give_up(job.target, reason)
         else:
             self._failing = False
+
+    def wait(self) -> None:
+        """Waits for what this rank does for the checkpoint under way, well or not.
+
+        No collective: for a run that is ended by a fault, so that what was taken is not lost.
+        """
+        job = self._job
+        if job is None or job.written is None:
+            return
+        if job.written.exception() or job.written.result():
+            return
+        if job.published is not None:
+            with suppress(TimeoutError):
+                job.published.exception(_PEERS_GRACE_S)
 
     def _gather(
         self,
@@ -214,7 +231,8 @@ def load(checkpoint: Path, trainer: PPOTrainer, stateful: Mapping[str, Any]) -> 
 def _write_part(job: Job) -> None:
     """This rank's files, then the list of them, which says that they are on the disk."""
     source, written = store.partial(job.target), {}
-    for name, (tensors, places) in job.tensors.items():
+    for name in list(job.tensors):
+        tensors, places = job.tensors.pop(name)  # a copy's memory is free until the next one
         written[name] = store.write_tensors(source / name, tensors, places)
     for name, value in job.values.items():
         written[name] = store.write_json(source / name, value)

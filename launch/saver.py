@@ -12,13 +12,19 @@ import torch
 from gearshift.engine import distributed
 from gearshift.engine.checkpoint import Checkpoints
 from gearshift.engine.config_run import RunConfig
+from gearshift.engine.guards import GuardStop
 from gearshift.engine.interrupt import REASONS, Interrupt, parse_deadline
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.launch.console import Console
 
+# What ends a run while its ranks are all there: of a rank that is gone no part would come.
+_OWN_FAULTS = (ValueError, OSError, GuardStop, torch.OutOfMemoryError)
+
 
 class Saver:
     """Saves as `run` says while it is open; signals then end the run after a step.
+
+    A fault that ends the run lets a checkpoint under way reach the disk first.
 
     ended: why the run is to end early, None while it is not; the same on every rank.
     """
@@ -52,6 +58,8 @@ class Saver:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, _OWN_FAULTS):
+            self.checkpoints.wait()
         self.interrupt.restore()
 
     def after_step(self, figures: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gearshift.engine import checkpoint
 from gearshift.engine import checkpoint_store as store
 from gearshift.launch import train
 from tests import tiny, tiny_job
@@ -127,6 +128,33 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, capfd, background, whole):
         assert "[Errno 28] No space left on device" in told
         assert saved(tmp_path) == ["step_000003"]
     assert figures(tmp_path) == figures(whole)
+
+
+def test_a_fault_does_not_lose_the_checkpoint_under_way(tmp_path, capfd, monkeypatch):
+    """The third step's reward fails while a thread still writes the second step's state."""
+
+    def slowly(*arguments, write=store.write_tensors):
+        time.sleep(0.5)
+        return write(*arguments)
+
+    monkeypatch.setattr(store, "write_tensors", slowly)
+    path = job(tmp_path, "assert calls < 3, 'third'", save_every=2)
+    assert start(path) == 2
+    assert "third" in capfd.readouterr().err
+    assert saved(tmp_path) == ["step_000002"]
+
+
+def test_a_copy_of_the_state_is_let_go_once_it_is_written(tmp_path):
+    done = []
+
+    def watch(job, write=checkpoint._write_part):
+        write(job)
+        done.append(job)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_write_part", watch)
+        assert start(job(tmp_path, save_every=2)) == 0
+    assert [entry.copied and not entry.tensors for entry in done] == [True, True]
 
 
 def test_a_run_without_a_checkpoint_yet_begins_again(tmp_path, capfd, whole):
