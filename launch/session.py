@@ -107,7 +107,8 @@ class Session:
         if self.trainer.steps_done >= steps:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
         with ExitStack() as undo, self.saver:
-            if self.main and not self.folder.exists():
+            left = steps - self.trainer.steps_done
+            if self.main and left > 0 and not self.folder.exists():
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
             stopping = None

@@ -186,6 +186,16 @@ def test_no_memory_for_a_copy_is_said_once(tmp_path, capfd, monkeypatch):
     assert saved(tmp_path) == ["step_000002", "step_000003"]
 
 
+def test_a_finished_checkpoint_in_a_new_folder_is_exported_there(tmp_path, capfd):
+    path = job(tmp_path, steps=1)
+    assert start(path) == 0
+    last, new = tmp_path / "run" / "checkpoints" / "step_000001", tmp_path / "new"
+    assert start(path, "--run.dir", new, "--run.resume", last, "--run.export", "true") == 0
+    assert "already done" in capfd.readouterr().out
+    found = {entry.name for entry in new.iterdir()}
+    assert found >= {"config.yaml", "export", "metrics.jsonl", "report.html"}
+
+
 def test_another_model_or_tokenizer_is_refused(tmp_path, capfd):
     path = job(tmp_path, steps=1)
     assert start(path) == 0
