@@ -129,7 +129,7 @@ def test_a_reference_larger_than_the_memory_allowed(tmp_path):
     tiny.save_policy(tmp_path / "model", num_hidden_layers=16, **sizes)
     ((found,),) = launch("ranks_spill.py", 1, tmp_path, str(tmp_path / "model"), launcher="python")
     assert found["whole"] > 150e6
-    assert found["limit"] < 0.7 * found["whole"] and found["peak"] < 0.5 * found["whole"], found
+    assert found["limit"] < 0.7 * found["whole"] and found["peak"] < 0.6 * found["whole"], found
     assert found["passes"] == 3 and found["read"] == 3 * found["whole"], found
     assert found["error"] == 0.0
     assert "can't allocate memory" in found["in memory"]
