@@ -108,6 +108,11 @@ def ranks_per_node() -> int:
     return size
 
 
+def has_launcher() -> bool:
+    """Whether deepspeed or torchrun started this process, and stays until it ends."""
+    return "LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ
+
+
 def world_group() -> dist.ProcessGroup | None:
     """The group of all ranks, None before `start`."""
     return dist.group.WORLD if dist.is_initialized() else None

@@ -166,7 +166,11 @@ class Watchdog:
         self._looked = now
 
     def _judge(self) -> None:
+        looked = time.monotonic()
         while not self._blaming.wait(self.interval):
+            before, looked = looked, time.monotonic()
+            if looked - before > self.timeout / 2:
+                self._begin_anew(looked)
             self._follow_launcher()
             verdict = self._verdict()
             if verdict and not self._blaming.is_set():
@@ -190,6 +194,11 @@ class Watchdog:
             return self._silenced(last.beat)
         return last.beat.found(f"made no progress for {self.timeout:g} s")
 
+    def _begin_anew(self, now: float) -> None:
+        """This process was stopped and goes on, as a suspended job does: so may all have been."""
+        for seen in list(self._seen.values()):
+            seen.told = seen.moved = now
+
     def _silenced(self, beat: Beat) -> str:
         if beat.here and not beat.dead():
             os.kill(beat.pid, signal.SIGKILL)  # stopped: deaf to its launcher's SIGTERM
@@ -207,8 +216,11 @@ class Watchdog:
         os._exit(_FAULT)
 
     def _follow_launcher(self) -> None:
-        """A launcher that was killed leaves its ranks alone: they stop as if it had told them."""
-        if os.getppid() != self._parent:
+        """A launcher that was killed leaves its ranks alone: they stop as if it had told them.
+
+        A shell that ends is none: what it left in the background goes on.
+        """
+        if distributed.has_launcher() and os.getppid() != self._parent:
             self._parent = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -49,7 +49,18 @@ def own_error() -> None:
     os._exit(2)
 
 
+def work() -> None:
+    """Says when it begins, works for longer than the timeout, and says that it is done."""
+    folder = Path(sys.argv[1])
+    (folder / "started").touch()
+    for _ in range(25):
+        time.sleep(0.2)
+        progress.beat()
+    (folder / "done").touch()
+
+
 FAULTS = {
+    "work": work,
     "freeze": freeze,
     "die": die,
     "hang": reward_that_never_answers,

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -78,6 +80,43 @@ def test_a_rank_that_told_its_own_error_is_not_blamed(tmp_path):
 def test_a_healthy_run_ends_in_silence(tmp_path):
     assert run(tmp_path, 1, "nothing") == [(0, ""), (0, "")]
     assert not (tmp_path / "logs").exists()
+
+
+def alone(**more: str) -> dict[str, str]:
+    """The environment of a run of one rank."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")}
+    return inherited | place | {"RANK": "0", "LOCAL_RANK": "0"} | more
+
+
+def await_file(path: Path, patience_s: float = PATIENCE_S) -> bool:
+    end = time.monotonic() + patience_s
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.exists()
+
+
+def test_a_job_that_was_suspended_goes_on(tmp_path):
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "0", "work"]
+    rank = subprocess.Popen(command, env=alone())
+    try:
+        assert await_file(tmp_path / "started")
+        rank.send_signal(signal.SIGSTOP)
+        time.sleep(5)  # the timeout is 3 s
+        rank.send_signal(signal.SIGCONT)
+        assert rank.wait(PATIENCE_S) == 0
+    finally:
+        rank.kill()
+
+
+@pytest.mark.parametrize("launched", (False, True))
+def test_a_shell_may_end_before_its_run_and_a_launcher_may_not(tmp_path, launched):
+    shell = '"$@" & while [ ! -e "$3/started" ]; do sleep 0.1; done'
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "0", "work"]
+    environment = alone(LOCAL_WORLD_SIZE="1") if launched else alone()
+    subprocess.run(["sh", "-c", shell, "sh", *command], env=environment, timeout=PATIENCE_S)
+    assert (tmp_path / "started").exists()
+    assert await_file(tmp_path / "done", 8) is not launched
 
 
 def test_progress_tells_the_phase_and_the_innermost_call_first():
