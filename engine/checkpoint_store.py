@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine.progress import beat
+
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the folder; another one is refused
 _BLOCK = 1 << 26  # bytes handed to the disk at once
@@ -196,6 +198,7 @@ def _write(path: Path, blocks: Iterator[memoryview]) -> dict[str, Any]:
                 written = os.write(handle, block[:_BLOCK])
                 digest.update(block[:written])
                 size, block = size + written, block[written:]
+                beat()
         os.fsync(handle)
     finally:
         os.close(handle)

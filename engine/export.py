@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gearshift.engine import distributed
+from gearshift.engine.progress import beat
 
 
 def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
@@ -35,6 +36,7 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         with zero.GatheredParameters([parameter], enabled=partitioned):
             if distributed.is_main():
                 kept[name] = parameter.detach().to("cpu", copy=True)
+        beat()
     if distributed.is_main():
         for name, value in model.state_dict().items():
             if name not in kept and name not in _tied(model):

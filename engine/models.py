@@ -27,6 +27,7 @@ from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.ds_config import offloads_parameters
 from gearshift.engine.gguf import as_directory
+from gearshift.engine.progress import beat
 from gearshift.engine.shards import Store, partitioning, place, room_of
 
 logger = logging.getLogger("gearshift")
@@ -199,6 +200,7 @@ def _fill(
                 value = _read(files, names, full_name, parameter)
                 made[id(parameter)] = nn.Parameter(value.to(dtype))
                 partition(made[id(parameter)])
+                beat()
             setattr(part, name, made[id(parameter)])
         for name, buffer in part.named_buffers(recurse=False):
             source = names.get(f"{path}.{name}".removeprefix("."))

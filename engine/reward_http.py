@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from gearshift.engine import distributed
 from gearshift.engine.config import RewardConfig
+from gearshift.engine.progress import beat
 from gearshift.engine.reward_functions import checked_scores
 from gearshift.engine.reward_text import Answer, RewardError, TextRows
 
@@ -49,6 +50,7 @@ class HttpReward:
         body = self._body(rows)
         failure = ""
         for attempt in range(self.retries + 1):
+            beat()
             if attempt:
                 time.sleep(self._wait_s(attempt))
             url = self.urls[self._turn % len(self.urls)]

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gearshift.engine import distributed
+from gearshift.engine.progress import beat
 from gearshift.engine.split_adamw import SplitAdamW
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -154,6 +155,7 @@ def load(engine: Any, schedule: Any, saved: dict[str, int], files: list[Path]) -
                 if kind not in state:
                     state[kind] = torch.zeros_like(piece.flat, dtype=dtype, requires_grad=False)
                 stored.read(kind, piece, piece.of(state[kind]))
+            beat()
     _replay_powers(inner, steps)
     _refresh_weights(engine)
     for name in COUNTERS:

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from gearshift.engine import checkpoint
+from gearshift.engine import checkpoint, export, models, zero_state
 from gearshift.engine import checkpoint_store as store
 from gearshift.launch import train
 from tests import tiny, tiny_job
@@ -184,6 +185,16 @@ def test_no_memory_for_a_copy_is_said_once(tmp_path, capfd, monkeypatch):
     assert start(job(tmp_path, save_every=1)) == 0
     assert capfd.readouterr().out.count("run.async_save: no room for a copy") == 1
     assert saved(tmp_path) == ["step_000002", "step_000003"]
+
+
+def test_loading_saving_and_exporting_are_progress(tmp_path, monkeypatch):
+    """Each may take longer than run.hang_timeout_s, piece by piece."""
+    counts, places = Counter(), (models, store, zero_state, export)
+    for place in places:
+        monkeypatch.setattr(place, "beat", lambda name=place.__name__: counts.update([name]))
+    path = job(tmp_path, steps=1, async_save=False)
+    assert start(path) == start(path, "--run.steps", 2, "--run.export", "true") == 0
+    assert all(counts[place.__name__] > 10 for place in places), counts
 
 
 def test_a_finished_checkpoint_in_a_new_folder_is_exported_there(tmp_path, capfd):
