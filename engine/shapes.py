@@ -112,13 +112,22 @@ class Shape:
 
 
 def shape_of(hf_config: Any, role: str) -> Shape:
-    """role: "policy", "critic" or "reward"."""
+    """role: "policy", "critic" or "reward". Raises ValueError where transformers has no such model
+    of this family."""
     from accelerate import init_empty_weights
 
     from gearshift.engine.models import AUTO_CLASSES
 
-    with init_empty_weights(include_buffers=True):
-        module = AUTO_CLASSES[role].from_config(hf_config)
+    auto, family = AUTO_CLASSES[role], hf_config.model_type
+    try:
+        with init_empty_weights(include_buffers=True):
+            module = auto.from_config(hf_config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
+        raise ValueError(
+            f"{role}: no {auto.__name__} of {family}: {reason}; choose another family{way_out}"
+        ) from None
     module.tie_weights()
     text = hf_config.get_text_config()
     head = module.get_output_embeddings() if role == "policy" else None

@@ -262,6 +262,17 @@ def test_a_broken_configuration(refused, job, tmp_path):
     refused("actor.path= ... not a valid JSON file", "--actor.path", model)
 
 
+def test_a_family_without_a_critic(refused, job, tmp_path):
+    """OLMo 2 has no class that gives a score per token."""
+    model = tmp_path / "model"
+    shutil.copytree(job / "policy", model)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("olmo2", vocab_size=16, num_attention_heads=2, **sizes)
+    (model / "config.json").write_text(json.dumps(config.to_diff_dict()))
+    message = "critic: no AutoModelForTokenClassification of olmo2 ... or ppo.estimator=rloo"
+    assert len(refused(message, "--actor.path", model)) < 400
+
+
 def test_attention_that_is_not_there(refused):
     refused("attn=flash_attention_9: ", "--actor.attn", "flash_attention_9")
 
