@@ -1,5 +1,6 @@
 """The plan at start-up: what this machine is, what the run leaves open, and whether it can fit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ def this_machine(device: torch.device) -> Hardware:
         host_bytes=host,
         shared=device.type != "cuda",
     )
+
+
+def least(machines: Sequence[Hardware]) -> Hardware:
+    """What every rank has: all must make the same choices, though nodes differ by some bytes."""
+    smallest = min(machines, key=lambda machine: machine.gpu.memory)
+    return replace(smallest, host_bytes=min(machine.host_bytes for machine in machines))
 
 
 def known_gpu(product: str, memory: float) -> str | None:

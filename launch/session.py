@@ -87,7 +87,8 @@ class Session:
 
     def _plan(self, config: Config) -> Config:
         """What the run leaves open is chosen; raises ValueError where it cannot fit."""
-        start = plan_start.plan_run(config, plan_start.this_machine(self.device))
+        machines = distributed.all_gather_objects(plan_start.this_machine(self.device))
+        start = plan_start.plan_run(config, plan_start.least(machines))
         self.plan = start.plan
         self.console.note(start.said)
         if start.warning:

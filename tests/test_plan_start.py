@@ -32,6 +32,14 @@ def test_what_fits_starts_with_every_choice_made():
     assert chosen.actor.sleep != "auto" and chosen.critic.gradient_checkpointing is not None
 
 
+def test_nodes_that_differ_are_planned_as_the_least_of_each():
+    """Ranks that recompute and ranks that do not would wait for each other for ever."""
+    one, other = machine(23.5 * GIB, host=64 * GB), machine(23.4 * GIB, host=128 * GB)
+    agreed = plan_start.least([one, other])
+    assert agreed == plan_start.least([other, one])
+    assert (agreed.gpu.memory, agreed.host_bytes) == (23.4 * GIB, 64 * GB)
+
+
 def test_what_cannot_fit_is_refused_unless_the_user_knows_better():
     config, small = recipe("0.5b_24gb"), machine(4 * GIB)
     with pytest.raises(ValueError, match="cannot fit: .* needs .* GB of a GPU's") as told:
