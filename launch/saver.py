@@ -82,10 +82,13 @@ class Saver:
     def publish(self) -> None:
         self.checkpoints.publish()
 
-    def finish(self) -> None:
-        """Waits until the last checkpoint is on the disk; one that failed is tried once more."""
+    def finish(self, *, stopping: bool) -> None:
+        """Waits until the last checkpoint is on the disk; one that failed is tried once more.
+
+        Not where a guard is `stopping` the run: what it would save now is the step that it stops.
+        """
         self.checkpoints.settle()
-        if self.checkpoints.retry:
+        if self.checkpoints.retry and not stopping:
             self.checkpoints.take(self.trainer, self.stateful)
             self.checkpoints.publish()
             self.checkpoints.settle()

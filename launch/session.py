@@ -116,7 +116,7 @@ class Session:
             while self.trainer.steps_done < steps and not self.saver.ended and not stopping:
                 stopping = self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
-            self.saver.finish()
+            self.saver.finish(stopping=bool(stopping))
         if log:
             log.close()
         if stopping:

@@ -145,6 +145,27 @@ def test_a_fault_does_not_lose_the_checkpoint_under_way(tmp_path, capfd, monkeyp
     assert saved(tmp_path) == ["step_000002"]
 
 
+def test_a_step_that_a_guard_stops_is_not_saved_in_place_of_one_that_failed(
+    tmp_path, capfd, monkeypatch
+):
+    """The disk refuses the first step's checkpoint; every score is 1."""
+
+    calls = []
+
+    def refuse_once(*arguments, write=store.write_tensors):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError("no disk")
+        return write(*arguments)
+
+    monkeypatch.setattr(store, "write_tensors", refuse_once)
+    path = job(tmp_path, "return [1.0] * len(completions)", save_every=1)
+    stop = ("--guards.constant_reward", "stop", "--guards.constant_reward_steps", 2)
+    assert start(path, *stop) == 1
+    assert "guard constant_reward" in capfd.readouterr().err
+    assert saved(tmp_path) == []
+
+
 def test_a_copy_of_the_state_is_let_go_once_it_is_written(tmp_path):
     done = []
 
