@@ -36,6 +36,7 @@ class Beat:
 
     rank: int
     host: str
+    space: str  # of process numbers
     pid: int
     phase: str
     phases: int  # of progress.py: this and the next stand still while the rank waits or hangs
@@ -45,14 +46,14 @@ class Beat:
 
     @property
     def here(self) -> bool:
-        return self.host == socket.gethostname()
+        return (self.host, self.space) == _here()
 
     @property
     def reached(self) -> tuple[int, int]:
         return self.phases, self.beats
 
     def dead(self) -> bool:
-        """Whether the process has ended; known only of this machine's."""
+        """Whether the process has ended; known only of this machine's, or this container's."""
         if not self.here:
             return False
         try:
@@ -152,7 +153,7 @@ class Watchdog:
 
     def _tell(self) -> None:
         self._told += 1
-        mine = [socket.gethostname(), os.getpid(), *progress.current(), self._told]
+        mine = [*_here(), os.getpid(), *progress.current(), self._told]
         self._store.set(_key(distributed.rank()), json.dumps([*mine, progress.main_thread_at()]))
 
     def _look(self) -> None:
@@ -223,6 +224,15 @@ class Watchdog:
         if distributed.has_launcher() and os.getppid() != self._parent:
             self._parent = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _here() -> tuple[str, str]:
+    """This machine, and the namespace of its processes: containers of one host may share its name,
+    but a process number of one means another process, or none, in the next."""
+    space = Path("/proc/self/ns/pid")
+    with suppress(OSError):
+        return socket.gethostname(), os.readlink(space)
+    return socket.gethostname(), ""
 
 
 def tell(message: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gearshift.engine import progress
+from gearshift.engine import progress, watchdog
 from tests.launch_ranks import free_port
 
 SCRIPT = Path(__file__).with_name("ranks_watchdog.py")
@@ -117,6 +117,16 @@ def test_a_shell_may_end_before_its_run_and_a_launcher_may_not(tmp_path, launche
     subprocess.run(["sh", "-c", shell, "sh", *command], env=environment, timeout=PATIENCE_S)
     assert (tmp_path / "started").exists()
     assert await_file(tmp_path / "done", 8) is not launched
+
+
+@pytest.mark.parametrize("elsewhere", (False, True))
+def test_a_process_number_means_nothing_in_another_container(elsewhere):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host, space = watchdog._here()
+    space = "pid:[1]" if elsewhere else space
+    beat = watchdog.Beat(1, host, space, ended.pid, "rewards", 1, 0, 1, "")
+    assert beat.dead() is not elsewhere
 
 
 def test_progress_tells_the_phase_and_the_innermost_call_first():
