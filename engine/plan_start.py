@@ -15,11 +15,8 @@ from gearshift.engine.memory import plan
 from gearshift.engine.plan_choice import told
 from gearshift.engine.plan_record import Plan
 
-# Of control groups, versions 2 and 1: what a container may use of the machine's memory.
-_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+# Files of control groups that bound memory, below /sys/fs/cgroup: of version 2, and of version 1.
+_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
@@ -106,13 +103,29 @@ def _as_large(gpu: Gpu, memory: float) -> bool:
     return abs(gpu.memory / memory - 1) < 0.05
 
 
-def host_memory() -> float:
-    """Bytes that the processes of this node may use together."""
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes that the processes of this node may use together: in a container, in a Slurm job.
+
+    root: of the file system in which proc and sys are.
+    """
     limits = [float(psutil.virtual_memory().total)]
-    for path in _LIMITS:
-        text = path.read_text().strip() if path.exists() else "max"
-        limits += [float(text)] if text.isdecimal() else []
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # Every group inside which this one is bounds it, too.
+        inner = base / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(base):
+                limits += [_limit(folder / name) for name in _LIMITS]
     return min(limits)
+
+
+def _limit(path: Path) -> float:
+    text = path.read_text().strip() if path.exists() else "max"
+    return float(text) if text.isdecimal() else float("inf")
 
 
 def described(hardware: Hardware) -> str:
