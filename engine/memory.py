@@ -252,10 +252,13 @@ class _Planner:
 
     def _save(self) -> Phase:
         trained = [role for role in self.roles if role.trained]
-        whole = max(role.zero.size * role.shape.total for role in trained)
+        exports = self.config.run.export
+        whole = max(role.zero.size * role.shape.total for role in trained) if exports else 0.0
         written = sum(plan_time.save_seconds(r.shape, r.zero, self.hw) for r in trained)
         # Export: rank 0 holds the whole model on the host, and gathers a parameter at a time.
-        gpu = self._resident("save") | {"one parameter": 4.0 * max(self.actor.shape.numels)}
+        gpu = self._resident("save")
+        if exports:
+            gpu |= {"one parameter": 4.0 * max(self.actor.shape.numels)}
         return Phase(name="save", gpu=gpu, host=self.host + whole, seconds=written)
 
     def _untouched(self) -> float:

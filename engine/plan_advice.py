@@ -51,7 +51,12 @@ def _cache(config: Config, cache_gb: int) -> Config:
 
 def _changes(config: Config, ds: Settings) -> Iterator[tuple[str, Callable]]:
     """(what to write, a function of configuration and settings), cheapest in time first."""
-    ppo = config.ppo
+    ppo, run = config.ppo, config.run
+    if run.export:
+        yield (
+            "set run.export: false, and gearshift export the last checkpoint",
+            lambda c, d: (replace(c, run=replace(c.run, export=False)), d),
+        )
     if ppo.micro_batch_size > 1:
         yield "set ppo.micro_batch_size: 1", lambda c, d: (_ppo(c, micro_batch_size=1), d)
     if ppo.score_batch_size > 1:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from gearshift.launch import cli
+from gearshift.launch import cli, plan_docs
 
 FROZEN = "frozen_zero3_cpu_bf16.json"
 
@@ -73,6 +73,18 @@ def test_sleep_is_advised_where_it_was_forbidden(capsys, run_yaml):
     assert (status, made["change"]) == (3, "set sleep: auto on actor and critic")
     status, made = plan_json(capsys, *where, *kept[2:])
     assert status == 0 and made["sleep"]["actor"] in ("gradients", "exchange", "always")
+
+
+def test_no_export_is_advised_where_the_host_cannot_hold_the_copy(capsys):
+    """Four 7B models with fp32 moments: 14 bytes a trained parameter, on one H200 and 128 GB."""
+    recipe = str(plan_docs.RECIPES / "7b_1xh200.yaml")
+    shapes = [f"--{key}=shape:qwen2.5-7b" for key in ("actor.path", "critic.path")]
+    shapes.append("--rewards.0.path=shape:qwen2.5-7b")
+    fp32 = ["--actor.optimizer.moments=fp32", "--critic.optimizer.moments=fp32"]
+    where = ["--config", recipe, "--gpu", "h200", *shapes, *fp32]
+    status, made = plan_json(capsys, *where)
+    assert status == 3 and made["change"].startswith("set run.export: false")
+    assert plan_json(capsys, *where, "--run.export=false")[0] == 0
 
 
 def test_the_table_ends_with_the_verdict(capsys, run_yaml):
