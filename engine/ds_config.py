@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Sibling of engine/, in a checkout and in an installed package alike.
 SHIPPED = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -120,23 +120,22 @@ def find(name_or_path: str) -> Path:
     raise ValueError(f"{name_or_path}: no such DeepSpeed file; {hint}There are {', '.join(names)}")
 
 
-def offloads_parameters(config: dict[str, Any]) -> str | None:
-    """ "cpu" or "nvme" where the weights live there under ZeRO-3."""
-    device = (config["zero_optimization"].get("offload_param") or {}).get("device", "none")
+def offloaded(config: dict[str, Any], what: Literal["param", "optimizer"]) -> str | None:
+    """ "cpu" or "nvme" where the weights or the optimizer live there; None on the device."""
+    device = (config["zero_optimization"].get(f"offload_{what}") or {}).get("device", "none")
     return None if device == "none" else device
 
 
 def check_nvme(config: dict[str, Any]) -> None:
     """Raises ValueError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
-    for section in ("offload_param", "offload_optimizer"):
-        offload = config["zero_optimization"].get(section, {})
-        if offload.get("device") != "nvme":
+    for what in ("param", "optimizer"):
+        if offloaded(config, what) != "nvme":
             continue
-        folder = offload.get("nvme_path")
+        folder = config["zero_optimization"][f"offload_{what}"].get("nvme_path")
         if folder is None or not Path(folder).is_dir():
             raise ValueError(
-                f"zero_optimization.{section}.nvme_path={folder}: no such folder; copy the JSON, "
-                "set the path of a mounted NVMe disk, and name the copy in `deepspeed`"
+                f"zero_optimization.offload_{what}.nvme_path={folder}: no such folder; copy the "
+                "JSON, set the path of a mounted NVMe disk, and name the copy in `deepspeed`"
             )
 
 

@@ -11,9 +11,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from gearshift.engine import ds_config
 from gearshift.engine.batch import Rollout
 from gearshift.engine.config import PPOConfig
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.heads import Policy, ScoreModel, verify_head
 from gearshift.engine.scoring import forwards, policy_logprobs
 from gearshift.engine.streaming import StreamedEngine, Traffic
@@ -81,7 +81,7 @@ class _Meter:
 def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngine | StreamedEngine:
     """An engine without an optimizer. settings: the role's DeepSpeed JSON."""
     module.requires_grad_(False)
-    if ds_config.offloads_parameters(settings):
+    if offloaded(settings, "param"):
         cuda = torch.cuda.is_available()
         place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         return StreamedEngine(module, place)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.shapes import Shape
 from gearshift.engine.shards import SLOTS
 from gearshift.kernels.linear_head import CUDA_LOGITS_BYTES
@@ -45,8 +46,8 @@ class Zero:
             accumulation={"fp32": 4, "bf16": 2, None: size}[wanted],
             master=2 if own_dtype else 4,
             communication=4 if settings.get("communication_data_type") == "fp32" else size,
-            parameters=_place(parameters),
-            optimizer=_place(zero.get("offload_optimizer") or {}),
+            parameters=offloaded(settings, "param") or "gpu",
+            optimizer=offloaded(settings, "optimizer") or "gpu",
             reduce_bucket=zero.get("reduce_bucket_size", 5e8),
             prefetch=zero.get("stage3_prefetch_bucket_size", 5e7),
             max_live=zero.get("stage3_max_live_parameters", 1e9),
@@ -54,11 +55,6 @@ class Zero:
             sub_group=zero.get("sub_group_size", 1e9),
             nvme_host=buffers + parameters.get("max_in_cpu", 1e9),
         )
-
-
-def _place(offload: dict[str, Any]) -> str:
-    device = offload.get("device", "none")
-    return "gpu" if device == "none" else device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from transformers import (
 from gearshift.engine.assets import resolve
 from gearshift.engine.checkpoint_files import CheckpointFiles
 from gearshift.engine.config import ModelConfig
-from gearshift.engine.ds_config import offloads_parameters
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.gguf import as_directory
 from gearshift.engine.progress import beat
 from gearshift.engine.shards import Store, partitioning, place, room_of
@@ -92,7 +92,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
 def room_for(config: ModelConfig, role: str, ds_config: dict) -> Store | None:
     """Takes the room for a frozen model's weights where its JSON keeps them off the device; reads
     none of them. Raises ValueError where there is not enough on a disk."""
-    if not offloads_parameters(ds_config):
+    if not offloaded(ds_config, "param"):
         return None
     module = _build(config, load_config(config, role), role)
     return place(ds_config, room_of(module.parameters(), _dtype(ds_config)))

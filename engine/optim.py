@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gearshift.engine.config import OptimizerConfig
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.split_adamw import MOMENTS, SplitAdamW
 
 
@@ -29,8 +30,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
     if config.name == "split_adamw":
         held = [group for group in groups if group["params"]]
         return SplitAdamW(held, **settings, moments=MOMENTS[config.moments])
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none":
+    if offloaded(ds_config, "optimizer"):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam([g for g in groups if g["params"]], **settings, adamw_mode=True)
@@ -42,7 +42,7 @@ def check_optimizer(config: OptimizerConfig, ds_config: dict) -> None:
 
     A bf16 master alone does not learn: at lr 1e-6 nearly every step rounds to no step at all.
     """
-    bf16, zero = ds_config.get("bf16", {}), ds_config["zero_optimization"]
+    bf16 = ds_config.get("bf16", {})
     narrow = bool(bf16.get("enabled") and bf16.get("bf16_master_weights_and_grads"))
     if config.name == "adamw" and narrow:
         raise ValueError(
@@ -57,11 +57,11 @@ def check_optimizer(config: OptimizerConfig, ds_config: dict) -> None:
             "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states, as "
             "actor_zero3_bf16_split.json or critic_zero3_bf16_split.json"
         )
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device", "none") != "none":
+    for what in ("optimizer", "param"):
+        if offloaded(ds_config, what):
             raise ValueError(
-                f"zero_optimization.{key}: optimizer.name=split_adamw updates the weights where "
-                "they are used; remove it, or use adamw"
+                f"zero_optimization.offload_{what}: optimizer.name=split_adamw updates the "
+                "weights where they are used; remove it, or use adamw"
             )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.config import Config, SamplingConfig, TrainedConfig
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.gradient_watch import GradientWatch
 from gearshift.engine.heads import Policy, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
@@ -40,9 +41,8 @@ class Trained:
         )
         if config.optimizer.name == "split_adamw":
             share_weights(self.optimizer)
-        offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-        offloaded = offload.get("device", "none") != "none"
-        self.sleeper = Sleeper(self.engine, config.sleep, offloaded=offloaded)
+        on_host = offloaded(ds_config, "optimizer") is not None
+        self.sleeper = Sleeper(self.engine, config.sleep, offloaded=on_host)
         self._watch = GradientWatch(self.engine.module)
         self._finite = torch.tensor(True, device=self.engine.device)
 

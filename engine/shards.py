@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine import distributed
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.pinned import Block
 
 SLOTS = 2  # units of a spilled model in host memory: one on its way to the device, one being read
@@ -218,8 +219,9 @@ Store = Host | Spill
 
 def place(ds_config: dict[str, Any], size: int) -> Store:
     """The room for a model whose JSON offloads its weights."""
-    offload = ds_config["zero_optimization"]["offload_param"]
-    return Spill(offload["nvme_path"], size) if offload["device"] == "nvme" else Host(size)
+    if offloaded(ds_config, "param") == "nvme":
+        return Spill(ds_config["zero_optimization"]["offload_param"]["nvme_path"], size)
+    return Host(size)
 
 
 def partitioning(ds_config: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gearshift.engine import distributed
+from gearshift.engine.ds_config import offloaded
 from gearshift.engine.progress import beat
 from gearshift.engine.split_adamw import SplitAdamW
 
@@ -43,8 +44,7 @@ class Piece:
 
 def check_settings(role: str, ds_config: dict[str, Any]) -> None:
     """Raises ValueError where an engine with this DeepSpeed JSON could not be saved."""
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device") == "nvme":
+    if offloaded(ds_config, "optimizer") == "nvme":
         raise ValueError(
             f"{role}.deepspeed: zero_optimization.offload_optimizer.device=nvme: checkpoints do "
             "not read an optimizer that is on a disk; use cpu"

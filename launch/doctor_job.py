@@ -86,9 +86,7 @@ def _installed(*names: str) -> bool:
 def _nvme(settings: dict[str, dict]) -> Iterator[Finding]:
     """The folders of states that are kept on a disk."""
     for role, deepspeed in settings.items():
-        zero = deepspeed["zero_optimization"]
-        parts = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
-        if all(part.get("device") != "nvme" for part in parts):
+        if all(ds_config.offloaded(deepspeed, what) != "nvme" for what in ("param", "optimizer")):
             continue
         try:
             ds_config.check_nvme(deepspeed)
