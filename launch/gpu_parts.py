@@ -159,22 +159,6 @@ def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> in
     return 0
 
 
-def seven_billion() -> Any:
-    """The shape of Qwen2.5-7B."""
-    import transformers
-
-    return transformers.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_parts", description=__doc__)
     parser.add_argument("job", choices=("correctness", "generation"))
@@ -184,7 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     if args.job == "generation":
-        return generation(args.batch, args.prompt, args.new, seven_billion(), args.json)
+        from gearshift.engine.shapes import published
+
+        return generation(args.batch, args.prompt, args.new, published("qwen2.5-7b"), args.json)
     device = torch.device("cuda")
     memory = torch.cuda.get_device_properties(device).total_memory
     return correctness(list(checks(memory)), device, args.json)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gearshift.engine.shapes import published
 from gearshift.kernels import ops
 from gearshift.kernels.check_case import Size, errors_of
 from gearshift.kernels.self_check import CASES
@@ -316,4 +317,4 @@ def test_generation_job_on_a_tiny_model(tmp_path, capsys):
     assert gpu_parts.generation(2, 5, 4, config, file) == 0
     report = json.loads(file.read_text())
     assert report["tokens"] == 8 and set(report["sides"]) >= {"gearshift"}
-    assert gpu_parts.seven_billion().num_hidden_layers == 28
+    assert published("qwen2.5-7b").num_hidden_layers == 28
