@@ -49,8 +49,8 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
 
     Raises ValueError where `run.dir` exists, or a checkpoint could not be written there.
     """
-    from gearshift.engine import config_check, config_load, distributed
-    from gearshift.launch.train import quiet_libraries
+    from gearshift.engine import config_load, distributed
+    from gearshift.launch.train import open_session
 
     own = ["--run.resume", "none", "--run.trackers", "[]"]
     resolved = config_load.load(recipe, [*overrides, *own])
@@ -59,12 +59,9 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
         raise ValueError(
             f"run.dir={str(folder)!r}: exists; name a new folder on the disk to measure"
         )
-    quiet_libraries()
-    distributed.adopt_launcher_environment()
-    warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
-    from gearshift.launch.session import Session, environment
+    session = open_session(resolved)
+    from gearshift.launch.session import environment
 
-    session = Session(resolved, warned)
     step(session)  # warms up, and makes the optimizers' states
     try:
         turns = [turn(session, folder, number) for number in range(saves)]

@@ -71,18 +71,14 @@ def write_json(path: str | None, result: dict[str, Any]) -> None:
 
 def measure(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """Runs 1 + `steps` PPO steps; the figures of the later ones. A collective over the ranks."""
-    from gearshift.engine import config_check, config_load, distributed
-    from gearshift.launch.train import quiet_libraries
+    from gearshift.engine import config_load
+    from gearshift.launch.train import open_session
 
     with tempfile.TemporaryDirectory() as folder:
         own = ["--run.dir", folder, "--run.resume", "none", "--run.trackers", "[]"]
-        resolved = config_load.load(recipe, [*overrides, *own])
-        quiet_libraries()
-        distributed.adopt_launcher_environment()
-        warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
-        from gearshift.launch.session import Session, environment
+        session = open_session(config_load.load(recipe, [*overrides, *own]))
+        from gearshift.launch.session import environment
 
-        session = Session(resolved, warned)
         built_gb = resident_gb(session.device)
         with cpu_times():
             figures = [one_step(session) for _ in range(1 + steps)][1:]

@@ -9,8 +9,13 @@ import os
 import sys
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from gearshift.engine import config_check, config_load, distributed, watchdog
+from gearshift.engine.config_load import Resolved
+
+if TYPE_CHECKING:
+    from gearshift.launch.session import Session
 from gearshift.engine.guards import GuardStop
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
@@ -63,6 +68,13 @@ def run(argv: list[str]) -> int:
     if printing:
         print(config_load.dump(resolved), end="")
         return 0
+    open_session(resolved).train()
+    watchdog.leave()
+    return 0
+
+
+def open_session(resolved: Resolved) -> "Session":
+    """A run that is ready to train, under whatever launcher; a collective over its ranks."""
     quiet_libraries()
     distributed.adopt_launcher_environment()
     if os.environ["RANK"] != "0":
@@ -70,10 +82,7 @@ def run(argv: list[str]) -> int:
     warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
     from gearshift.launch.session import Session  # after the cheap checks: it imports everything
 
-    session = Session(resolved, warned)
-    session.train()
-    watchdog.leave()
-    return 0
+    return Session(resolved, warned)
 
 
 def parse(argv: list[str]) -> tuple[str | None, list[str], bool]:
