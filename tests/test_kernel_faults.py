@@ -28,19 +28,10 @@ from gearshift.kernels import (
     value_loss,
 )
 from gearshift.kernels import paged_attention as attention
+from tests.test_self_check import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
 
-TINY = check_case.Size(
-    rows=12,
-    hidden=16,
-    vocab=300,
-    batch=2,
-    response=12,
-    heads=(4, 2, 16),
-    context=40,
-    logits_bytes=12_288,  # 8 rows: two chunks
-)
 # More than one block of the vocabulary, of the responses, of the cache.
 WIDE = dataclasses.replace(TINY, rows=24, vocab=5003, response=1100, context=600, logits_bytes=None)
 TALL = dataclasses.replace(WIDE, batch=8)
