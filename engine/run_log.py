@@ -11,6 +11,11 @@ from gearshift.engine.config import RunConfig
 from gearshift.engine.trackers import open_trackers
 
 
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the closest of its parents that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 class RunLog:
     """One JSON object a line, each written in one piece as soon as it is known.
 

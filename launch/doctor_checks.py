@@ -19,6 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from gearshift.engine.hardware import GB
+from gearshift.engine.run_log import nearest_existing
 from gearshift.kernels.self_check import self_check
 from gearshift.launch.demo import free_port
 
@@ -195,9 +196,9 @@ def caches() -> Iterator[Finding]:
 
 def filesystem(path: Path) -> str:
     """The type of the file system that holds `path`."""
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists()).resolve()
+    place = nearest_existing(path).resolve()
     mounts = {Path(m.mountpoint): m.fstype for m in psutil.disk_partitions(all=True)}
-    return next((mounts[p] for p in (nearest, *nearest.parents) if p in mounts), "unknown")
+    return next((mounts[p] for p in (place, *place.parents) if p in mounts), "unknown")
 
 
 MACHINE: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -11,6 +11,7 @@ from gearshift.engine import ds_config, plan_inputs
 from gearshift.engine.config import Config, OptimizerConfig
 from gearshift.engine.hardware import GB
 from gearshift.engine.models import attention_implementation
+from gearshift.engine.run_log import nearest_existing
 from gearshift.engine.shapes import shape_of
 from gearshift.launch.doctor_checks import Finding
 
@@ -31,10 +32,10 @@ def examine(config: Config) -> Iterator[Finding]:
 def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
     """Whether the run folder can be made and holds the checkpoints that will be kept."""
     run = config.run
-    nearest = next(p for p in (Path(run.dir), *Path(run.dir).absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+    place = nearest_existing(Path(run.dir))
+    if not place.is_dir() or not os.access(place, os.W_OK):
         fix = "run.dir: choose a folder that you may write to"
-        yield Finding("run folder", "bad", f"{nearest} is not writable", fix)
+        yield Finding("run folder", "bad", f"{place} is not writable", fix)
         return
     bytes_each = sum(
         shape_of(models[role], kind).total * _saved_bytes(getattr(config, role).optimizer)
@@ -42,9 +43,9 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         if role in models
     )
     # The last ones, the best, and the one being written beside them.
-    wanted, free = bytes_each * (run.keep_checkpoints + 2), shutil.disk_usage(nearest).free
+    wanted, free = bytes_each * (run.keep_checkpoints + 2), shutil.disk_usage(place).free
     text = (
-        f"{nearest} has {free / GB:.1f} GB free; checkpoints of {bytes_each / GB:.1f} GB take "
+        f"{place} has {free / GB:.1f} GB free; checkpoints of {bytes_each / GB:.1f} GB take "
         f"{wanted / GB:.1f} GB"
     )
     if free < wanted:

@@ -30,7 +30,7 @@ from gearshift.engine.export import export
 from gearshift.engine.guards import Alarm, GuardStop
 from gearshift.engine.interrupt import parse_deadline
 from gearshift.engine.ppo import PPOTrainer
-from gearshift.engine.run_log import RunLog
+from gearshift.engine.run_log import RunLog, nearest_existing
 from gearshift.engine.run_state import tokenizer_print
 from gearshift.engine.trackers import check_trackers
 from gearshift.engine.zero_state import check_settings
@@ -243,10 +243,10 @@ def check_folder(config: Config, resumed: Path | None) -> list[str]:
                 f"it{more}"
             )
         remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "is not writable" if nearest.is_dir() else "is a file"
-        raise ValueError(f"run.dir={str(folder)!r}: {nearest} {what}; choose another folder")
+    place = nearest_existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "is not writable" if place.is_dir() else "is a file"
+        raise ValueError(f"run.dir={str(folder)!r}: {place} {what}; choose another folder")
     return remarks
 
 
