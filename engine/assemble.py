@@ -1,6 +1,5 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import same_tokenizer
 from gearshift.engine.rewards import RewardSum
 from gearshift.engine.roles import Actor, Critic
+from gearshift.engine.shapes import kv_bytes_per_token, kv_shape
 from gearshift.engine.shards import Store
 
 
@@ -250,15 +250,12 @@ def _check_cache(blueprint: Blueprint) -> None:
     rollout, text = config.rollout, blueprint.hf_config.get_text_config()
     if not rollout.kv_cache_gb or rollout.engine == "hf":
         return
-    heads, layers = text.num_attention_heads, text.num_hidden_layers
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     tp = rollout.tp or distributed.ranks_per_node()
     size = 2 if blueprint.deepspeed["actor"].get("bf16", {}).get("enabled") else 4
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-    layers -= getattr(text, "num_kv_shared_layers", 0)
-    # Of one token on one rank; two blocks more: one partly filled, and the cache's dummy.
-    per_token = 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
+    layers = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
+    per_token = kv_bytes_per_token(layers, kv_shape(text), tp, size)
+    # Two blocks more: one partly filled, and the cache's dummy.
     least = (longest + 2 * rollout.block_size) * per_token / 1e9
     if rollout.kv_cache_gb < least:
         raise ValueError(

@@ -108,7 +108,20 @@ class Shape:
 
     def kv_bytes_per_token(self, tp: int, size: int) -> int:
         """Of one TP rank; a head that cannot be cut is on several ranks."""
-        return 2 * self.layers * math.ceil(self.kv_heads / tp) * self.head_dim * size
+        return kv_bytes_per_token(self.layers, (self.kv_heads, self.head_dim), tp, size)
+
+
+def kv_shape(text: Any) -> tuple[int, int]:
+    """(key-value heads, elements of one) of a text configuration of transformers."""
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: int) -> int:
+    """Keys and values of one TP rank. size: bytes of an element."""
+    kv_heads, head_dim = kv_shape
+    return 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
 
 
 def shape_of(hf_config: Any, role: str) -> Shape:
@@ -135,15 +148,15 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     chosen = getattr(text, "num_experts_per_tok", experts) or experts
     named, units = list(module.named_parameters()), cut(module)
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    kv_heads, head_dim = kv_shape(text)
     return Shape(
         numels=tuple(p.numel() for _, p in named),
         layers=text.num_hidden_layers,
-        hidden=hidden,
-        mlp=getattr(text, "intermediate_size", None) or 4 * hidden,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        hidden=text.hidden_size,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         vocabulary=text.vocab_size,
         head=head.weight.numel() if head is not None else 0,
         embedding=embedding.numel(),
