@@ -41,7 +41,7 @@ def hf_generate(
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
     completions = []
-    with evaluating(module), fast_linear(torch.device(device)):
+    with evaluating(module), fast_linear():
         for start in range(0, len(prompts), max_sequences):
             rows = list(range(start, min(start + max_sequences, len(prompts))))
             completions += _complete(module, request, rows, ending, pad_token_id, group, device)

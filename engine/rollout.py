@@ -93,7 +93,7 @@ class RolloutEngine:
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: list[Completion | None] = [None] * len(prompts)
         finished = 0
-        with paged.attending(self.module), fast_linear(self.device):
+        with paged.attending(self.module), fast_linear():
             self._drop_stale_graphs()
             scheduler = self._schedule(request)
             while not scheduler.done:

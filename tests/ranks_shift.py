@@ -16,9 +16,12 @@ import torch.distributed as dist
 import transformers
 
 from gearshift.engine import distributed
-from gearshift.engine.config import RolloutConfig
+from gearshift.engine.assets import asset_path
+from gearshift.engine.config import RolloutConfig, SamplingConfig
+from gearshift.engine.gguf import as_directory
 from gearshift.engine.hybrid import Gearbox
 from gearshift.engine.reshard import partition
+from gearshift.engine.rollout import RolloutEngine
 
 COMMON = dict(
     vocab_size=509,  # prime: no TP size divides it
@@ -57,8 +60,25 @@ FAMILIES = {
 BUDGET = 2**17  # 128 kB: below the 97 kB embedding at two ranks' staging, so it is cut inside
 
 
+REAL = "smollm2"  # SmolLM2-135M with its own weights: needs `gearshift fetch smollm2`
+REAL_BUDGET = 2**24  # 16 MB, the default on CPU
+TEXTS = (  # for the real model: random ids put its logits, and their rounding, far from any use
+    "The film is",
+    "It was a dark night and the",
+    "A long winded and stagy story that",
+    "Once upon a time there was a",
+    "My favourite director has always been",
+    "The acting",
+    "In the end, nothing matters because",
+    "She opened the door and",
+)
+
+
 def build(family: str):
-    """A tiny random model, the same on every rank."""
+    """A tiny random model, or the real one; the same on every rank."""
+    if family == REAL:
+        folder = as_directory(asset_path(REAL))
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kind, changes = FAMILIES[family]
     config = getattr(transformers, kind + "Config")(**{**COMMON, **changes})
     causal = kind.removesuffix("Text") + "ForCausalLM"
@@ -66,12 +86,12 @@ def build(family: str):
     return getattr(transformers, causal)(config).float()
 
 
-def train(model, steps: int = 2):
+def train(model, lr: float, steps: int = 2):
     """A DeepSpeed engine after `steps` AdamW steps on rank-dependent data."""
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
     draw = torch.Generator().manual_seed(dist.get_rank())
@@ -100,6 +120,59 @@ def greedy(model, ids, new_tokens: int = 6):
     return ids
 
 
+def draw_prompts(family: str, vocabulary: int, group: int) -> list[list[int]]:
+    """Three prompts and one more per group, all of different lengths."""
+    if family == REAL:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(as_directory(asset_path(REAL)))
+        texts = [TEXTS[(3 * group + row) % len(TEXTS)] for row in range(3 + group)]
+        return [tokenizer(text).input_ids for text in texts]
+    draw = torch.Generator().manual_seed(200 + group)
+    lengths = [3 + (5 * row + 7 * group) % 11 for row in range(3 + group)]
+    return [torch.randint(1, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+
+
+def responses(gearbox, module, whole, family: str) -> dict:
+    """Greedy responses of this rank's group from its shards, held to the unsharded `generate`."""
+    vocabulary, eos = whole.config.vocab_size, whole.config.eos_token_id
+    prompts = draw_prompts(family, vocabulary, gearbox.dp_index)
+    limits = [4 + (7 * row) % 13 for row in range(len(prompts))]
+    engine = RolloutEngine(
+        module,
+        RolloutConfig(block_size=4, max_sequences=3),  # fewer than there are: some join later
+        eos_token_ids=eos if isinstance(eos, list) else [eos],
+        pad_token_id=0,
+        group=gearbox.tp_group,
+    )
+    greedy = SamplingConfig(max_new_tokens=max(limits), temperature=0)
+    ours = engine.generate(prompts, greedy, [0] * len(prompts), limits=limits)
+    theirs = [generate(whole, *pair) for pair in zip(prompts, limits, strict=True)]
+    errors = [
+        (torch.tensor(one.logprobs) - logprobs).abs().max().item()
+        for one, (_, logprobs) in zip(ours, theirs, strict=True)
+    ]
+    same = [one.token_ids == ids for one, (ids, _) in zip(ours, theirs, strict=True)]
+    return {"tokens_equal": all(same), "logprob_error": max(errors)}
+
+
+def generate(model, prompt: list[int], limit: int):
+    """transformers' own greedy `generate`: (token ids, their log-probs [limit] float64).
+
+    Its fp32 logits, normalised in float64: PyTorch's fp32 log_softmax is off by 1.7e-5 on CPU where
+    the vocabulary is SmolLM2's, three times what the rounding of the logits makes.
+    """
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=transformers.GenerationConfig(
+            max_new_tokens=limit, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ),
+    )
+    tokens = out.sequences[0, len(prompt) :]
+    logprobs = torch.cat(out.logits).double().log_softmax(-1)
+    return tokens.tolist(), logprobs.gather(1, tokens[:, None])[:, 0]
+
+
 def wrong_elements(gearbox, sources: dict[int, str], weights) -> int:
     """Elements of the shards that differ from the same slice of the gathered weights."""
     wrong = 0
@@ -112,13 +185,14 @@ def wrong_elements(gearbox, sources: dict[int, str], weights) -> int:
 
 
 @torch.no_grad()
-def check(engine, model, whole, weights, tp: int) -> dict:
+def check(engine, model, whole, weights, family: str, tp: int) -> dict:
     """Figures of both routes at one TP size."""
     sources = {id(parameter): name for name, parameter in model.named_parameters()}
     draw = torch.Generator().manual_seed(100 + dist.get_rank() // tp)  # prompts differ by group
     ids = torch.randint(1, model.config.vocab_size, (2, 9), generator=draw)
     want = whole(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    config = RolloutConfig(tp=tp, shift_bucket_mb=BUDGET / 2**20)
+    budget = REAL_BUDGET if family == REAL else BUDGET
+    config = RolloutConfig(tp=tp, shift_bucket_mb=budget / 2**20)
     seen = {"tp": tp, "minimum": 0}
     for route in ("all_gather", "exact"):
         gearbox = Gearbox(engine, model, config, device=torch.device("cpu"), route=route)
@@ -133,6 +207,8 @@ def check(engine, model, whole, weights, tp: int) -> dict:
                 "staging": gearbox.stats.peak_staging_bytes,
                 "shard_bytes": gearbox.stats.shard_bytes,
             }
+            if route == "exact":
+                seen["responses"] = responses(gearbox, module, whole, family)
         seen["minimum"] = gearbox.stats.bytes_minimum
         seen["left"] = sum(parameter.numel() for parameter in module.parameters())
     seen["bound"] = missing_bytes(gearbox)
@@ -175,10 +251,10 @@ def main(out: str, sizes: str, node_size: str, families: str) -> None:
     with Path(out, f"rank{dist.get_rank()}.jsonl").open("w") as log:
         for family in families.split(","):
             model = build(family)
-            engine = train(model)
+            engine = train(model, lr=1e-5 if family == REAL else 1e-2)
             whole, weights = full_copy(model, family)
             for tp in map(int, sizes.split(",")):
-                seen = check(engine, model, whole, weights, tp)
+                seen = check(engine, model, whole, weights, family, tp)
                 print(json.dumps({"family": family, **seen}), file=log, flush=True)
         print(json.dumps({"family": "refusals", **refusals(engine, model)}), file=log)
 

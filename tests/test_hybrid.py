@@ -5,22 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from gearshift.engine import assets
+
 launch = runpy.run_path(str(Path(__file__).with_name("launch_ranks.py")))["launch"]
 scripted = runpy.run_path(str(Path(__file__).with_name("ranks_shift.py")))
 
 FAST = ["llama", "llama_9_3", "llama_mqa", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2"]
 FAST += ["phi3", "mixtral"]
 SLOW = [family for family in scripted["FAMILIES"] if family not in FAST]
-FOUR = [
-    "llama",
-    "llama_9_3",
-    "llama_mqa",
-    "llama_12_3",
-    "llama_tied",
-    "gemma2",
-    "phi3",
-    "qwen3_moe",
-]
+FOUR = ["llama", "llama_9_3", "llama_mqa", "llama_12_3", "llama_tied", "gemma2", "phi3"]
+FOUR += ["qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"]
 
 DTYPES = {"offload:2": "torch.float32"}  # the others train in bf16
 
@@ -39,14 +33,24 @@ def check_generation(seen: dict[tuple, list[dict]], families: list[str], sizes: 
         for tp in sizes:
             for rank in seen[family, tp]:
                 for route in ("exact", "all_gather"):
-                    result, case = rank[route], (family, tp, route)
-                    assert result["wrong_elements"] == 0, case
-                    assert result["logprob_error"] <= 1e-5, case
-                    assert result["greedy_equal"], case
-                    assert result["training_flags"] == 0, case
-                    assert result["staging"] <= scripted["BUDGET"], case
-                assert rank["exact"]["received"] <= 1.02 * rank["minimum"], (family, tp)
-                assert rank["left"] == 0, (family, tp)  # released
+                    assert rank[route]["logprob_error"] <= 1e-5, (family, tp, route)
+                    assert rank[route]["greedy_equal"], (family, tp, route)
+        check_responses(seen, family, sizes, scripted["BUDGET"])
+
+
+def check_responses(seen, family: str, sizes: list[int], budget: int) -> None:
+    """The right slices arrive within the budget; responses are those of transformers' generate."""
+    for tp in sizes:
+        for rank in seen[family, tp]:
+            for route in ("exact", "all_gather"):
+                result, case = rank[route], (family, tp, route)
+                assert result["wrong_elements"] == 0, case
+                assert result["training_flags"] == 0, case
+                assert result["staging"] <= budget, case
+            assert rank["responses"]["tokens_equal"], (family, tp)
+            assert rank["responses"]["logprob_error"] <= 1e-5, (family, tp)
+            assert rank["exact"]["received"] <= 1.02 * rank["minimum"], (family, tp)
+            assert rank["left"] == 0, (family, tp)  # released
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +154,14 @@ def test_four_ranks_in_one_and_two_nodes(tmp_path, node_size, sizes):
     arguments = (",".join(map(str, sizes)), str(node_size), ",".join(FOUR))
     seen = by_case(launch("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
     check_generation(seen, FOUR, sizes)
+
+
+@pytest.mark.slow
+def test_a_real_model_on_four_ranks(tmp_path):
+    try:
+        assets.asset_path(scripted["REAL"])
+    except ValueError as absent:
+        pytest.skip(str(absent))
+    arguments = ("1,2,4", "4", scripted["REAL"])
+    seen = by_case(launch("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
+    check_responses(seen, scripted["REAL"], [1, 2, 4], scripted["REAL_BUDGET"])
