@@ -254,7 +254,10 @@ class _Planner:
         trained = [role for role in self.roles if role.trained]
         exports = self.config.run.export
         whole = max(role.zero.size * role.shape.total for role in trained) if exports else 0.0
-        written = sum(plan_time.save_seconds(r.shape, r.zero, self.hw) for r in trained)
+        written = sum(
+            plan_time.save_seconds(r.shape, getattr(self.config, r.name).optimizer, self.hw)
+            for r in trained
+        )
         # Export: rank 0 holds the whole model on the host, and gathers a parameter at a time.
         gpu = self._resident("save")
         if exports:

@@ -7,6 +7,7 @@ training, 0.55 is a good decoder's share of its roof (published figures of vLLM 
 
 from dataclasses import dataclass
 
+from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.hardware import Hardware
 from gearshift.engine.memory_model import Zero, state_elements
 from gearshift.engine.shapes import Shape
@@ -132,6 +133,12 @@ def useful_flops(shape: Shape, work: Work, *, scored: int, trained: bool) -> flo
     return once * (scored + (3 * work.epochs if trained else 0))
 
 
-def save_seconds(shape: Shape, zero: Zero, hw: Hardware) -> float:
-    """A checkpoint of weights, master and moments, written by all nodes."""
-    return (12 + zero.size) * shape.total / hw.nodes / DISK
+def saved_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes per parameter of a checkpoint: the fp32 master and two moments."""
+    narrow = optimizer.name == "split_adamw" and optimizer.moments == "bf16"
+    return 4 + (4 if narrow else 8)
+
+
+def save_seconds(shape: Shape, optimizer: OptimizerConfig, hw: Hardware) -> float:
+    """A role's checkpoint, written by all nodes."""
+    return saved_bytes(optimizer) * shape.total / hw.nodes / DISK

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine import ds_config, plan_inputs
-from gearshift.engine.config import Config, OptimizerConfig
+from gearshift.engine.config import Config
 from gearshift.engine.hardware import GB
 from gearshift.engine.models import attention_implementation
+from gearshift.engine.plan_time import saved_bytes
 from gearshift.engine.run_log import nearest_existing
 from gearshift.engine.shapes import shape_of
 from gearshift.launch.doctor_checks import Finding
@@ -38,7 +39,7 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("run folder", "bad", f"{place} is not writable", fix)
         return
     bytes_each = sum(
-        shape_of(models[role], kind).total * _saved_bytes(getattr(config, role).optimizer)
+        shape_of(models[role], kind).total * saved_bytes(getattr(config, role).optimizer)
         for role, kind in (("actor", "policy"), ("critic", "critic"))
         if role in models
     )
@@ -53,12 +54,6 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("run folder", "bad", text, fix)
     else:
         yield Finding("run folder", "ok", text)
-
-
-def _saved_bytes(optimizer: OptimizerConfig) -> int:
-    """Bytes per parameter of a checkpoint: the fp32 master and two moments."""
-    narrow = optimizer.name == "split_adamw" and optimizer.moments == "bf16"
-    return 4 + (4 if narrow else 8)
 
 
 def _attention(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
