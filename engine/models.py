@@ -143,8 +143,14 @@ def attention_implementation(wanted: str, hf_config: Any) -> str:
     """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA.
 
     Without flash-attn, attention with soft-capped scores (Gemma 2) is eager: SDPA has no cap, and
-    some versions of transformers drop it without a word.
+    some versions of transformers drop it without a word. Raises ValueError where that is wanted.
     """
+    capped = getattr(hf_config, "attn_logit_softcapping", None)
+    if wanted == "sdpa" and capped:
+        raise ValueError(
+            f"attn='sdpa': {hf_config.model_type} caps its attention scores, which SDPA cannot; "
+            "use auto, eager or flash_attention_2"
+        )
     if wanted != "auto":
         return wanted
     from transformers import utils
@@ -154,7 +160,7 @@ def attention_implementation(wanted: str, hf_config: Any) -> str:
             installed = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
             if installed():
                 return f"flash_attention_{version}"
-    return "eager" if getattr(hf_config, "attn_logit_softcapping", None) else "sdpa"
+    return "eager" if capped else "sdpa"
 
 
 def _dtype(ds_config: dict) -> torch.dtype:
@@ -163,12 +169,13 @@ def _dtype(ds_config: dict) -> torch.dtype:
 
 def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
     auto = AUTO_CLASSES[role]
+    attention = attention_implementation(config.attn, hf_config)
     try:
         with init_empty_weights(include_buffers=False):
             module = auto.from_config(
                 hf_config,
                 trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention_implementation(config.attn, hf_config),
+                attn_implementation=attention,
             )
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]

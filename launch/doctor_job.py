@@ -61,7 +61,11 @@ def _attention(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
     sections = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
     sections |= {reward.name: reward for reward in config.rewards}
     for role, model in models.items():
-        picked = attention_implementation(sections[role].attn, model)
+        try:
+            picked = attention_implementation(sections[role].attn, model)
+        except ValueError as error:
+            yield Finding(f"attention of {role}", "bad", *str(error).split("; ", 1))
+            continue
         if picked.startswith("flash") and not _installed("flash-attn", "flash-attn-4"):
             fix = "pip install --no-build-isolation 'gearshift[flash]', or attn: sdpa"
             yield Finding(f"attention of {role}", "bad", f"{picked} is not installed", fix)

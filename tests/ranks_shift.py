@@ -20,6 +20,7 @@ from gearshift.engine.assets import asset_path
 from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.gguf import as_directory
 from gearshift.engine.hybrid import Gearbox
+from gearshift.engine.models import attention_implementation
 from gearshift.engine.reshard import partition
 from gearshift.engine.rollout import RolloutEngine
 
@@ -81,6 +82,8 @@ def build(family: str):
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kind, changes = FAMILIES[family]
     config = getattr(transformers, kind + "Config")(**{**COMMON, **changes})
+    # Gemma 2: some versions of transformers would drop its soft cap without a word.
+    config._attn_implementation = attention_implementation("auto", config)
     causal = kind.removesuffix("Text") + "ForCausalLM"
     torch.manual_seed(0)
     return getattr(transformers, causal)(config).float()

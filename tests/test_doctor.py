@@ -36,7 +36,8 @@ def test_a_working_machine_and_job_are_green(job, capsys):
     assert status == 0
     assert {"python", "torch", "deepspeed", "port", "run folder"} <= set(seen)
     assert not [entry for entry in seen.values() if entry["level"] == "bad"]
-    assert seen["torch"]["text"] == torch.__version__
+    built = torch.__version__.partition("+")[0]  # some builds name their CUDA here alone
+    assert seen["torch"]["text"].partition("+")[0] == built
     assert "checkpoints of 0.0 GB" in seen["run folder"]["text"]
     assert seen["attention of actor"]["text"] in ("sdpa", "flash_attention_2")
 

@@ -65,7 +65,7 @@ def combine():
 
 
 CASES = {  # -> (case, register ceiling, 128-bit loads at least)
-    "kl_gae k1": (kl_gae("*fp32", "k1"), 128, 0),
+    "kl_gae k1": (kl_gae("*fp32", "k1"), 148, 0),  # by Triton 3.6; 3.7 needs fewer than 128
     "kl_gae k3 bf16": (kl_gae("*bf16", "k3"), 128, 0),
     "value_loss": (value_loss("*fp32"), 64, 4),
     "sample greedy": (sample("*fp32", greedy=True), 64, 2),

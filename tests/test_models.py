@@ -11,11 +11,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma2Config,
 )
 
 from gearshift.engine.assets import FILES, cache_dir
 from gearshift.engine.config import ModelConfig
-from gearshift.engine.models import load_config, load_model, load_tokenizer
+from gearshift.engine.models import (
+    attention_implementation,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from tests import tiny, tiny_run
 
 PLAIN = {"zero_optimization": {"stage": 0}}
@@ -240,3 +246,13 @@ def test_a_gguf_file_is_converted_once_and_reads_as_transformers_reads_it(tmp_pa
     ids = torch.tensor([[1, 9906, 856, 836]])
     with torch.no_grad():
         assert torch.equal(lm(ids).logits, expected(ids).logits)
+
+
+def test_attention_that_would_lose_a_soft_cap_is_refused():
+    config = Gemma2Config(attn_logit_softcapping=50.0)
+    assert attention_implementation("auto", config) != "sdpa"
+    assert attention_implementation("eager", config) == "eager"
+    with pytest.raises(ValueError, match="attn='sdpa': gemma2 caps .*; use auto, eager or"):
+        attention_implementation("sdpa", config)
+    config.attn_logit_softcapping = None
+    assert attention_implementation("sdpa", config) == "sdpa"
