@@ -117,14 +117,17 @@ if dispatch.HAS_TRITON:
 def _step_triton(weight, low, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, weight_decay, step):
     N, BLOCK = weight.numel(), 1024
     from_grad = 1 - beta1 >= 0.5
+    tensors = (weight, low, grad, exp_avg, exp_avg_sq)
+    if N % 16 and N > 16:
+        # Loads are 128 bits wide only where Triton knows that 16 divides the length.
+        settings = (lr, beta1, beta2, eps, weight_decay, step)
+        for part in (slice(0, N - N % 16), slice(N - N % 16, N)):
+            _step_triton(*(tensor.view(-1)[part] for tensor in tensors), *settings)
+        return
     if N == 0:
         return
     _adamw_kernel[(triton.cdiv(N, BLOCK),)](
-        weight,
-        low,
-        grad,
-        exp_avg,
-        exp_avg_sq,
+        *tensors,
         N,
         1 - lr * weight_decay,
         -beta1 if from_grad else 1 - beta1,

@@ -22,7 +22,7 @@ def resolve(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{source}={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if device.type == "cuda" and HAS_TRITON else "torch"
+        backend = "triton" if device.type == "cuda" and HAS_TRITON else "torch"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError(f"{source}='triton': triton is not installed; pip install triton")
@@ -30,4 +30,13 @@ def resolve(backend: str, device: torch.device) -> str:
             raise ValueError(
                 f"{source}='triton' on {device.type} tensors: set TRITON_INTERPRET=1 or use 'torch'"
             )
+        if device.type == "cuda" and device.index not in (None, _current()):
+            raise ValueError(
+                f"tensors on {device}, but Triton launches on the current device, {_current()}; "
+                f"call torch.cuda.set_device({device.index}) first"
+            )
     return backend
+
+
+def _current() -> int:
+    return torch.cuda.current_device()

@@ -94,6 +94,13 @@ if dispatch.HAS_TRITON:
         return a1 * a2, a2 * b1 + b2
 
     @triton.jit
+    def k3(d):
+        """exp(-d) - 1 + d; near 0, where that cancels, its series: within 1e-4 of the value."""
+        far = tl.exp(-d) - 1.0 + d
+        near = d * d * (0.5 - d * (1.0 / 6.0 - d * (1.0 / 24.0)))
+        return tl.where(tl.abs(d) < 0.06, near, far)
+
+    @triton.jit
     def _kl_gae_kernel(
         logprobs_ptr,
         ref_ptr,
@@ -143,8 +150,7 @@ if dispatch.HAS_TRITON:
             if ESTIMATOR == "k2":
                 kl = 0.5 * kl * kl
             if ESTIMATOR == "k3":
-                kl = tl.minimum(tl.maximum(kl, -LIMIT), LIMIT)
-                kl = tl.exp(-kl) - 1.0 + kl
+                kl = k3(tl.minimum(tl.maximum(kl, -LIMIT), LIMIT))
             reward = tl.where(live & (has_next == 0), score, 0.0) - kl_coef * kl
             delta = tl.where(live, reward + gamma * upcoming - value, 0.0)
             a, b = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose)

@@ -27,15 +27,20 @@ from gearshift.kernels.vocab_parallel import Shard
 ALIGNMENT = 128  # elements: the row stride of buffers, so that every row loads 128 bits at a time
 CUDA_LOGITS_BYTES = 2 << 30  # 2353 rows at V = 152064 in bf16: dhidden alone fills the GPU
 CPU_LOGITS_BYTES = 64 << 20  # 341 rows at V = 49152: as fast as 1365 (H = 64 and 576)
+TILE_ROWS = 128  # of a GPU's GEMM: a chunk of 1667 rows costs as much as one of 1792
 WIDENED_BYTES = 32 << 20  # the fp32 copy of a slice of 16-bit weights on a CPU
 MOVED_BYTES = 64 << 20
 
 
 class LogitGradient(NamedTuple):
-    """dL/dy = diag(scale) matrix: [C,V] in the GEMMs' dtype, f32 [C]. Scale 0: no gradient."""
+    """dL/dy = diag(scale) matrix: [C,V] in the GEMMs' dtype, f32 [C]. Scale 0: no gradient.
+
+    live: how many scales are not 0, where that has been read back already.
+    """
 
     matrix: torch.Tensor
     scale: torch.Tensor
+    live: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +140,12 @@ class Head:
         return math.ceil(len(self.weight) / ALIGNMENT) * ALIGNMENT
 
     def chunks(self, rows: int) -> list[slice]:
-        """Equal chunks, as few as the budget allows."""
+        """Chunks as few and as equal as the budget and the GEMMs' tiles allow."""
         if rows == 0:
             return []
-        count = math.ceil(rows / self.chunk_rows)
-        step = math.ceil(rows / count)
+        tile = TILE_ROWS if self.backend == "triton" and self.chunk_rows >= TILE_ROWS else 1
+        count = math.ceil(rows / (self.chunk_rows // tile * tile))
+        step = rows if count == 1 else math.ceil(rows / count / tile) * tile
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def buffer(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -190,7 +196,7 @@ class HeadGradients:
     def __init__(self, head: Head, hidden: torch.Tensor, wanted: tuple[bool, ...], chunks: int):
         self.head = head
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        dtype = head.gemm_dtype if chunks == 1 else torch.float32
+        dtype = head.gemm_dtype if chunks <= 1 else torch.float32
         self.weight = torch.empty_like(head.weight, dtype=dtype) if wanted[1] else None
         self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if wanted[2] else None
         self._started = False
@@ -238,12 +244,14 @@ def move_live_rows_up_(gradient: LogitGradient) -> torch.Tensor:
     """Fills the places of zero-scale rows with live rows from the end, in place.
 
     Returns [K] int64: the original number of each of the K leading rows, all of them live. Waits
-    for the device once. A moved row's place is above K, so no place is both read and written.
+    for the device unless gradient.live is known. A moved row's place is above K, so no place is
+    both read and written.
     """
-    matrix, scale = gradient
+    matrix, scale, count = gradient
     live = scale != 0
     order = torch.arange(len(scale), device=scale.device)
-    count = int(live.sum())
+    if count is None:
+        count = int(live.sum())
     if count == len(scale):
         return order
     holes = order[:count][~live[:count]]

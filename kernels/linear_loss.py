@@ -114,8 +114,11 @@ def _finish_triton(x, z, token_ids, rows, head, out) -> tuple[RowResults, LogitG
     out = out[: len(z)]
     if anchored.applies(rows, head):
         part, gradient = anchored.finish_anchored(z, token_ids, rows, head, out=out)
-        if not gradient.scale.isnan().any():
-            return part, gradient
+        scale = gradient.scale
+        # One read-back for both questions: the device is idle while the host waits.
+        broken, live = torch.stack([scale.isnan().sum(), (scale != 0).sum()]).tolist()
+        if not broken:
+            return part, gradient._replace(live=live)
         if out.data_ptr() == z.data_ptr():
             head.logits_into(x, z)  # the pass has written over them
     return finish_two_pass(z, token_ids, rows, head, out=out)

@@ -21,6 +21,9 @@ import torch
 from gearshift.kernels import dispatch
 
 CHUNK = 256  # positions of a program; partial results are 1.6 % of the cache read at group 4
+# The load of the block table takes stages of the pipeline as well: of 5, two buffers are left for
+# keys and values (72 KiB at D = 128), so that one is filled while the other is read.
+STAGES = 5
 _GATHER_ELEMENTS = 1 << 20  # of keys copied at a time by the torch backend
 
 
@@ -268,6 +271,7 @@ def _paged_attention_triton(query, key_cache, value_cache, tables, lengths, rule
         CHUNK=CHUNK,
         UPCAST=query.device.type != "cuda",  # Triton's interpreter multiplies bf16 bit patterns
         num_warps=4,
+        num_stages=STAGES,
         **widths,
     )
     sinks = lse if rules.sinks is None else rules.sinks.contiguous()

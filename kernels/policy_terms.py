@@ -23,6 +23,8 @@ if dispatch.HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from gearshift.kernels.kl_gae import k3
+
 LOG_RATIO_LIMIT = 20.0
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -169,9 +171,8 @@ if dispatch.HAS_TRITON:
                 dkl = d
             else:
                 near = tl.clamp(d, -LIMIT, LIMIT, NAN)
-                inverse = tl.exp(-near)
-                kl = inverse - 1.0 + near
-                dkl = tl.where(tl.abs(d) > LIMIT, 0.0, 1.0 - inverse)
+                kl = k3(near)
+                dkl = tl.where(tl.abs(d) > LIMIT, 0.0, 1.0 - tl.exp(-near))
             loss += kl_coef * kl
             dlogp += kl_coef * dkl
         return weight * loss, weight * dlogp, clipped

@@ -31,12 +31,13 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     unaligned: tuple[str, ...] = ()
+    num_stages: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """registers per thread; stack bytes per thread (spills live there); shared bytes per block;
-    SASS opcode -> static count, e.g. {"LDG.E.128": 2}."""
+    """registers per thread; stack bytes per thread (spills live there); shared bytes per block,
+    those of the launch included; SASS opcode -> static count, e.g. {"LDG.E.128": 2}."""
 
     registers: int
     stack: int
@@ -59,7 +60,7 @@ def compile_kernels(cases: list[Case], capability: int) -> list[Report]:
     return [Report(**fields) for fields in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _compile(case: Case, capability: int) -> bytes:
+def _compile(case: Case, capability: int):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -74,15 +75,16 @@ def _compile(case: Case, capability: int) -> bytes:
     }
     source = ASTSource(kernel, signature, constexprs=case.constants, attrs=divisible)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": case.num_warps}).asm["cubin"]
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=target, options=options)
 
 
-def _inspect(cubin: bytes) -> Report:
+def _inspect(compiled) -> Report:
     import triton
 
     tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = (
             subprocess.run(
@@ -90,12 +92,12 @@ def _inspect(cubin: bytes) -> Report:
             ).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
-    field = {key: int(n) for key, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    field = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = collections.Counter(
         re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     )
     stack = field["STACK"] + field["LOCAL"]
-    return Report(field["REG"], stack, field["SHARED"], dict(opcodes))
+    return Report(field["REG"], stack, compiled.metadata.shared, dict(opcodes))
 
 
 if __name__ == "__main__":

@@ -133,6 +133,17 @@ def test_triton_and_torch_give_the_same_bits(beta1, moments):
     assert states[0][2].dtype == moments
 
 
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("count", [5, 16, 17, 1000, 1041])
+def test_lengths_that_16_does_not_divide(count):
+    states = [start(count, torch.float32) for _ in BACKENDS]
+    for t, grad in enumerate(gradients(count, 3, torch.bfloat16), 1):
+        for state, backend in zip(states, BACKENDS, strict=True):
+            step(state, grad, t, backend)
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+
+
 def test_chunks_change_nothing(monkeypatch):
     whole, cut = start(1000), start(1000)
     monkeypatch.setitem(adamw.CHUNK, "cpu", 64)

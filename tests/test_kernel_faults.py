@@ -106,7 +106,7 @@ FAULTS = {
             "tl.where(advantage < 0, dual_clip",
             "tl.where(advantage > 0, dual_clip",
         ),
-        Fault(policy_terms, KL, "tl.where(tl.abs(d) > LIMIT, 0.0, 1.0 - inverse)", "inverse - 1.0"),
+        Fault(policy_terms, KL, "0.0, 1.0 - tl.exp(-near))", "0.0, tl.exp(-near) - 1.0)"),
     ],
     "_gradient_kernel": [
         left_out(epilogue, BONUS, "tl.store(out + columns, g.to(out.dtype.element_ty), inside)"),

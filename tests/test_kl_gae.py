@@ -185,6 +185,18 @@ def test_kl_estimate_value_and_gradient(estimator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_k3_is_neither_lost_nor_negative(backend):
+    d = torch.tensor([[1e-5, -1e-4, 3e-4, -2e-3, 0.02, -0.059, 0.061, -0.1]])
+    zeros, mask = torch.zeros_like(d), torch.ones_like(d, dtype=torch.bool)
+    out = kl_reward_gae(
+        d, zeros, zeros, mask, zeros[:, 0], **COEFFICIENTS, kl_estimator="k3", backend=backend
+    )
+    exact = torch.expm1(-d.double()) + d.double()
+    rtol = 1e-4 if backend == "triton" else 2e-2  # expm1(-d) + d cancels, too
+    torch.testing.assert_close(out.kl.double(), exact, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_k3_saturates_at_20_nats_and_k1_does_not(backend):
     logprobs = torch.tensor([[-100.0, -1.0]])
     mask, zeros = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
