@@ -23,21 +23,23 @@ from gearshift.engine.packing import Inputs
 from gearshift.engine.sampling import draw_packed
 
 STEP = 16  # rows between buckets above 16: at most 15 padding rows, one graph per 16 rows
+# Graphs that live for one generation are made anew every step, some tenths of a second each: up to
+# 64 rows their number doubles, and padding rows cost little where weights bound a step.
+COARSE_STEP = 64
 WIDTH = 16  # widths are rounded up to it: a slightly longer prompt needs no new graphs
 # Expert layers that choose their kernels without reading the routing on the host.
 CAPTURABLE_EXPERTS = ("grouped_mm", "batched_mm")
 
 
-def buckets(rows: int) -> list[int]:
-    """The numbers of rows that graphs are captured for; the last is the first that holds `rows`."""
+def buckets(rows: int, *, coarse: bool = False) -> list[int]:
+    """The numbers of rows that graphs are captured for; the last is the first that holds `rows`.
+
+    coarse: for graphs that are thrown away after one generation.
+    """
     sizes = [1, 2, 4, 8, *range(STEP, rows + STEP, STEP)]
+    if coarse:
+        sizes = [1, 2, 4, 8, 16, 32, *range(COARSE_STEP, rows + COARSE_STEP, COARSE_STEP)]
     return sizes[: bisect.bisect_left(sizes, rows) + 1]
-
-
-def bucket_of(rows: int, most: int) -> int:
-    """The smallest bucket that holds `rows` of at most `most` rows."""
-    sizes = buckets(most)
-    return sizes[bisect.bisect_left(sizes, rows)]
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:
@@ -59,8 +61,9 @@ def cannot_capture(module: nn.Module) -> str | None:
 class DecodeGraphs:
     """Runs decode steps of one module over one cache with one sampling configuration.
 
-    rows: most sequences decoded at once. width: blocks of the longest sequence. Valid while the
-    module's tensors are at the `weights` addresses; capture_seconds grows with every new bucket.
+    rows: most sequences decoded at once. width: blocks of the longest sequence. coarse: see
+    `buckets`. Valid while the module's tensors are at the `weights` addresses; capture_seconds
+    grows with every new bucket.
     On a device without CUDA the same steps run eagerly, padding included; tests rely on it.
     """
 
@@ -73,6 +76,7 @@ class DecodeGraphs:
         *,
         rows: int,
         width: int,
+        coarse: bool = False,
     ):
         self.module, self.cache, self.sampling, self.group = module, cache, sampling, group
         self.rows, self.width = rows, -(-width // WIDTH) * WIDTH
@@ -80,7 +84,8 @@ class DecodeGraphs:
         self._capture = cache.device.type == "cuda"
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
-        self._allocate(buckets(rows)[-1])
+        self._buckets = buckets(rows, coarse=coarse)
+        self._allocate(self._buckets[-1])
 
     def fits(self, sampling: SamplingConfig, rows: int, width: int) -> bool:
         """Whether these graphs serve such a call, too."""
@@ -91,7 +96,7 @@ class DecodeGraphs:
     ) -> tuple[list[int], list[float]]:
         """Forward and draw for decoding rows only; returns token ids and log-probs."""
         count = len(inputs.lengths)
-        bucket = bucket_of(count, self.rows)
+        bucket = self._buckets[bisect.bisect_left(self._buckets, count)]
         self._fill(inputs, seeds, positions, bucket)
         if bucket not in self._replays:
             start = time.perf_counter()

@@ -65,7 +65,10 @@ class RolloutEngine:
         # A cache of a size the user chose can stay; one that takes what is free must make room.
         self._keeps = config.weights == "resident" and config.kv_cache_gb > 0
         self._use_graphs = (
-            config.cuda_graphs and self.device.type == "cuda" and not cannot_capture(module)
+            config.cuda_graphs
+            and self.device.type == "cuda"
+            and paged.uses_kernel(self.device)  # PyTorch's forms of our kernels read on the host
+            and not cannot_capture(module)
         )
         self.preemptions = 0  # of the last call
 
@@ -256,9 +259,8 @@ class RolloutEngine:
     def _graphs_for(self, sampling: SamplingConfig, table: np.ndarray) -> DecodeGraphs:
         rows, width = table.shape
         if self._graphs is None or not self._graphs.fits(sampling, rows, width):
-            self._graphs = DecodeGraphs(
-                self.module, self._cache, sampling, self.group, rows=rows, width=width
-            )
+            shape = dict(rows=rows, width=width, coarse=not self._keeps)
+            self._graphs = DecodeGraphs(self.module, self._cache, sampling, self.group, **shape)
         return self._graphs
 
     def _forward(self, inputs: Inputs) -> Tensor:
