@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 Tensors = dict[str, torch.Tensor]
+Truths = dict[str, "torch.Tensor | Blocked"]
 
 TRUTH_ELEMENTS = 1 << 26  # of a float64 temporary: 512 MiB
 LIMITS = {torch.bfloat16: 2e-2, torch.float16: 2e-2, torch.float32: 2e-4}
@@ -42,6 +43,18 @@ class Size:
 
 
 @dataclasses.dataclass(frozen=True)
+class Blocked:
+    """A truth [rows, 1] that is too large to hold: block(slice) computes rows of it when read."""
+
+    rows: int
+    block: Callable[[slice], torch.Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.rows, 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """draw(size, dtype, generator) -> inputs on the generator's device; run(inputs, size, backend)
     -> every output and gradient; truth(inputs, outputs) -> the same in float64 (`outputs` decides
@@ -50,7 +63,7 @@ class Case:
     name: str
     draw: Callable[[Size, torch.dtype, torch.Generator], Tensors]
     run: Callable[[Tensors, Size, str], Tensors]
-    truth: Callable[[Tensors, Tensors], Tensors]
+    truth: Callable[[Tensors, Tensors], Truths]
 
     @property
     def op(self) -> str:
@@ -73,7 +86,7 @@ def verify(
     return errors, complaint(outputs, errors)
 
 
-def errors_of(outputs: Tensors, truth: Tensors) -> dict[str, float]:
+def errors_of(outputs: Tensors, truth: Truths) -> dict[str, float]:
     """The error of every output that `truth` knows."""
     return {name: error(value, truth[name]) for name, value in outputs.items() if name in truth}
 
@@ -87,7 +100,7 @@ def complaint(outputs: Tensors, errors: dict[str, float], limit: float | None = 
     return None
 
 
-def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+def error(found: torch.Tensor, truth: torch.Tensor | Blocked) -> float:
     """The largest error of a row; infinite where shapes differ or a number is missing.
 
     Floats: |found_i - truth_i| / (|truth_i| + rms |truth|) over rows i, Euclidean norms; the rms
@@ -97,17 +110,25 @@ def error(found: torch.Tensor, truth: torch.Tensor) -> float:
         return float("inf")
     if not found.is_floating_point():
         return (found != truth).double().mean().item()
-    found, truth = (x.reshape(len(x) if x.ndim else 1, -1) for x in (found, truth))
-    step = max(1, TRUTH_ELEMENTS // max(1, truth.shape[1]))
-    norms, gaps = [], []
-    for part, right in zip(found.split(step), truth.split(step), strict=True):
-        norms.append(right.double().norm(dim=1))
-        gaps.append((part.double() - right).norm(dim=1))
-    norm, gap = torch.cat(norms), torch.cat(gaps)
-    scale = norm + norm.square().mean().sqrt()
-    relative = torch.where(gap == 0, 0.0, gap / scale)
-    worst = relative.max().item() if len(relative) else 0.0
-    return worst if worst == worst else float("inf")
+    found = found.reshape(len(found) if found.ndim else 1, -1)
+    whole = isinstance(truth, torch.Tensor)
+    read = truth.reshape(found.shape).__getitem__ if whole else truth.block
+    step = max(1, TRUTH_ELEMENTS // max(1, found.shape[1]))
+    blocks = [slice(start, start + step) for start in range(0, len(found), step)]
+    squares = sum(read(rows).double().norm().square().item() for rows in blocks)
+    rms = (squares / max(1, len(found))) ** 0.5
+    worst = 0.0
+    for rows in blocks:
+        found_worst = _worst(found[rows].double(), read(rows).double(), rms)
+        if found_worst != found_worst:
+            return float("inf")
+        worst = max(worst, found_worst)
+    return worst
+
+
+def _worst(found: torch.Tensor, truth: torch.Tensor, rms: float) -> float:
+    gap = (found - truth).norm(dim=1)
+    return torch.where(gap == 0, 0.0, gap / (truth.norm(dim=1) + rms)).max().item()
 
 
 @contextlib.contextmanager

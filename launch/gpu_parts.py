@@ -37,7 +37,7 @@ BEYOND_INT32 = Size(  # rows * vocabulary > 2^31 in one chunk of logits, and in 
 LARGE_CACHE = Size(  # keys alone: 2400 * 1024 * 8 * 128 = 2.5e9 elements
     rows=1, hidden=1, vocab=2, batch=2400, response=1, heads=(32, 8, 128), context=1024
 )
-LARGE_BYTES = 60e9  # of device memory, for the two above
+LARGE_BYTES = 80e9  # of device memory: 32 for each of the 2.2e9 weights of the optimizer's check
 HALF_PRECISION = ("linear_logprob", "logprob_entropy", "sample_tokens", "paged_attention")
 
 

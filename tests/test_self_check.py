@@ -7,7 +7,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from gearshift.kernels import anchored, check_case, ops, paged_attention, sample, self_check
+from gearshift.kernels import (
+    anchored,
+    check_case,
+    check_head,
+    ops,
+    paged_attention,
+    sample,
+    self_check,
+)
 
 CPU = torch.device("cpu")
 TINY = check_case.Size(
@@ -116,6 +124,46 @@ def test_errors_are_relative_to_the_row_and_infinite_where_numbers_are_missing()
     assert check_case.error(truth * float("nan"), truth) == float("inf")
     assert check_case.error(truth[:1], truth) == float("inf")
     assert check_case.error(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
+
+
+def adamw_case(monkeypatch, name):
+    """The case's outputs and its truth, of 300 weights and then read 64 at a time."""
+    case = next(case for case in self_check.CASES if case.name == f"adamw_split_step.{name}")
+    size = dataclasses.replace(TINY, rows=1)
+    inputs = case.draw(size, torch.bfloat16, torch.Generator().manual_seed(5))
+    outputs = case.run(inputs, size, "torch")
+    truth = case.truth(inputs, outputs)
+    whole = {name: part.block(slice(None)) for name, part in truth.items()}
+    for module in (check_case, check_head):
+        monkeypatch.setattr(module, "TRUTH_ELEMENTS", 64)
+    return outputs, truth, whole
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_a_truth_in_blocks_gives_the_errors_of_the_whole_one(monkeypatch, moments):
+    outputs, truth, whole = adamw_case(monkeypatch, moments)
+    read = []
+
+    def counted(part):
+        return lambda rows: read.append(part.block(rows)) or read[-1]
+
+    for name, part in truth.items():
+        read.clear()
+        found = check_case.error(outputs[name], dataclasses.replace(part, block=counted(part)))
+        assert max(map(len, read)) == 64 and torch.equal(torch.cat(read[-5:]), whole[name])
+        norm, gap = whole[name].abs(), (outputs[name].double() - whole[name]).abs()
+        expected = (gap / (norm + norm.square().mean().sqrt())).max().item()
+        assert found == pytest.approx(expected, rel=1e-9) and found > 0
+    assert check_case.complaint(outputs, check_case.errors_of(outputs, truth)) is None
+
+
+@pytest.mark.parametrize("name", ["master", "weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("wrong", [9.0, float("nan")])
+def test_an_error_in_the_last_block_is_seen(monkeypatch, name, wrong):
+    outputs, truth, _ = adamw_case(monkeypatch, "bf16")
+    outputs[name][-1] += wrong
+    problem = check_case.complaint(outputs, check_case.errors_of(outputs, truth))
+    assert problem.startswith(f"{name} is off by")
 
 
 def test_poison_is_in_every_fresh_buffer_and_gone_afterwards():
