@@ -13,6 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+# A column beside the dataset's: the prompt as the policy's template read it, system turn included.
+AS_READ = "prompt as read"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptBatch:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine.batch import PromptBatch
+from gearshift.engine.batch import AS_READ, PromptBatch
 from gearshift.engine.config import DataConfig, PretrainConfig
 from gearshift.engine.mixture import Mixture, Walk
 from gearshift.engine.prompts import PromptEncoder
@@ -83,7 +83,8 @@ class PromptStream:
         row_ids = [base + k * count + p for k in range(samples) for p in range(rank, count, world)]
         self.step += 1
         ids, mask = left_padded([example.ids for example in mine], pad_id(self.tokenizer))
-        columns = {name: [example.columns.get(name) for example in mine] for name in self.columns}
+        names = [*self.columns, AS_READ]
+        columns = {name: [example.columns.get(name) for example in mine] for name in names}
         return PromptBatch(
             prompt_ids=ids, prompt_mask=mask, row_ids=torch.tensor(row_ids), columns=columns
         )
@@ -168,7 +169,8 @@ class PromptStream:
     def _example(self, walk: Walk, number: int, row: Row) -> Example:
         try:
             text = self.encoder.read(row, walk.source.prompt_key)
-            return Example(self.encoder.encode(text), row | {"prompt": text.prompt})
+            own = {"prompt": text.prompt, AS_READ: text.as_read}
+            return Example(self.encoder.encode(text), row | own)
         except ValueError as error:  # the encoder names the value, we add where it stands
             raise ValueError(f"{walk.source.path}, row {number}: {error}") from None
 

@@ -15,8 +15,12 @@ class PromptText:
     """A prompt as the dataset had it, and as the model reads it."""
 
     prompt: Prompt
+    as_read: Prompt  # the messages that were templated, system turn included; else the string
     rendered: str
-    templated: bool
+
+    @property
+    def templated(self) -> bool:
+        return isinstance(self.as_read, list)
 
 
 class PromptEncoder:
@@ -24,14 +28,16 @@ class PromptEncoder:
 
     Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}; of the last, the answer
     in a trailing assistant turn is dropped. A templated prompt is tokenised without further special
-    tokens. A plain string gets those of its tokenizer, but never an end token. A prompt without
-    tokens becomes the BOS token.
+    tokens. A plain string gets those of its tokenizer, but never an end token, nor a BOS token
+    where it begins with one. A prompt without tokens becomes the BOS token.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any):
         self.config, self.tokenizer = config, tokenizer
         end = tokenizer.eos_token_id
         self.appends_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end]
+        begin = tokenizer.bos_token_id
+        self.adds_begin = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
         if config.chat_template == "always":
             self._require_template("data.chat_template=always")
 
@@ -52,14 +58,17 @@ class PromptEncoder:
                 "content"
             )
         if messages is None:
-            return PromptText(prompt, prompt, templated=False)
-        return PromptText(prompt, self._render(messages), templated=True)
+            return PromptText(prompt, prompt, prompt)
+        messages = self._with_system(messages)
+        return PromptText(prompt, messages, self._render(messages))
 
     def encode(self, text: PromptText) -> list[int]:
         """Token ids, at least one. Raises ValueError for an empty prompt without a BOS token."""
         ids = self.tokenizer(text.rendered, add_special_tokens=not text.templated)["input_ids"]
         if not text.templated and self.appends_end:
             ids = ids[:-1]
+        if not text.templated and self.adds_begin and ids[:2] == [self.tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
         if ids:
             return ids
         if self.tokenizer.bos_token_id is None:
@@ -68,13 +77,16 @@ class PromptEncoder:
             )
         return [self.tokenizer.bos_token_id]
 
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        system = self.config.system_prompt
+        if system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
     def _render(self, messages: list[Message]) -> str:
         if self.config.chat_template == "never":
             raise ValueError("the prompt is a chat; set data.chat_template=auto")
         self._require_template("the prompt is a chat")
-        system = self.config.system_prompt
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )

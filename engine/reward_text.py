@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from gearshift.engine.batch import Rollout
+from gearshift.engine.batch import AS_READ, Rollout
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -27,6 +27,7 @@ class TextRows:
     """A rollout as lists, one entry per row."""
 
     prompts: list[str | list[Message]]  # as in the dataset: a string, or a list of messages
+    as_read: list[str | list[Message]]  # as the policy read it: messages where it was templated
     responses: list[str]  # without special tokens and without the end token
     prompt_ids: list[list[int]]  # live tokens only
     response_ids: list[list[int]]  # live tokens only, the end token included
@@ -50,7 +51,7 @@ def read_rows(rollout: Rollout, tokenizer: Any) -> TextRows:
     """Decodes a rollout with the policy's tokenizer.
 
     The column "prompt" is the prompt as the dataset had it; without one, the prompt's tokens are
-    decoded.
+    decoded. AS_READ is for reward models alone: a function's columns are the dataset's.
     """
     prompt_ids = _live(rollout.prompt_ids, rollout.prompt_mask)
     response_ids = _live(rollout.response_ids, rollout.response_mask)
@@ -59,6 +60,7 @@ def read_rows(rollout: Rollout, tokenizer: Any) -> TextRows:
     prompts = columns.pop("prompt", None)
     if prompts is None:
         prompts = [decode(tokenizer, ids) for ids in prompt_ids]
+    as_read = columns.pop(AS_READ, prompts)
     bodies = [
         # An end token that is not marked special would otherwise be read as text.
         ids[:-1] if done and ids[-1] == tokenizer.eos_token_id else ids
@@ -66,6 +68,7 @@ def read_rows(rollout: Rollout, tokenizer: Any) -> TextRows:
     ]
     return TextRows(
         prompts=prompts,
+        as_read=as_read,
         responses=[decode(tokenizer, ids) for ids in bodies],
         prompt_ids=prompt_ids,
         response_ids=response_ids,
@@ -95,7 +98,8 @@ def render_for_reward(
     The tokenizers agree (vocabulary and chat template): the ids that the policy saw and sampled,
     never tokenised again. Only a chat with chat_template=False is rendered as below even then.
 
-    They differ: the text is rendered and tokenised with the reward model's own tokenizer.
+    They differ: the text is rendered and tokenised with the reward model's own tokenizer. A chat is
+    what the policy's template read: a string wrapped as one counts, and so does its system prompt.
       - A chat, chat_template=True and the tokenizer has a template: that template. A finished
         response is closed as the template closes a turn; one cut by length stays open.
       - Otherwise plain text: the contents of the messages, a blank line between them, or prompt and
@@ -105,7 +109,7 @@ def render_for_reward(
     same = same_tokenizer(policy_tokenizer, reward_tokenizer)
     templated = chat_template and reward_tokenizer.chat_template is not None
     rendered = []
-    for i, prompt in enumerate(rows.prompts):
+    for i, prompt in enumerate(rows.as_read):
         is_chat = isinstance(prompt, list)
         if same and (chat_template or not is_chat):
             rendered.append(rows.prompt_ids[i] + rows.response_ids[i])
@@ -125,11 +129,11 @@ def plain_prompt(prompt: str | list[Message]) -> str:
 
 def _render_chat(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
     if rows.finished[i]:
-        chat = [*rows.prompts[i], {"role": "assistant", "content": rows.responses[i]}]
+        chat = [*rows.as_read[i], {"role": "assistant", "content": rows.responses[i]}]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
     else:
         opening = tokenizer.apply_chat_template(
-            rows.prompts[i], tokenize=False, add_generation_prompt=True
+            rows.as_read[i], tokenize=False, add_generation_prompt=True
         )
         text = opening + rows.responses[i]
     # The template writes the special tokens itself.
@@ -137,7 +141,7 @@ def _render_chat(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
 
 
 def _render_plain(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
-    ids = tokenizer(plain_prompt(rows.prompts[i]) + rows.responses[i])["input_ids"]
+    ids = tokenizer(plain_prompt(rows.as_read[i]) + rows.responses[i])["input_ids"]
     end = tokenizer.eos_token_id
     # Some tokenizers append their end token to every text; a cut response must not show one.
     while end is not None and ids and ids[-1] == end:

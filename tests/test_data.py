@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from gearshift.engine.batch import AS_READ
 from gearshift.engine.config import DataConfig, PretrainConfig, SourceConfig
 from gearshift.engine.data import PromptStream, TextStream, left_padded
 from gearshift.engine.readers import columns_of, read_rows
@@ -201,6 +202,7 @@ def test_left_padded_without_any_special_token():
 
 USER = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w9"}
+SYSTEM, OTHER = ({"role": "system", "content": text} for text in ("be kind", "w5"))
 CHAT = [0, 3, 9, 1, 0, 4]  # <s> user w1 </s> <s> assistant
 
 
@@ -229,6 +231,26 @@ def test_prompt_column_is_the_dataset_s_own(tmp_path):
     assert batch.columns["messages"] == [[USER, ANSWER]]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "config", "as_read"),
+    [
+        ("w1", {"chat_template": "always"}, [USER]),
+        ("w1", {"chat_template": "always", "system_prompt": "be kind"}, [SYSTEM, USER]),
+        ([USER], {"system_prompt": "be kind"}, [SYSTEM, USER]),
+        ([OTHER, USER], {"system_prompt": "be kind"}, [OTHER, USER]),
+        ("w1", {"chat_template": "never", "system_prompt": "be kind"}, "w1"),
+    ],
+)
+def test_what_the_policy_read_travels_beside_the_dataset_s_prompt(
+    tmp_path, prompt, config, as_read
+):
+    path = write(tmp_path / "p.jsonl", [{"prompt": prompt}])
+    s = stream(path, config=config, prompts_per_step=1)
+    batch = s.next_batch()
+    assert prompts_of(batch) == [prompt] and batch.columns[AS_READ] == [as_read]
+    assert AS_READ not in s.columns  # no column that a reward function may ask for
+
+
 def test_system_prompt_only_where_there_is_none(tmp_path):
     own = {"role": "system", "content": "w5"}
     path = write(tmp_path / "p.jsonl", [{"prompt": [USER]}, {"prompt": [own, USER]}])
@@ -244,6 +266,23 @@ def test_an_end_token_the_tokenizer_appends_is_removed(tmp_path):
     batch = stream(path, tok=tok, config={"shuffle": False}, prompts_per_step=2).next_batch()
     assert live(batch, 0) == [0, 9]
     assert live(batch, 1) == [0, 9, 1]  # this one is part of the text
+
+
+@pytest.mark.parametrize(
+    ("text", "post", "expected"),
+    [
+        ("<s> user w1 </s>", "<s> $A", [0, 3, 9, 1]),  # a template wrote the first token
+        (" <s> w1", "<s> $A", [0, 9]),
+        ("<s>", "<s> $A", [0]),
+        ("<s> <s> w1", "<s> $A", [0, 0, 9]),  # the second is the text's own
+        ("<s> <s> w1", None, [0, 0, 9]),
+        ("w1 <s>", "<s> $A", [0, 9, 0]),
+        ("<s> w1", "<s> $A </s>", [0, 9]),
+    ],
+)
+def test_a_text_that_begins_with_bos_gets_no_second(tmp_path, text, post, expected):
+    path = write(tmp_path / "p.jsonl", [{"prompt": text}])
+    assert live(stream(path, tok=tokenizer(post=post), prompts_per_step=1).next_batch()) == expected
 
 
 def test_empty_prompt_becomes_bos_or_is_refused(tmp_path):

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gearshift.engine import reward_http
-from gearshift.engine.batch import Rollout
-from gearshift.engine.config import RewardConfig
+from gearshift.engine.batch import AS_READ, Rollout
+from gearshift.engine.config import DataConfig, RewardConfig
+from gearshift.engine.prompts import PromptEncoder
 from gearshift.engine.rewards import RewardError, RewardSum, read_rows, render_for_reward
 
 CHAT = [{"role": "user", "content": "name a fruit"}]
@@ -512,6 +513,62 @@ def test_plain_text_where_there_is_no_template_or_none_is_wanted(template):
         for ids in render(reward, chat_template=template is None)
     ]
     assert texts == ["name a fruit an apple </s>", "name a fruit a pear"]
+
+
+def rollout_as_read(prompt, answer: str = "a pear", **data) -> Rollout:
+    """What the prompt stream makes of one prompt with these settings, and an answer to it."""
+    text = PromptEncoder(DataConfig(**data), POLICY).read({"prompt": prompt}, "prompt")
+    answered = rollout_of([text.rendered], [answer])
+    return replace(answered, columns={"prompt": [text.prompt], AS_READ: [text.as_read]})
+
+
+KIND = {"system_prompt": "be kind"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "data", "templated", "plain"),
+    [
+        (
+            "name a fruit",
+            {"chat_template": "always"},
+            "[user] name a fruit [/] [assistant] a pear [/] ",
+            "name a fruit\n\na pear",
+        ),
+        (
+            CHAT,
+            KIND,
+            "[system] be kind [/] [user] name a fruit [/] [assistant] a pear [/] ",
+            "be kind\n\nname a fruit\n\na pear",
+        ),
+        (
+            "name a fruit",
+            KIND | {"chat_template": "always"},
+            "[system] be kind [/] [user] name a fruit [/] [assistant] a pear [/] ",
+            "be kind\n\nname a fruit\n\na pear",
+        ),
+        ("name a fruit ", KIND | {"chat_template": "never"}, None, "name a fruit a pear"),
+        ("name a fruit ", KIND, None, "name a fruit a pear"),
+    ],
+    ids=["string always", "chat system", "string always system", "string never", "string auto"],
+)
+def test_a_reward_model_reads_the_chat_that_the_policy_read(prompt, data, templated, plain):
+    rollout = rollout_as_read(prompt, **data)
+    with_template, without = byte_tokenizer(BRACKETS), byte_tokenizer(vocabulary=280)
+    with_template.bos_token = "<|end|>"
+    read = [tok.decode(render(tok, rollout)[0]) for tok in (with_template, without)]
+    assert read == [f"<|end|> {templated}" if templated else f"{plain}<eos>", f"{plain}<eos>"]
+
+
+def test_a_function_gets_the_dataset_s_form_of_a_prompt(function):
+    rewards = function(
+        """
+        def reward(prompts, completions, **columns):
+            assert prompts == ["name a fruit"] and completions == ["a pear"]
+            return [len(columns) == 1 and "completion_ids" in columns]
+        """
+    )
+    rollout = rollout_as_read("name a fruit", chat_template="always", **KIND)
+    assert score(rewards, rollout) == [1.0]
 
 
 def test_a_chat_rendered_plainly_for_the_same_tokenizer():
