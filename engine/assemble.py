@@ -13,10 +13,10 @@ from gearshift.engine.frozen import Reference, RewardModel
 from gearshift.engine.models import load_config, load_model, load_tokenizer, location, room_for
 from gearshift.engine.optim import check_optimizer
 from gearshift.engine.ppo import Roles
-from gearshift.engine.reward_text import same_tokenizer
+from gearshift.engine.reward_text import check_system_turn, same_tokenizer
 from gearshift.engine.rewards import RewardSum
 from gearshift.engine.roles import Actor, Critic
-from gearshift.engine.shapes import kv_bytes_per_token, kv_shape
+from gearshift.engine.shapes import kv_bytes_per_token, kv_shape, positions
 from gearshift.engine.shards import Store
 
 
@@ -34,7 +34,7 @@ class Blueprint:
     @property
     def max_context(self) -> int:
         """Tokens of prompt and response together that the actor can read."""
-        return getattr(self.hf_config, "max_position_embeddings", None) or 2**31
+        return positions(self.hf_config) or 2**31
 
 
 def draw_up(config: Config) -> Blueprint:
@@ -73,6 +73,7 @@ def draw_up(config: Config) -> Blueprint:
     _check_vocabulary(blueprint)
     _check_context(blueprint)
     _check_cache(blueprint)
+    _fit_rewards(blueprint)
     return blueprint
 
 
@@ -176,7 +177,9 @@ def _errors_of(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        field = str(error).startswith(("path=", "tokenizer=", "optimizer."))
+        field = str(error).startswith(
+            ("path=", "tokenizer=", "optimizer.", "max_tokens=", "chat_template=")
+        )
         raise ValueError(f"{key}.{error}" if field else str(error)) from None
 
 
@@ -242,6 +245,19 @@ def _check_context(blueprint: Blueprint) -> None:
             f"{config.sampling.max_new_tokens} exceed the actor's context of "
             f"{blueprint.max_context}; lower either"
         )
+
+
+def _fit_rewards(blueprint: Blueprint) -> None:
+    """Raises ValueError for a reward model that cannot read what its configuration gives it."""
+    config = blueprint.config
+    for key, model in _named_models(config).items():
+        if not isinstance(model, RewardConfig):
+            continue
+        tokenizer = blueprint.reward_tokenizers[model.name]
+        with _errors_of(key):
+            blueprint.rewards.fit(model.name, positions(load_config(model, "reward")))
+            if config.data.system_prompt is not None and model.chat_template:
+                check_system_turn(blueprint.tokenizer, tokenizer)
 
 
 def _check_cache(blueprint: Blueprint) -> None:

@@ -95,7 +95,11 @@ class RewardConfig(ModelConfig):
     retries: int = knob(5, "further tries after a failed HTTP request, with backoff", least=0)
     chat_template: bool = knob(True, "render a chat with the reward tokenizer's own template")
     batch_size: int = knob(8, "rows per forward of a reward model, per rank", least=1)
-    max_tokens: int = knob(4096, "longest text a reward model reads, in its tokens", least=1)
+    max_tokens: int | None = knob(
+        None,
+        "longest text a reward model reads, in its tokens; null: 4096, or its positions if fewer",
+        least=1,
+    )
     deepspeed: str = knob("frozen_zero3_cpu.json", "DeepSpeed JSON of the frozen model")
 
 

@@ -120,6 +120,20 @@ def render_for_reward(
     return rendered
 
 
+def check_system_turn(policy_tokenizer: Any, reward_tokenizer: Any) -> None:
+    """Raises ValueError where the reward model's template takes no system message."""
+    if reward_tokenizer.chat_template is None or same_tokenizer(policy_tokenizer, reward_tokenizer):
+        return
+    chat = [{"role": role, "content": "a"} for role in ("system", "user")]
+    try:
+        reward_tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(
+            f"chat_template=true: its tokenizer's template takes no data.system_prompt ({error}); "
+            "set it to false, or put the instruction into the prompts"
+        ) from None
+
+
 def plain_prompt(prompt: str | list[Message]) -> str:
     """A prompt without a template: a chat's contents, a blank line after each."""
     if isinstance(prompt, str):

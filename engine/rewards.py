@@ -28,6 +28,8 @@ __all__ = ["RewardError", "RewardSum", "Scorer", "Scores", "read_rows", "render_
 
 log = logging.getLogger(__name__)
 
+MAX_TOKENS = 4096  # of max_tokens=null
+
 
 class Scores(NamedTuple):
     """What all rewards together make of this rank's rows, failed ones settled."""
@@ -62,19 +64,40 @@ class ModelReward:
             raise RewardError(f"rewards: {config.name}: path=None: kind model needs a model")
         self.name, self.config = config.name, config
         self._warned = False
+        self.limit = config.max_tokens or MAX_TOKENS
+
+    def fit(self, positions: int | None) -> None:
+        """Reads no more than the model has positions for (None: any number).
+
+        Raises RewardError, beginning with the field, where the configuration asks for more.
+        """
+        if positions is None or self.limit <= positions:
+            return
+        if self.config.max_tokens is not None:
+            raise RewardError(
+                f"max_tokens={self.limit}: {self.config.path!r} has {positions} positions; "
+                f"use {positions} or fewer"
+            )
+        self.limit = positions
+        log.warning(
+            "reward %r: it reads the last %d tokens of a row, as many as it has positions "
+            "(rewards max_tokens=null)",
+            self.name,
+            positions,
+        )
 
     def check(self, columns: Collection[str] | None) -> None:
         """A reward model reads no columns."""
 
     def scores(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> Answer:
-        """One score per row; a longer row keeps its last `max_tokens` tokens."""
+        """One score per row; a longer row keeps its last `limit` tokens."""
         token_ids = render_for_reward(
             rows, policy_tokenizer, scorer.tokenizer, chat_template=self.config.chat_template
         )
         if not all(token_ids):
             empty = rows.row(token_ids.index([]))
             raise RewardError(f"reward {self.name!r}: its tokenizer makes no token of {empty}")
-        limit = self.config.max_tokens
+        limit = self.limit
         longest = max(map(len, token_ids))
         if longest > limit and not self._warned:
             self._warned = True
@@ -85,9 +108,17 @@ class ModelReward:
                 longest,
                 limit,
             )
-        return checked_scores(
-            self.name, scorer.score_ids([ids[-limit:] for ids in token_ids]).detach(), rows
-        )
+        first = getattr(scorer.tokenizer, "cls_token_id", None)
+        shortened = [_last(ids, limit, first) for ids in token_ids]
+        return checked_scores(self.name, scorer.score_ids(shortened).detach(), rows)
+
+
+def _last(ids: list[int], limit: int, first: int | None) -> list[int]:
+    """The last tokens of a row, after its `first`: an encoder's score is read there."""
+    if len(ids) <= limit:
+        return ids
+    opening = ids[:1] if ids[0] == first else []
+    return opening + ids[len(ids) - limit + len(opening) :]
 
 
 _KINDS = {"function": FunctionReward, "http": HttpReward, "model": ModelReward}
@@ -121,6 +152,10 @@ class RewardSum:
     def model_configs(self) -> list[RewardConfig]:
         """The rewards for which `join` must be given a model."""
         return [source.config for source in self._sources if isinstance(source, ModelReward)]
+
+    def fit(self, name: str, positions: int | None) -> None:
+        """Tells the reward model `name` how many tokens its model can read; see ModelReward."""
+        next(source for source in self._sources if source.name == name).fit(positions)
 
     def join(self, scorers: Mapping[str, Scorer]) -> None:
         """Takes the loaded reward models: one for each of `model_configs`, by its name."""

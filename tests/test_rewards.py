@@ -10,13 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from gearshift.engine import reward_http
 from gearshift.engine.batch import AS_READ, Rollout
 from gearshift.engine.config import DataConfig, RewardConfig
 from gearshift.engine.prompts import PromptEncoder
+from gearshift.engine.reward_text import check_system_turn
 from gearshift.engine.rewards import RewardError, RewardSum, read_rows, render_for_reward
+from gearshift.engine.shapes import positions
 
 CHAT = [{"role": "user", "content": "name a fruit"}]
 CHATML = (
@@ -600,6 +606,81 @@ def test_a_reward_model_keeps_the_end_of_long_rows(caplog):
     assert by_name["r"].tolist() == [4.0, 4.0] and total.tolist() == [2.0, 2.0]
     rewards.scores(ROLLOUT, POLICY)
     assert caplog.text.count("read without its beginning") == 1
+
+
+def test_a_shortened_row_keeps_the_token_an_encoder_is_read_at():
+    from tokenizers.processors import TemplateProcessing
+
+    scorer = FakeScorer(word_tokenizer())
+    scorer.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    scorer.tokenizer.cls_token = "<s>"
+    model_reward(scorer, max_tokens=4).scores(ROLLOUT, POLICY)
+    kept = [" ".join(scorer.tokenizer.convert_ids_to_tokens(ids)) for ids in scorer.given]
+    assert kept == ["<s> an apple </s>", "<s> fruit a pear"]
+
+
+@pytest.mark.parametrize(("positions", "limit"), [(None, 4096), (4, 4), (4096, 4096), (9999, 4096)])
+def test_an_open_limit_is_the_model_s_positions_where_fewer(caplog, positions, limit):
+    scorer = FakeScorer(POLICY)
+    rewards = model_reward(scorer)
+    rewards.fit("r", positions)
+    assert len(caplog.records) == (limit == 4)
+    if limit == 4:
+        told = "reward 'r': it reads the last 4 tokens of a row, as many as it has positions"
+        assert told in caplog.text
+    long = rollout_of(["name " * 50], ["pear " * 5000])
+    rewards.scores(long, POLICY)
+    assert [len(row) for row in scorer.given] == [limit]
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(caplog):
+    rewards = model_reward(FakeScorer(POLICY), max_tokens=5)
+    rewards.fit("r", 5)
+    told = "^max_tokens=5: 'some/model' has 4 positions; use 4 or fewer$"
+    with pytest.raises(RewardError, match=told):
+        rewards.fit("r", 4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "limit"),
+    [
+        ("bert", {"max_position_embeddings": 512}, 512),
+        ("roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 512),
+        ("xlm-roberta", {"max_position_embeddings": 20, "pad_token_id": 3}, 16),
+        ("gpt2", {"n_positions": 64}, 64),
+        ("llama", {"max_position_embeddings": 2048}, 2048),
+        ("t5", {}, None),
+        ("xlnet", {}, None),
+        ("bloom", {}, None),
+    ],
+)
+def test_positions(family, settings, limit):
+    assert positions(AutoConfig.for_model(family, **settings)) == limit
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_reads_as_many_tokens_as_its_positions_and_no_more(family):
+    settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        family, vocab_size=9, num_attention_heads=1, max_position_embeddings=12, **settings
+    )
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    longest = torch.full((1, positions(config)), 5)
+    assert model(longest).logits.isfinite().all()
+    with pytest.raises((RuntimeError, IndexError)):
+        model(torch.cat([longest, longest[:, :1]], 1))
+
+
+def test_a_template_without_a_system_turn_is_refused():
+    strict = byte_tokenizer("{{ raise_exception('no system role') }}")
+    with pytest.raises(ValueError, match=r"^chat_template=true: .*system_prompt \(no system role"):
+        check_system_turn(POLICY, strict)
+    check_system_turn(strict, strict)  # the policy's own: its template judges the prompts
+    for fine in (byte_tokenizer(BRACKETS), byte_tokenizer()):
+        check_system_turn(POLICY, fine)
 
 
 def test_a_reward_model_that_gives_nan_names_the_row():

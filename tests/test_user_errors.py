@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from gearshift.engine import checkpoint_store, ds_config
 from gearshift.launch import train
@@ -49,6 +49,16 @@ def contents(folder: Path) -> dict[str, bytes] | None:
     if not folder.is_dir():
         return None
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def bert_judge(folder: Path, positions: int) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(
+        "bert", vocab_size=tiny_job.VOCABULARY, num_attention_heads=1, num_labels=1,
+        max_position_embeddings=positions, **sizes,
+    )  # fmt: skip
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(folder)
 
 
 def reward(folder: Path, body: str) -> str:
@@ -309,6 +319,23 @@ def test_a_reward_model_without_a_tokenizer(refused, tmp_path):
     refused("rewards.0.tokenizer= ... no tokenizer is there", *judge)
 
 
+def test_a_reward_model_of_fewer_positions(refused, tmp_path):
+    bert_judge(tmp_path / "judge", positions=6)
+    judge = ["--rewards.0.kind", "model", "--rewards.0.path", tmp_path / "judge"]
+    told = refused("rewards.0.max_tokens=7: ", *judge, "--rewards.0.max_tokens", 7)
+    assert "judge' has 6 positions; use 6 or fewer" in told
+
+
+def test_a_reward_model_whose_template_takes_no_system_prompt(refused, tmp_path):
+    tiny.save_reward(tmp_path / "judge", tiny_job.VOCABULARY, max_position_embeddings=4096)
+    tokenizer = tiny.tokenizer(tiny_job.VOCABULARY)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    judge = ["--rewards.0.kind", "model", "--rewards.0.path", tmp_path / "judge"]
+    message = "rewards.0.chat_template=true: ... takes no data.system_prompt (no system role); set"
+    refused(message, *judge, "--data.system_prompt", "be kind")
+
+
 def test_more_tensor_parallel_ranks_than_there_are(refused):
     refused("rollout.tp=2: must divide the 1 ranks of a node; use one of [1]", "--rollout.tp", 2)
 
@@ -375,6 +402,19 @@ def test_a_pad_token_that_is_the_end_token(job, tmp_path, capsys, monkeypatch):
     overrides += ["--run.steps", 1, "--run.export", "false"]
     status = train.main(["--config", str(job / "run.yaml"), *map(str, overrides)])
     assert status == 0, capsys.readouterr().err
+
+
+def test_a_reward_model_of_few_positions(job, tmp_path, capsys, caplog, monkeypatch):
+    """Prompts of two tokens and responses of up to six, read by a BERT of four positions."""
+    tiny_job.alone(monkeypatch)
+    bert_judge(tmp_path / "judge", positions=4)
+    overrides = ["--rewards.0.kind", "model", "--rewards.0.path", tmp_path / "judge"]
+    overrides += ["--rewards.0.deepspeed", "frozen_zero3.json", "--run.dir", tmp_path / "run"]
+    overrides += ["--run.steps", 1, "--run.export", "false"]
+    status = train.main(["--config", str(job / "run.yaml"), *map(str, overrides)])
+    assert status == 0, capsys.readouterr().err
+    assert caplog.text.count("it reads the last 4 tokens of a row") == 1
+    assert "is read without its beginning" in caplog.text  # a row was long enough to matter
 
 
 # Processes
