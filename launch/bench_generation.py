@@ -9,9 +9,11 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -80,9 +82,12 @@ class EngineFigures:
     """What only the engine can be asked. Seconds are wall time of the fastest run."""
 
     prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    decode_step_ms: float
-    outside_forward: float  # share of a decode step spent outside the model's forward
+    decode_tokens_per_s: float | None  # None: no step was timed
+    decode_step_ms: float | None
+    decode_steps: int  # timed, out of those without prompt tokens
+    capturing_steps: int  # left out of the decode figures: each captured a graph
+    outside_forward: float | None  # share of a decode step; None: graphs, whose replays call none
+    graphs: bool
     kv_bytes: int
     slots: int  # sequences decoded at once, at most
     capture_s: float  # of CUDA graphs, once
@@ -173,34 +178,76 @@ def engine_run(engine: RolloutEngine, work: Workload) -> None:
 
 
 def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
-    """Splits a run into prefill (a run of one token each) and the decode steps that follow."""
+    """Splits a run into prefill (a run of one token each) and the steps that only decode."""
     first = Workload(prompts=work.prompts, limits=[1] * len(work.limits))
     prefill = measure({"": lambda: engine_run(engine, first)}, 2)[""].wall_s
-    spans: list[tuple[float, float]] = []
-
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    before = engine.module.register_forward_pre_hook(lambda *_: spans.append((now(), 0.0)))
-    after = engine.module.register_forward_hook(lambda *_: spans.append((spans.pop()[0], now())))
-    engine_run(engine, work)
-    before.remove()
-    after.remove()
-    forwards = spans[1:]  # the first is the prefill, unless it was cut into chunks
-    steps = [later[0] - span[0] for span, later in zip(forwards, forwards[1:], strict=False)]
-    inside = sum(stop - start for start, stop in forwards[:-1])
-    decoded = work.tokens - len(work.limits)
+    decoding = [step for step in timed_steps(engine, work) if not step.prefill]
+    steps = [step for step in decoding if not step.captured]
+    seconds = sum(step.seconds for step in steps)
+    forward = None if engine._use_graphs else sum(step.forward_s for step in steps)
     return EngineFigures(
         prefill_tokens_per_s=sum(map(len, work.prompts)) / prefill,
-        decode_tokens_per_s=decoded / sum(steps) if steps else 0.0,
-        decode_step_ms=1e3 * sum(steps) / max(1, len(steps)),
-        outside_forward=1 - inside / sum(steps) if steps else 0.0,
+        decode_tokens_per_s=sum(step.tokens for step in steps) / seconds if steps else None,
+        decode_step_ms=1e3 * seconds / len(steps) if steps else None,
+        decode_steps=len(steps),
+        capturing_steps=len(decoding) - len(steps),
+        outside_forward=1 - forward / seconds if steps and forward is not None else None,
+        graphs=engine._use_graphs,
         kv_bytes=engine.kv_bytes,
         slots=engine.config.max_sequences,
         capture_s=engine.capture_seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the engine, from planning its batch to the tokens on the host."""
+
+    seconds: float
+    forward_s: float  # inside the model's forward; 0 with graphs
+    tokens: int  # drawn
+    prefill: bool  # computed prompt tokens, too
+    captured: bool
+
+
+def timed_steps(engine: RolloutEngine, work: Workload) -> list[Step]:
+    """A run, step by step. With graphs the forward has no hooks: they would wait in a capture."""
+    steps: list[Step] = []
+    batches: list[tuple[int, bool]] = []
+    inside: list[float] = []
+    step, draw = engine._step, engine._draw
+
+    def drawn(batch, drawing, *rest):
+        batches.append((len(drawing), bool(batch.prefill)))
+        return draw(batch, drawing, *rest)
+
+    def timed(*args):
+        inside.clear()
+        capturing, start = engine.capture_seconds, _now()
+        ended = step(*args)
+        seconds = _now() - start
+        tokens, prefill = batches[-1]
+        captured = engine.capture_seconds != capturing
+        values = dict(tokens=tokens, prefill=prefill, captured=captured)
+        steps.append(Step(seconds=seconds, forward_s=sum(inside), **values))
+        return ended
+
+    with ExitStack() as stack:
+        if not engine._use_graphs:
+            before = engine.module.register_forward_pre_hook(lambda *_: inside.append(-_now()))
+            after = engine.module.register_forward_hook(lambda *_: inside.append(_now()))
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        stack.enter_context(mock.patch.object(engine, "_step", timed))
+        stack.enter_context(mock.patch.object(engine, "_draw", drawn))
+        engine_run(engine, work)
+    return steps
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class RowLimits(transformers.StoppingCriteria):
@@ -281,8 +328,22 @@ def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> 
     console.print(table)
     console.print(
         f"{len(work.prompts)} prompts, {work.tokens} tokens; prefill "
-        f"{figures.prefill_tokens_per_s:.0f} tokens/s, decode {figures.decode_tokens_per_s:.1f} "
-        f"tokens/s, {figures.decode_step_ms:.1f} ms a step, {figures.outside_forward:.1%} of it "
-        f"outside the forward, KV cache {figures.kv_bytes / 1e6:.1f} MB, {figures.slots} slots, "
+        f"{figures.prefill_tokens_per_s:.0f} tokens/s, {decode_text(figures)}, "
+        f"KV cache {figures.kv_bytes / 1e6:.1f} MB, {figures.slots} slots, "
         f"graphs captured in {figures.capture_s:.1f} s"
+    )
+
+
+def decode_text(figures: EngineFigures) -> str:
+    """The decode figures in words; what was not measured is said to be so."""
+    left_out = figures.capturing_steps
+    note = f" ({left_out} steps that captured a graph left out)" if left_out else ""
+    if figures.decode_steps == 0:
+        return f"decode not measured{note}"
+    outside = "share outside the forward not measured with graphs"
+    if figures.outside_forward is not None:
+        outside = f"{figures.outside_forward:.1%} of it outside the forward"
+    return (
+        f"decode {figures.decode_tokens_per_s:.1f} tokens/s, "
+        f"{figures.decode_step_ms:.1f} ms a step{note}, {outside}"
     )

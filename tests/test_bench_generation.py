@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from gearshift.engine.config import RolloutConfig
+from gearshift.engine.decode_graph import DecodeGraphs
+from gearshift.engine.rollout import RolloutEngine
 from gearshift.launch import bench_generation as bench
 from tests import tiny
 
@@ -47,6 +50,81 @@ def test_figures_of_one_process(model, tmp_path, capsys):
     assert min(engine["prefill_tokens_per_s"], engine["decode_tokens_per_s"]) > 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("prefill", "decode", "KV cache"))
+
+
+LIMITS = [9, 2, 4, 9, 3, 1]
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "graphs"])
+def engine(model, request):
+    """Graphs run eagerly here, from the same padded steps: see test_decode_graph.py."""
+    lm = bench.load(str(model), bench.torch.float32).eval()
+    config = RolloutConfig(max_sequences=8)
+    made = RolloutEngine(lm, config, eos_token_ids=[bench.NO_TOKEN], pad_token_id=0)
+    made._use_graphs = request.param
+    return made
+
+
+def work_of(limits=LIMITS, prompt=5):
+    prompts = [[3 + number] * prompt for number in range(len(limits))]
+    return bench.Workload(prompts=prompts, limits=list(limits))
+
+
+def test_decode_steps_are_counted_with_and_without_graphs(engine):
+    graphs = engine._use_graphs
+    first, then = (bench.measure_engine(engine, work_of()) for _ in range(2))
+    assert first.capturing_steps == (len(engine._graphs._replays) if graphs else 0)
+    assert first.decode_steps + first.capturing_steps == 8
+    assert (then.decode_steps, then.capturing_steps, then.graphs) == (8, 0, graphs)
+    tokens = sum(LIMITS) - len(LIMITS)  # each response's first token comes from its prompt
+    assert then.decode_tokens_per_s * then.decode_step_ms / 1e3 == pytest.approx(tokens / 8)
+    if graphs:
+        assert then.outside_forward is None and first.capture_s > 0
+        assert "not measured with graphs" in bench.decode_text(then)
+        assert f"({first.capturing_steps} steps that captured" in bench.decode_text(first)
+    else:
+        assert 0 < then.outside_forward < 1
+        assert bench.decode_text(then).endswith("of it outside the forward")
+    assert not engine.module._forward_hooks and "_step" not in vars(engine)
+
+
+def test_steps_with_prompt_tokens_are_no_decode_steps(engine):
+    engine._batch_tokens = 8  # of 30 prompt tokens: four chunks
+    steps = bench.timed_steps(engine, work_of(prompt=6, limits=[9, 8, 9, 8, 9]))
+    assert [step.prefill for step in steps[:4]] == [True] * 4
+    assert sum(step.tokens for step in steps) == 43 and not any(s.prefill for s in steps[4:])
+
+
+def test_a_step_is_timed_whole_and_never_inside_a_graph(engine, monkeypatch):
+    clock, replaying = [0.0], []
+    draw, drawn = DecodeGraphs.draw, engine._draw
+
+    def replay(*args):
+        replaying.append(True)
+        found = draw(*args)
+        replaying.pop()
+        return found
+
+    def now():
+        assert not replaying
+        return clock[0]
+
+    def slow(batch, *rest):
+        clock[0] += 100 if batch.prefill else 2
+        return drawn(batch, *rest)
+
+    monkeypatch.setattr(DecodeGraphs, "draw", replay)
+    monkeypatch.setattr(engine, "_draw", slow)
+    monkeypatch.setattr(bench, "_now", now)
+    figures = bench.measure_engine(engine, work_of())
+    assert figures.decode_step_ms == 2000
+
+
+def test_without_a_decode_step_nothing_is_told_of_decoding(engine):
+    figures = bench.measure_engine(engine, work_of(limits=[1, 1]))
+    assert figures.decode_tokens_per_s is figures.decode_step_ms is None
+    assert figures.outside_forward is None and figures.decode_steps == 0
+    assert bench.decode_text(figures) == "decode not measured"
 
 
 def test_partitioned_peers_need_ranks(model):
