@@ -30,7 +30,6 @@ GRADIENT_KEYS = {
     "zero_force_ds_cpu_optimizer",
 }
 SECTIONS = {
-    "activation_checkpointing",
     "aio",
     "bf16",
     "checkpoint",
@@ -58,6 +57,7 @@ KEYS = {
 GRAD_DTYPES = ("fp32", "bf16")
 
 OURS = {
+    "activation_checkpointing": "set gradient_checkpointing of the role in the run's YAML instead",
     "optimizer": "set actor.optimizer or critic.optimizer in the run's YAML instead",
     "scheduler": "set optimizer.schedule and optimizer.warmup in the run's YAML instead",
     "train_batch_size": "set ppo.minibatch_size in the run's YAML instead",

@@ -120,6 +120,7 @@ ACTOR, FROZEN, ZERO0 = "actor_zero3", "frozen_zero3_cpu", "actor_zero0"
         (ACTOR, {"gradient_cliping": 1}, "did you mean gradient_clipping"),
         (ACTOR, {"optimizer": {"type": "AdamW"}}, "optimizer: .*actor.optimizer"),
         (ACTOR, {"scheduler": {}}, "scheduler: .*optimizer.schedule"),
+        (ACTOR, {"activation_checkpointing": {}}, "activation_.*: .*set gradient_checkpoint"),
         (ACTOR, {"train_batch_size": 64}, "train_batch_size: .*ppo.minibatch_size"),
         (ACTOR, {"hybrid_engine": {"enabled": True}}, "hybrid_engine: .*rollout"),
         (ACTOR, {"train_micro_batch_size_per_gpu": 4}, "train_micro.*=4: must be 1"),
