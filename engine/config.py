@@ -154,7 +154,9 @@ class RolloutConfig(Bounded):
 
     tp: int = knob(0, "tensor-parallel size for generation; 0: the smallest that fits", least=0)
     engine: Literal["auto", "paged", "hf"] = knob(
-        "auto", "paged: ours; hf: transformers' generate; auto: paged where the model allows it"
+        "auto",
+        "paged: a paged cache, batched continuously; hf: our padded loop over the model's own "
+        "forward and cache; auto: paged where the model allows it",
     )
     block_size: int = knob(16, "tokens per block of the KV cache", least=1)
     max_sequences: int = knob(256, "sequences decoded at once per TP group", least=1)
