@@ -2,7 +2,8 @@
 
 Actor, critic, reference and reward of one shape, with random weights, through the real main job and
 its recipe; only files, batch and lengths are changed. Writes memory and seconds by phase, planned
-and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for 7B.
+and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for 7B. A run that --limit-s
+cuts short is reported as far as it came, with exit status 1.
 """
 
 import argparse
@@ -106,14 +107,29 @@ def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.d
     return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
 
 
-def train(folder: Path, overrides: list[str], limit_s: float) -> list[dict[str, float]]:
-    """The main job on one device; its figures by step. Raises RuntimeError where it fails."""
+def train(
+    folder: Path, overrides: list[str], limit_s: float
+) -> tuple[list[dict[str, float]], bool]:
+    """The main job on one device: the figures of the steps it finished, and whether limit_s cut it
+    short. Raises RuntimeError where it fails, or no step was finished."""
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE)]
-    done = subprocess.run([*command, *overrides], timeout=limit_s)
-    if done.returncode:
-        raise RuntimeError(f"the run ended with status {done.returncode}")
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    timed_out = False
+    try:
+        done = subprocess.run([*command, *overrides], timeout=limit_s)
+        if done.returncode:
+            raise RuntimeError(f"the run ended with status {done.returncode}")
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    steps = finished(folder / "run" / "metrics.jsonl")
+    if not steps:
+        raise RuntimeError(f"no step was finished, the run had {limit_s:.0f} s; raise --limit-s")
+    return steps, timed_out
+
+
+def finished(metrics: Path) -> list[dict[str, float]]:
+    """Its whole lines: a run that is ended may leave part of one, or no file."""
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def show(steps: list[dict[str, float]]) -> None:
@@ -139,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64, help="responses per PPO step")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--new", type=int, default=512, help="tokens")
-    parser.add_argument("--steps", type=int, default=2, help="the last is reported")
+    parser.add_argument("--steps", type=int, default=2, help="the last is shown")
     parser.add_argument("--limit-s", type=float, default=460.0)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="after --: --section.key VALUE")
@@ -149,11 +165,12 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as home:
         folder, started = Path(home), time.monotonic()
         words = write_job(folder, config, args.rows, args.prompt, device)
+        torch.cuda.empty_cache()  # what drawing the weights took is for the run, another process
         lengths = {"sampling.max_new_tokens": args.new, "run.steps": args.steps}
         lengths |= {"ppo.prompts_per_step": args.rows, "ppo.minibatch_size": args.rows}
         words += [word for key, value in lengths.items() for word in (f"--{key}", str(value))]
         left = args.limit_s - (time.monotonic() - started)
-        steps = train(folder, [*words, *args.overrides], left)
+        steps, timed_out = train(folder, [*words, *args.overrides], left)
     show(steps)
     work = {
         "shape": args.shape,
@@ -161,10 +178,13 @@ def main(argv: list[str] | None = None) -> int:
         "rows": args.rows,
         "prompt": args.prompt,
         "new": args.new,
+        "timed_out": timed_out,
     }
     report = {"machine": machine(device), **work, "recipe": RECIPE.name, "steps": steps}
     args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    if timed_out:
+        print(f"cut short: {len(steps)} of {args.steps} steps in {args.limit_s:.0f} s")
+    return int(timed_out)
 
 
 if __name__ == "__main__":
