@@ -26,8 +26,8 @@ ROOMS = ("engine", "kernels", "launch", "ds_configs")
 PARTS = ("kernels-correct", "kernels-speed", "generation", "shift", "ppo")
 SPEED_SHAPES = ("llama3-8b", "qwen2.5-7b", "qwen2.5-0.5b")
 BATCHES = (64, 512)
-# Responses of a PPO step of four 7B models, and steps: 512 take 145 s by the plan, and two such steps
-# beside writing and loading the models would not fit the limit.
+# Responses of a PPO step of four 7B models, and steps: 512 take 145 s by the plan, and two such
+# steps beside writing and loading the models would not fit the limit.
 PPO_STEPS = {64: 2, 512: 1}
 TAIL_LINES = 40  # of a job's output, repeated on the terminal
 
