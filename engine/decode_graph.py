@@ -10,6 +10,7 @@ KVCache.
 import bisect
 import time
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -56,6 +57,12 @@ def cannot_capture(module: nn.Module) -> str | None:
     if experts and kind not in CAPTURABLE_EXPERTS:
         return f"its experts ({kind}) read the routing on the host"
     return None
+
+
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace of 32 MB for every stream it has met."""
+    return torch.cuda.Stream()
 
 
 class DecodeGraphs:
@@ -139,7 +146,7 @@ class DecodeGraphs:
             return lambda: packed.copy_(self._forward(bucket)), packed
         # Once on a side stream first: kernels compile and libraries allocate there, which a
         # capture forbids. The keys it writes are those the replay writes again.
-        stream = torch.cuda.Stream()
+        stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward(bucket)

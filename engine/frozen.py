@@ -15,6 +15,7 @@ from gearshift.engine.batch import Rollout
 from gearshift.engine.config import PPOConfig
 from gearshift.engine.ds_config import offloaded
 from gearshift.engine.heads import Policy, ScoreModel, verify_head
+from gearshift.engine.models import place_buffers
 from gearshift.engine.scoring import forwards, policy_logprobs
 from gearshift.engine.streaming import StreamedEngine, Traffic
 
@@ -86,5 +87,6 @@ def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngin
         place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         return StreamedEngine(module, place)
     engine, *_ = deepspeed.initialize(model=module, config=settings)
+    place_buffers(engine)
     engine.eval()
     return engine

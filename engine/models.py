@@ -94,8 +94,9 @@ def room_for(config: ModelConfig, role: str, ds_config: dict) -> Store | None:
     none of them. Raises ValueError where there is not enough on a disk."""
     if not offloaded(ds_config, "param"):
         return None
-    module = _build(config, load_config(config, role), role)
-    return place(ds_config, room_of(module.parameters(), _dtype(ds_config)))
+    dtype = dtype_of(ds_config)
+    module = _build(config, load_config(config, role), role, dtype)
+    return place(ds_config, room_of(module.parameters(), dtype))
 
 
 def load_model(
@@ -115,10 +116,10 @@ def load_model(
     Raises ValueError when tensors are missing or have other shapes than the configuration says.
     """
     hf_config = load_config(config, role)
-    dtype = _dtype(ds_config)
+    dtype = dtype_of(ds_config)
     if store:
         ds_config = partitioning(ds_config)
-    module = _build(config, hf_config, role)
+    module = _build(config, hf_config, role, dtype)
     files = CheckpointFiles(location(config), config.revision)
     fresh = ("score.weight", "score.bias") if fresh_head else ()
     if role == "critic" and not fresh_head:
@@ -139,11 +140,12 @@ def load_model(
     return module.eval()
 
 
-def attention_implementation(wanted: str, hf_config: Any) -> str:
+def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) -> str:
     """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA.
 
-    Without flash-attn, attention with soft-capped scores (Gemma 2) is eager: SDPA has no cap, and
-    some versions of transformers drop it without a word. Raises ValueError where that is wanted.
+    flash-attn takes no float32. Without it, attention with soft-capped scores (Gemma 2) is eager:
+    SDPA has no cap, and some versions of transformers drop it without a word. Raises ValueError
+    where either is wanted nevertheless.
     """
     capped = getattr(hf_config, "attn_logit_softcapping", None)
     if wanted == "sdpa" and capped:
@@ -151,11 +153,17 @@ def attention_implementation(wanted: str, hf_config: Any) -> str:
             f"attn='sdpa': {hf_config.model_type} caps its attention scores, which SDPA cannot; "
             "use auto, eager or flash_attention_2"
         )
+    half = dtype in (torch.bfloat16, torch.float16)
+    if wanted.startswith("flash_attention") and not half:
+        raise ValueError(
+            f"attn={wanted!r}: flash-attn takes no {dtype}; use auto or sdpa, or bf16 in the "
+            "DeepSpeed JSON"
+        )
     if wanted != "auto":
         return wanted
     from transformers import utils
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and half:
         for version in (2, 3):
             installed = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
             if installed():
@@ -163,13 +171,23 @@ def attention_implementation(wanted: str, hf_config: Any) -> str:
     return "eager" if capped else "sdpa"
 
 
-def _dtype(ds_config: dict) -> torch.dtype:
+def place_buffers(engine: Any) -> None:
+    """Moves the module's buffers to the engine's device.
+
+    DeepSpeed moves nothing of a module whose parameters were cut before it saw them.
+    """
+    for part in engine.module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(engine.device)
+
+
+def dtype_of(ds_config: dict) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def _build(config: ModelConfig, hf_config: Any, role: str) -> PreTrainedModel:
+def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
     auto = AUTO_CLASSES[role]
-    attention = attention_implementation(config.attn, hf_config)
+    attention = attention_implementation(config.attn, hf_config, dtype)
     try:
         with init_empty_weights(include_buffers=False):
             module = auto.from_config(
@@ -277,7 +295,7 @@ def _load_with_transformers(
         dtype=dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention_implementation(config.attn, hf_config),
+        attn_implementation=attention_implementation(config.attn, hf_config, dtype),
         output_loading_info=True,
     )
     del keep

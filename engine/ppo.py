@@ -219,7 +219,7 @@ class PPOTrainer:
         """PPO-ptx: pretraining gradients into the same optimizer step."""
         if not self.ppo.ptx_coef:
             return
-        tokens = self.roles.pretrain.next_batch()
+        tokens = self.roles.pretrain.next_batch().to(metrics.device)
         in_step = tokens[:, 1:].numel() * distributed.world_size()
         pieces = tokens.split(self.ppo.micro_batch_size)
         for i, piece in enumerate(pieces):

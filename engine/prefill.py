@@ -121,8 +121,14 @@ def torch_varlen() -> Callable | None:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    takes = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(function).parameters)
+    takes = {"scale", "window_size"} <= set(inspect.signature(function).parameters)
     return function if takes else None
+
+
+@cache
+def _takes_groups(function: Callable) -> bool:
+    """Whether it has fewer heads of keys than of queries on request; torch 2.11's does not ask."""
+    return "enable_gqa" in inspect.signature(function).parameters
 
 
 def _lengths(packed: Packed) -> tuple:
@@ -145,11 +151,17 @@ def _by_flash_attn(query: Tensor, key: Tensor, value: Tensor, packed: Packed, ru
 
 
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rules: Rules):
-    return torch_varlen()(
+    kernel, options = torch_varlen(), {}
+    group = query.shape[1] // key.shape[1]
+    if _takes_groups(kernel):
+        options["enable_gqa"] = group > 1
+    elif group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    return kernel(
         *(query, key, value, *_lengths(packed)),
         scale=rules.scale,
         window_size=_window(rules),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
 
 

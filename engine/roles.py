@@ -18,6 +18,7 @@ from gearshift.engine.ds_config import offloaded
 from gearshift.engine.gradient_watch import GradientWatch
 from gearshift.engine.heads import Policy, ValueModel, verify_head
 from gearshift.engine.hybrid import Gearbox
+from gearshift.engine.models import place_buffers
 from gearshift.engine.optim import build_optimizer, build_schedule
 from gearshift.engine.progress import beat
 from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
@@ -39,6 +40,7 @@ class Trained:
             lr_scheduler=build_schedule(optimizer, config.optimizer, steps),
             config=ds_config,
         )
+        place_buffers(self.engine)
         if config.optimizer.name == "split_adamw":
             share_weights(self.optimizer)
         on_host = offloaded(ds_config, "optimizer") is not None

@@ -10,7 +10,7 @@ from typing import Any
 from gearshift.engine import ds_config, plan_inputs
 from gearshift.engine.config import Config
 from gearshift.engine.hardware import GB
-from gearshift.engine.models import attention_implementation
+from gearshift.engine.models import attention_implementation, dtype_of
 from gearshift.engine.plan_time import saved_bytes
 from gearshift.engine.run_log import nearest_existing
 from gearshift.engine.shapes import shape_of
@@ -26,7 +26,7 @@ def examine(config: Config) -> Iterator[Finding]:
         yield Finding("models", "bad", what, fix or "gearshift fetch, or a path on this machine")
         return
     yield from _folder(config, models)
-    yield from _attention(config, models)
+    yield from _attention(config, models, settings)
     yield from _nvme(settings)
 
 
@@ -56,13 +56,16 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("run folder", "ok", text)
 
 
-def _attention(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
+def _attention(
+    config: Config, models: dict[str, Any], settings: dict[str, dict]
+) -> Iterator[Finding]:
     """The backend that `attn` resolves to, for each model."""
     sections = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
     sections |= {reward.name: reward for reward in config.rewards}
     for role, model in models.items():
         try:
-            picked = attention_implementation(sections[role].attn, model)
+            dtype = dtype_of(settings[role])
+            picked = attention_implementation(sections[role].attn, model, dtype)
         except ValueError as error:
             yield Finding(f"attention of {role}", "bad", *str(error).split("; ", 1))
             continue

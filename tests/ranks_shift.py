@@ -83,7 +83,7 @@ def build(family: str):
     kind, changes = FAMILIES[family]
     config = getattr(transformers, kind + "Config")(**{**COMMON, **changes})
     # Gemma 2: some versions of transformers would drop its soft cap without a word.
-    config._attn_implementation = attention_implementation("auto", config)
+    config._attn_implementation = attention_implementation("auto", config, torch.float32)
     causal = kind.removesuffix("Text") + "ForCausalLM"
     torch.manual_seed(0)
     return getattr(transformers, causal)(config).float()

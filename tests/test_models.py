@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gearshift.engine.models import (
     load_config,
     load_model,
     load_tokenizer,
+    place_buffers,
 )
 from tests import tiny, tiny_run
 
@@ -249,10 +251,27 @@ def test_a_gguf_file_is_converted_once_and_reads_as_transformers_reads_it(tmp_pa
 
 
 def test_attention_that_would_lose_a_soft_cap_is_refused():
-    config = Gemma2Config(attn_logit_softcapping=50.0)
-    assert attention_implementation("auto", config) != "sdpa"
-    assert attention_implementation("eager", config) == "eager"
+    config, half = Gemma2Config(attn_logit_softcapping=50.0), torch.bfloat16
+    assert attention_implementation("auto", config, half) != "sdpa"
+    assert attention_implementation("eager", config, half) == "eager"
     with pytest.raises(ValueError, match="attn='sdpa': gemma2 caps .*; use auto, eager or"):
-        attention_implementation("sdpa", config)
+        attention_implementation("sdpa", config, half)
     config.attn_logit_softcapping = None
-    assert attention_implementation("sdpa", config) == "sdpa"
+    assert attention_implementation("sdpa", config, half) == "sdpa"
+
+
+def test_flash_attn_is_for_half_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    config = Gemma2Config(attn_logit_softcapping=None)
+    assert attention_implementation("auto", config, torch.bfloat16) == "flash_attention_2"
+    assert attention_implementation("auto", config, torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="attn='flash_attention_2': flash-attn takes no .*float32"):
+        attention_implementation("flash_attention_2", config, torch.float32)
+
+
+def test_buffers_follow_the_engine():
+    module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    place_buffers(SimpleNamespace(module=module, device=torch.device("meta")))
+    assert all(buffer.is_meta for buffer in module.buffers())
+    assert not any(parameter.is_meta for parameter in module.parameters())

@@ -82,19 +82,36 @@ def flash(gpu):
     return calls
 
 
-@pytest.fixture
-def by_torch(gpu):
-    calls = []
-
+def varlen_spy(calls):
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
         assert enable_gqa == (q.shape[1] != k.shape[1]) and cu_q.tolist() == cu_k.tolist()
         assert window_size[1] == 0
         calls.append(cu_q.tolist())
         return by_definition(q, k, v, cu_q.tolist(), cu_k.tolist(), scale, window_size)
 
+    return varlen_attn
+
+
+@pytest.fixture
+def by_torch(gpu):
+    calls = []
+    spy = varlen_spy(calls)
     gpu.setattr(prefill, "flash_attn", lambda: None)
-    gpu.setattr(prefill, "torch_varlen", lambda: varlen_attn)
+    gpu.setattr(prefill, "torch_varlen", lambda: spy)
     return calls
+
+
+@pytest.fixture
+def by_torch_2_11(by_torch, gpu):
+    """Which has no word for fewer heads of keys than of queries."""
+    spy = varlen_spy(by_torch)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        options = dict(scale=scale, window_size=window_size, enable_gqa=False)
+        return spy(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+
+    gpu.setattr(prefill, "torch_varlen", lambda: varlen_attn)
+    return by_torch
 
 
 def generate(model, **options):
@@ -122,10 +139,11 @@ def test_flash_attn_takes_all_chunks_at_once(family, chunk, request):
     assert max(len(queries) for queries, _ in calls) > 2
 
 
-def test_pytorchs_kernel_takes_prompts_without_a_past(request):
+@pytest.mark.parametrize("version", ["by_torch", "by_torch_2_11"])
+def test_pytorchs_kernel_takes_prompts_without_a_past(version, request):
     model = build("Mistral", num_hidden_layers=2)
     expected = generate(model)
-    calls = request.getfixturevalue("by_torch")
+    calls = request.getfixturevalue(version)
     assert_same(generate(model), expected)
     assert calls == [[0, 11, 37, 42]] * 2  # once per layer; a prompt of one token is decoded
 
@@ -142,5 +160,5 @@ def test_what_a_kernel_cannot_do_goes_chunk_by_chunk(family, request):
 def test_this_pytorchs_kernel_is_recognised():
     found = prefill.torch_varlen()
     assert found is None or callable(found)
-    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
         assert found is not None
