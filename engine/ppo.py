@@ -195,7 +195,7 @@ class PPOTrainer:
             if critic:
                 loss, stats = critic.loss(micro, weights)
                 seen["critic"].append(Piece(micro, loss.detach(), stats["values"]))
-                joint = actor is not None
+                joint = ppo.update == "joint"  # also while the actor is out
                 critic.backward(loss * ppo.vf_coef if joint else loss, last=last)
                 report_loss(metrics, "loss/value_avg", loss, len(pieces))
                 metrics.add_mean("val/clipfrac_avg", stats["clipped"])
