@@ -60,7 +60,8 @@ RESUME_MAY_CHANGE = (
     "ppo.score_batch_size",
     "ppo.max_logprob_error",
 )
-RESUME_MUST_MATCH = ("run.seed",)
+# What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
+RESUME_MUST_MATCH = ("run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)

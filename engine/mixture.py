@@ -1,5 +1,8 @@
 """The global order of dataset rows: endless, shuffled, mixed by weights, with a saved position."""
 
+import hashlib
+import json
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ from gearshift.engine.readers import Row, columns_of, read_rows
 
 # Fractional part of the golden ratio: n * GOLDEN mod 1 fills [0, 1) evenly for every range of n.
 GOLDEN = 0.6180339887498949
+SAMPLED = 64  # rows of a dataset that tell it from another of as many rows
 
 
 class Walk:
@@ -19,6 +23,15 @@ class Walk:
         self.rows = read_rows(source)
         self.epoch = self.offset = 0
         self._order = self._permutation()
+
+    @cached_property
+    def digest(self) -> str:
+        """What the rows are, wherever they lie: a hash of some of them, the first and last too."""
+        numbers = np.linspace(0, len(self.rows) - 1, min(SAMPLED, len(self.rows))).round()
+        rows = [self.rows[int(number)] for number in numbers]
+        # A value that JSON has no word for may print its address: only its type counts.
+        text = json.dumps(rows, sort_keys=True, default=lambda value: type(value).__name__)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def next(self) -> tuple[int, Row]:
         """(number of the row in its dataset, the row)."""
@@ -73,19 +86,34 @@ class Mixture:
 
     def state_dict(self) -> dict[str, Any]:
         walks = [
-            {"path": w.source.path, "rows": len(w.rows), "epoch": w.epoch, "offset": w.offset}
-            for w in self.walks
+            {
+                "path": walk.source.path,
+                "rows": len(walk.rows),
+                "digest": walk.digest,
+                "epoch": walk.epoch,
+                "offset": walk.offset,
+            }
+            for walk in self.walks
         ]
         return {"drawn": self.drawn, "sources": walks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = [(entry["path"], entry["rows"]) for entry in state["sources"]]
-        here = [(walk.source.path, len(walk.rows)) for walk in self.walks]
-        if saved != here:
+        """Raises ValueError for other rows than those that were drawn from, wherever they lie."""
+        saved = state["sources"]
+        if len(saved) != len(self.walks):
             raise ValueError(
-                f"{self.key}: the checkpoint's datasets, as (path, rows), were {saved}, but now "
-                f"are {here}; restore them, or start a new run"
+                f"{self.key}: the checkpoint was written with {len(saved)} datasets, now there are "
+                f"{len(self.walks)}; restore them, or start a new run"
             )
+        for walk, entry in zip(self.walks, saved, strict=True):
+            # A checkpoint may be older than the digest: then only the count is compared.
+            same = entry.get("digest", walk.digest) == walk.digest
+            if entry["rows"] != len(walk.rows) or not same:
+                raise ValueError(
+                    f"{self.key}.{walk.index}.path={walk.source.path}: its {len(walk.rows)} rows "
+                    f"are not the {entry['rows']} of the checkpoint's {entry['path']}; restore "
+                    "them, or start a new run"
+                )
         self.drawn = state["drawn"]
-        for walk, entry in zip(self.walks, state["sources"], strict=True):
+        for walk, entry in zip(self.walks, saved, strict=True):
             walk.seek(entry["epoch"], entry["offset"])

@@ -84,7 +84,8 @@ def check(checkpoint: Path, ours: Mapping[str, Any], accepted: list[str]) -> Non
     """
     saved = json.loads((checkpoint / "state.json").read_bytes())["about"]
     changed = _changes(saved["config"], ours["config"])
-    changed = {k: v for k, v in changed.items() if not _may_change(k, accepted)}
+    fixed = [key for key, pair in changed.items() if _must_match(key, pair)]
+    changed = {k: v for k, v in changed.items() if k in fixed or not _may_change(k, accepted)}
     told = [f"{key}: {_short(old)} -> {_short(new)}" for key, (old, new) in changed.items()]
     for role in saved["deepspeed"].keys() & ours["deepspeed"].keys():
         pair = saved["deepspeed"][role], ours["deepspeed"][role]
@@ -95,9 +96,12 @@ def check(checkpoint: Path, ours: Mapping[str, Any], accepted: list[str]) -> Non
             if not any(fnmatch(key, pattern) for pattern in accepted)
         ]
     if told:
+        ways = "restore them, accept them in run.resume_changed, or start a new run"
+        if fixed:
+            ways = f"restore {' and '.join(fixed)}, or start a new run"
         raise ValueError(
             f"run.resume={str(checkpoint)!r}: was saved with other settings: {', '.join(told)}; "
-            "restore them, accept them in run.resume_changed, or start a new run"
+            f"{ways}"
         )
     if saved["tokenizer"] != ours["tokenizer"]:
         raise ValueError(
@@ -117,8 +121,13 @@ def same_run(folder: Path, config: Mapping[str, Any]) -> bool:
 
 def _may_change(key: str, accepted: list[str]) -> bool:
     patterns = [*RESUME_MAY_CHANGE, *accepted]
-    fixed = key in RESUME_MUST_MATCH and key not in accepted
-    return not fixed and any(fnmatch(key, pattern) for pattern in patterns)
+    return key not in RESUME_MUST_MATCH and any(fnmatch(key, pattern) for pattern in patterns)
+
+
+def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
+    """Whether no list can accept the change; as for a dataset that comes or goes, whose position
+    nobody has."""
+    return key in RESUME_MUST_MATCH or (fnmatch(key, "*.sources.*.path") and None in pair)
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -242,7 +242,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
     config = {"run": {"seed": 0, "steps": 9}, "ppo": {"lam": 0.95}, "rewards": [{"weight": 1.0}]}
     resume.check(tmp_path, changed(config=config), [])
     config = {
-        "run": {"seed": 1, "steps": 9},
+        "run": {"seed": 0, "steps": 9},
         "ppo": {"lam": 0.9},
         "rewards": [{"weight": 1.0}, {"weight": 2.0}],
     }
@@ -251,12 +251,30 @@ def test_what_a_resumed_run_may_change(tmp_path):
         resume.check(tmp_path, about, [])
     assert (
         "was saved with other settings: ppo.lam: 0.95 -> 0.9, rewards.1.weight: null -> 2.0, "
-        "run.seed: 0 -> 1, actor.deepspeed gradient_clipping: 1.0 -> 0.5; restore them, accept "
+        "actor.deepspeed gradient_clipping: 1.0 -> 0.5; restore them, accept "
         "them in run.resume_changed, or start a new run"
     ) in str(refused.value)
-    resume.check(tmp_path, about, ["ppo.lam", "rewards.*", "run.seed", "actor.deepspeed"])
+    resume.check(tmp_path, about, ["ppo.lam", "rewards.*", "actor.deepspeed"])
     with pytest.raises(ValueError, match="was saved with another tokenizer"):
         resume.check(tmp_path, changed(tokenizer="b"), ["*"])
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "told"),
+    [
+        ({"run": {"seed": 1, "steps": 2}}, "run.seed", "0 -> 1"),
+        ({"ppo": {"lam": 0.95, "prompts_per_step": 8}}, "ppo.prompts_per_step", "null -> 8"),
+        ({"data": {"sources": [{"path": "new"}]}}, "data.sources.0.path", 'null -> "new"'),
+    ],
+)
+def test_what_can_never_be_accepted_is_not_offered(tmp_path, section, key, told):
+    (tmp_path / "state.json").write_text(json.dumps({"about": SAVED}))
+    about = changed(config=SAVED["config"] | section)
+    for accepted in ([], [key], ["*"]):
+        with pytest.raises(ValueError) as refused:
+            resume.check(tmp_path, about, accepted)
+        expected = f"{key}: {told}; restore {key}, or start a new run"
+        assert str(refused.value).endswith(expected)
 
 
 NOW = datetime(2026, 11, 22, 21, 30).timestamp()

@@ -158,8 +158,15 @@ def test_resuming_refuses_other_data_or_counts(tmp_path):
         stream(numbered(tmp_path / "p.jsonl", 9), prompts_per_step=8).load_state_dict(state)
     with pytest.raises(ValueError, match=r"seed=1: .*written with 0"):
         stream(numbered(tmp_path / "p.jsonl", 9), seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"data.sources: .* 9\).* 8\)"):
-        stream(numbered(tmp_path / "p.jsonl", 8)).load_state_dict(state)
+    moved = numbered(tmp_path / "moved.jsonl", 9)
+    stream(moved).load_state_dict(state)
+    told = r"sources\.0\.path=.*moved\.jsonl: its {} rows are not the 9 of .*p\.jsonl; restore"
+    with pytest.raises(ValueError, match=told.format(8)):
+        stream(numbered(tmp_path / "moved.jsonl", 8)).load_state_dict(state)
+    with pytest.raises(ValueError, match=told.format(9)):
+        stream(numbered(tmp_path / "moved.jsonl", 9, start=1)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"with 2 datasets, now there are 1"):
+        stream(moved).load_state_dict(state | {"sources": state["sources"] * 2})
 
 
 def test_rendered_example_moves_nothing(tmp_path):

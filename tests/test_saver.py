@@ -249,6 +249,23 @@ def test_another_model_or_tokenizer_is_refused(tmp_path, capfd):
     assert saved(tmp_path) == ["step_000001"]
 
 
+def test_a_dataset_that_was_moved_goes_on(tmp_path, capfd, whole):
+    path = job(tmp_path, "os.kill(os.getpid(), signal.SIGUSR1) if calls == 2 else None")
+    assert start(path) == 0
+    moved = (tmp_path / "prompts.jsonl").rename(tmp_path / "moved.jsonl")
+    more = "--data.sources.0.path", moved
+    assert start(path, *more) == 2
+    assert "accept them in run.resume_changed" in capfd.readouterr().err
+    accept = "--run.resume_changed", "[data.sources.*]"
+    rows = moved.read_text()
+    moved.write_text(rows.replace("w4 w5", "w5 w4"))
+    assert start(path, *more, *accept) == 2
+    assert "its 8 rows are not the 8 of the checkpoint's" in capfd.readouterr().err
+    moved.write_text(rows)
+    assert start(path, *more, *accept) == 0
+    assert figures(tmp_path) == figures(whole)
+
+
 def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path, capfd, whole):
     path = job(tmp_path, save_every=1, keep_checkpoints=3)
     assert start(path) == 0
