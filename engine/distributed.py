@@ -4,6 +4,8 @@ import importlib
 import os
 import random
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Where launchers that set no RANK keep it: (rank, local rank, world size).
+# Where launchers that set no RANK keep it: (rank, local rank, world size). Slurm is last: mpirun in
+# a Slurm job starts its daemons with srun, and ranks inherit what Slurm says of a daemon.
 _LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
+# Beside each world size: where that launcher keeps the number of ranks of a node.
+_NODE_SIZES = {
+    "OMPI_COMM_WORLD_SIZE": ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    "PMI_SIZE": ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    "SLURM_NTASKS": ("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+}
+# How long ranks wait for the slowest where one has hours of work: the watchdog finds the stuck.
+_LONGEST_WAIT = timedelta(days=1)
 
 
 def adopt_launcher_environment() -> None:
@@ -42,26 +53,40 @@ def start(threads: int = 0) -> torch.device:
     """Joins the process group and returns this rank's device.
 
     threads: CPU threads of this rank; 0 shares the cores between the ranks of the node.
-    Raises ValueError where the launcher's port is taken or a rank has no GPU.
+    Raises ValueError where the launcher's port is taken, a rank has no GPU or nodes differ.
     """
     adopt_launcher_environment()
     # Host temporaries above 32 MB are mapped anew for every op. In huge pages a tiny step with
     # V = 32000 has 22 thousand page faults, in 4 kB pages 386 thousand (0.7 of 5.0 CPU seconds).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"LOCAL_RANK={local_rank}: this node has {torch.cuda.device_count()} GPUs; "
-                "start fewer ranks"
-            )
-        torch.cuda.set_device(local_rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        device = torch.device("cuda", _adopt_gpu())
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join(backend)
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads or max(1, cores // ranks_per_node()))
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        _join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    if world_size() > 1:
+        _patient_group()
+    cores = share_of_cores(os.sched_getaffinity(0))
+    torch.set_num_threads(threads or cores)
+    return device
+
+
+def _adopt_gpu() -> int:
+    """Index of this rank's GPU among those it sees, which becomes LOCAL_RANK; raises ValueError."""
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank < count:
+        return local_rank
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # srun --gpus-per-task=1 shows each task its own GPU; torchrun and deepspeed show all ranks the
+    # same, so that there one GPU is one too few.
+    if count != 1 or len(visible) != 1 or not visible[0] or has_launcher():
+        raise ValueError(f"LOCAL_RANK={local_rank}: this node has {count} GPUs; start fewer ranks")
+    # DeepSpeed takes it for the index of the device, and wants OpenMPI's to be equal.
+    os.environ["LOCAL_RANK"] = "0"
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = "0"
+    return 0
 
 
 def _join(backend: str) -> None:
@@ -83,6 +108,7 @@ def _join(backend: str) -> None:
 
 def stop() -> None:
     """Leaves the process group; NCCL warns of groups that are left open at exit."""
+    _patient_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -96,16 +122,57 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """As torchrun (LOCAL_WORLD_SIZE) or deepspeed (LOCAL_SIZE) set it; the world if neither."""
-    names = (name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ)
-    name = next(names, None)
-    size = int(os.environ[name]) if name else world_size()
-    if world_size() % size:
+    """As torchrun, deepspeed, srun or mpirun set it; the world if none did. Raises ValueError."""
+    name = _node_size_variable()
+    if name is None:
+        return world_size()
+    sizes = _counts(os.environ[name])
+    size = sizes[0]
+    if name == "SLURM_NTASKS_PER_NODE":
+        size = min(size, world_size())  # there it is the most that a node may have
+    if len(set(sizes)) > 1 or world_size() % size:
         raise ValueError(
-            f"{name}={size}: does not divide the {world_size()} ranks; start the same number of "
-            "ranks on every node"
+            f"{name}={os.environ[name]}: does not divide the {world_size()} ranks; start the same "
+            "number of ranks on every node"
         )
     return size
+
+
+def _node_size_variable() -> str | None:
+    """The variable that holds the number of ranks of this node, of whoever started this one."""
+    names = ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"]
+    for _, _, world in _LAUNCHERS:
+        # Another number of ranks: Slurm then speaks of the allocation around what was started.
+        if os.environ.get(world) == str(world_size()):
+            names += _NODE_SIZES[world]
+    return next((name for name in names if name in os.environ), None)
+
+
+def _counts(text: str) -> list[int]:
+    """Ranks of each node, in Slurm's form: "8", "8(x2)" or "8(x2),4"."""
+    counts = []
+    for part in text.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def share_of_cores(cores: set[int]) -> int:
+    """How many of `cores`, those this rank may use, are its own. A collective; raises ValueError.
+
+    Ranks are asked because the mask alone does not tell: srun and mpirun may have bound each rank
+    to cores of its own, while under torchrun the mask of a job is shared by the ranks of a node.
+    """
+    mine, size = sum(1 << core for core in cores), ranks_per_node()
+    asked = all_gather_objects((mine, size))
+    if {theirs for _, theirs in asked} != {size}:
+        raise ValueError(
+            f"nodes have {sorted({theirs for _, theirs in asked})} ranks; start the same number "
+            "of ranks on every node"
+        )
+    first = rank() // size * size
+    sharing = sum(bool(mask & mine) for mask, _ in asked[first : first + size])
+    return max(1, len(cores) // sharing)
 
 
 def has_launcher() -> bool:
@@ -158,8 +225,19 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> Se
 
 
 def barrier() -> None:
+    """Waits for all ranks, up to a day, on the host.
+
+    On devices the wait would end with the process group's timeout, 10 minutes under NCCL: writing a
+    large export takes rank 0 longer, and some groups generate longer than others.
+    """
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(_patient_group())
+
+
+@cache
+def _patient_group() -> dist.ProcessGroup:
+    """A collective when it is first called, as `start` does."""
+    return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 def seed_everything(seed: int) -> None:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -13,16 +12,14 @@ from torch import nn
 
 from gearshift.engine import reshard
 from gearshift.engine.config import RolloutConfig
+from gearshift.engine.distributed import barrier, ranks_per_node, world_size
 from gearshift.engine.distributed import rank as world_rank
-from gearshift.engine.distributed import ranks_per_node, world_size
 from gearshift.engine.reshard import Topology, Traffic
 from gearshift.engine.tp_module import Rank, copy_buffers, localize, meta_twin
 from gearshift.engine.tp_plan import plan_tensor_parallel
 
 # Staging of a shift in MB: large buckets saturate NVLink, on CPU they only leave the cache.
 _BUCKET_MB = {"cuda": 256.0, "cpu": 16.0}
-# A group that is done waits as long for the slowest; the run's watchdog finds ranks that are stuck.
-LONGEST_GENERATION = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,6 @@ class Gearbox:
         self.module = meta_twin(hf_module)
         plan = plan_tensor_parallel(self.module, self.tp_size)
         self.tp_group, self._topology = make_groups(node_size, self.tp_size)
-        self._all_groups = None
-        if world_size() > self.tp_size:
-            self._all_groups = dist.new_group(backend="gloo", timeout=LONGEST_GENERATION)
         self.dp_index, self.tp_rank = divmod(world_rank(), self.tp_size)
         place = Rank(self.tp_rank, self.tp_size, self.tp_group)
         self._shards = localize(self.module, hf_module, plan, place, self.device)
@@ -97,12 +91,11 @@ class Gearbox:
     def meet(self) -> float:
         """Waits until every TP group has generated; returns the seconds this one was idle.
 
-        World-collective. On the host: the next collective on devices would give up after the
-        process group's timeout, 10 minutes, where responses differ by more than that.
+        World-collective.
         """
         start = time.perf_counter()
-        if self._all_groups is not None:
-            dist.barrier(self._all_groups)
+        if world_size() > self.tp_size:
+            barrier()
         return time.perf_counter() - start
 
     @torch.no_grad()
