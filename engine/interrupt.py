@@ -7,6 +7,8 @@ import time
 from datetime import datetime, timedelta
 from types import FrameType
 
+from gearshift.engine import distributed
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 # What ranks agree on is a number: the highest that any of them has.
 REASONS = ("", "run.save_by", *SIGNALS)
@@ -53,21 +55,32 @@ class Interrupt:
         self._asked = max(self._asked, REASONS.index(name))
 
 
+def agree_on_deadline(save_by: str | None) -> float | None:
+    """The earliest deadline that a rank knows, on all of them. A collective; raises ValueError.
+
+    Not every rank needs to know one: deepspeed passes no variable of Slurm's to other nodes.
+    """
+    known = distributed.all_gather_objects(parse_deadline(save_by, time.time()))
+    deadline = min((at for at in known if at is not None), default=None)
+    if save_by is not None and deadline is None:
+        raise ValueError(
+            f"run.save_by={save_by!r}: SLURM_JOB_END_TIME is not set; give a time, as 08:00"
+        )
+    return deadline
+
+
 def parse_deadline(save_by: str | None, now: float) -> float | None:
     """Unix time of run.save_by: "2026-11-23 08:00", "08:00" (the next one) or "slurm-10".
 
-    Local time; "slurm-10" is ten minutes before the end of the Slurm job. Raises ValueError.
+    Local time; "slurm-10" is ten minutes before the end of the Slurm job, None where Slurm has not
+    told this process. Raises ValueError.
     """
     if save_by is None:
         return None
     minutes = re.fullmatch(r"slurm-(\d+(?:\.\d+)?)", save_by)
     if minutes:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        if not end.isdigit():
-            raise ValueError(
-                f"run.save_by={save_by!r}: SLURM_JOB_END_TIME is not set; give a time, as 08:00"
-            )
-        return int(end) - 60 * float(minutes[1])
+        return int(end) - 60 * float(minutes[1]) if end.isdigit() else None
     today = datetime.fromtimestamp(now)
     try:
         if re.fullmatch(r"\d\d?:\d\d", save_by):

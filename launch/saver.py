@@ -13,7 +13,7 @@ from gearshift.engine import distributed
 from gearshift.engine.checkpoint import Checkpoints
 from gearshift.engine.config_run import RunConfig
 from gearshift.engine.guards import GuardStop
-from gearshift.engine.interrupt import REASONS, Interrupt, parse_deadline
+from gearshift.engine.interrupt import REASONS, Interrupt
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.launch.console import Console
 
@@ -36,7 +36,9 @@ class Saver:
         stateful: Mapping[str, Any],
         about: Mapping[str, Any],
         console: Console,
+        deadline: float | None = None,
     ):
+        """deadline: Unix time by which the last step must have ended."""
         self.run, self.trainer, self.stateful = run, trainer, stateful
         self.checkpoints = Checkpoints(
             Path(run.dir) / "checkpoints",
@@ -45,7 +47,6 @@ class Saver:
             about=about,
             tell=console.warn,
         )
-        deadline = parse_deadline(run.save_by, time.time())
         self.interrupt = Interrupt(deadline, speaks=distributed.is_main())
         self.ended: str | None = None
         self._saved_at = self._stepped_at = time.monotonic()

@@ -28,7 +28,7 @@ from gearshift.engine.config_load import Resolved
 from gearshift.engine.data import PromptStream, TextStream
 from gearshift.engine.export import export
 from gearshift.engine.guards import Alarm, GuardStop
-from gearshift.engine.interrupt import parse_deadline
+from gearshift.engine.interrupt import agree_on_deadline, parse_deadline
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.run_log import RunLog, nearest_existing
 from gearshift.engine.run_state import tokenizer_print
@@ -49,6 +49,7 @@ class Session:
         check_trackers(config.run.trackers)
         parse_deadline(config.run.save_by, time.time())
         self.device = distributed.start(config.run.threads)
+        deadline = agree_on_deadline(config.run.save_by)
         self.resumed, remarks = resume.choose(config.run)
         remarks += check_folder(config, self.resumed)
         watchdog.start(config.run.hang_timeout_s, self.folder)
@@ -79,7 +80,7 @@ class Session:
         self.trainer = PPOTrainer(config, roles)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
-        self.saver = Saver(config.run, self.trainer, stateful, about, self.console)
+        self.saver = Saver(config.run, self.trainer, stateful, about, self.console, deadline)
         if self.resumed:
             for remark in checkpoint.load(self.resumed, self.trainer, stateful):
                 self.console.note(remark)

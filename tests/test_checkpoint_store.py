@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 
 from gearshift.engine import checkpoint_store as store
-from gearshift.engine import resume
+from gearshift.engine import distributed, resume
 from gearshift.engine.config_run import RunConfig
-from gearshift.engine.interrupt import REASONS, Interrupt, parse_deadline
+from gearshift.engine.interrupt import REASONS, Interrupt, agree_on_deadline, parse_deadline
 
 
 def made(folder: Path, step: int, **summary) -> Path:
@@ -296,11 +296,25 @@ def test_a_deadline_before_slurm_s(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000000")
     assert parse_deadline("slurm-10", NOW) == 1000000 - 600
     monkeypatch.delenv("SLURM_JOB_END_TIME")
-    with pytest.raises(ValueError, match="SLURM_JOB_END_TIME is not set; give a time, as 08:00"):
-        parse_deadline("slurm-10", NOW)
+    assert parse_deadline("slurm-10", NOW) is None
     with pytest.raises(ValueError, match="run.save_by='noon': not a time; write 08:00"):
         parse_deadline("noon", NOW)
     assert parse_deadline(None, NOW) is None
+
+
+def test_a_deadline_that_one_rank_knows_is_every_rank_s(monkeypatch):
+    """deepspeed --hostfile passes SLURM_* to no other node."""
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    others: list[float | None] = [1000.0, 900.0, None]
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda value: [value, *others])
+    assert agree_on_deadline("slurm-10") == 900
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1400")
+    assert agree_on_deadline("slurm-10") == 800
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    others[:] = [None]
+    with pytest.raises(ValueError, match="SLURM_JOB_END_TIME is not set; give a time, as 08:00"):
+        agree_on_deadline("slurm-10")
+    assert agree_on_deadline(None) is None
 
 
 def test_signals_ask_once_and_a_second_interrupt_ends_at_once(capfd):

@@ -96,6 +96,8 @@ def test_a_deadline_ends_the_run(tmp_path, capfd):
     assert saved(tmp_path) == ["step_000001"]
     assert start(path, "--run.save_by", "soon") == 2
     assert "run.save_by='soon': not a time" in capfd.readouterr().err
+    assert start(path, "--run.save_by", "slurm-10") == 2
+    assert "run.save_by='slurm-10': SLURM_JOB_END_TIME is not set" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("background", (True, False))
