@@ -14,6 +14,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -37,6 +39,18 @@ AUTO_CLASSES = {
     "critic": AutoModelForTokenClassification,
     "reward": AutoModelForSequenceClassification,
 }
+
+
+def auto_class(role: str, hf_config: Any) -> Any:
+    """The class that builds a role's module: AUTO_CLASSES, but for critics of families such as
+    Gemma 3 and OLMo 2, which only classify sequences. Their `score` is the same head."""
+    family = type(hf_config)
+    by_token = family in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING or "AutoModelForToken" in str(
+        getattr(hf_config, "auto_map", None)
+    )
+    if role == "critic" and not by_token and family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return AUTO_CLASSES["reward"]
+    return AUTO_CLASSES[role]
 
 
 def location(config: ModelConfig) -> str:
@@ -111,8 +125,8 @@ def load_model(
 
     store: of room_for; takes each partition of a frozen model as soon as it is made.
 
-    A critic is AutoModelForTokenClassification with one label: its head's weight is the score head
-    of the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
+    A critic is a classifier with one label, see auto_class: its head's weight is the score head of
+    the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
     Raises ValueError when tensors are missing or have other shapes than the configuration says.
     """
     hf_config = load_config(config, role)
@@ -186,7 +200,7 @@ def dtype_of(ds_config: dict) -> torch.dtype:
 
 
 def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
-    auto = AUTO_CLASSES[role]
+    auto = auto_class(role, hf_config)
     attention = attention_implementation(config.attn, hf_config, dtype)
     try:
         with init_empty_weights(include_buffers=False):
@@ -289,7 +303,7 @@ def _load_with_transformers(
     )
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers holds it weakly
-    module, info = AUTO_CLASSES[role].from_pretrained(
+    module, info = auto_class(role, hf_config).from_pretrained(
         location(config),
         config=hf_config,
         dtype=dtype,

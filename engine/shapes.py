@@ -146,9 +146,9 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     of this family."""
     from accelerate import init_empty_weights
 
-    from gearshift.engine.models import AUTO_CLASSES
+    from gearshift.engine.models import auto_class
 
-    auto, family = AUTO_CLASSES[role], hf_config.model_type
+    auto, family = auto_class(role, hf_config), hf_config.model_type
     try:
         with init_empty_weights(include_buffers=True):
             module = auto.from_config(hf_config)

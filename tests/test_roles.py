@@ -5,20 +5,23 @@ from dataclasses import fields
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
 
-from gearshift.engine import ds_config
+from gearshift.engine import checkpoint, ds_config
 from gearshift.engine.batch import Experience, Rollout
+from gearshift.engine.checkpoint import Checkpoints
 from gearshift.engine.config import RewardConfig
+from gearshift.engine.export import export
 from gearshift.engine.frozen import RewardModel
 from gearshift.engine.heads import HeadOptions
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models import load_model, load_tokenizer
 from gearshift.engine.objective import token_weights
-from tests import tiny_run
+from tests import tiny, tiny_run
 
 CPU = torch.device("cpu")
 
@@ -148,6 +151,42 @@ def test_a_critic_from_the_actor_values_everything_at_zero(models):
     rollout = trainer.actor.generate(tiny_run.prompts(trainer.ppo, 0), trainer.config.sampling)
     values, after = trainer.critic.values(rollout)
     assert not values.any() and not after.any()
+
+
+SEQUENCES_ONLY = {
+    "gemma3_text": {"query_pre_attn_scalar": 4, "sliding_window": 4, "num_hidden_layers": 6},
+    "olmo2": {},
+}
+
+
+@pytest.mark.parametrize("family", SEQUENCES_ONLY)
+def test_a_critic_of_a_family_that_only_classifies_sequences(models, tmp_path, family):
+    """It trains, resumes, and starts again from what was exported."""
+    shape = tiny.llama_config(tiny_run.VOCABULARY).to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "eos_token_id")
+    names += ("num_attention_heads", "num_key_value_heads", "pad_token_id", "bos_token_id")
+    shape = {name: shape[name] for name in names} | {"initializer_range": 0.2}
+    lm = AutoConfig.for_model(family, **shape | {"head_dim": 4} | SEQUENCES_ONLY[family])
+    AutoModelForCausalLM.from_config(lm).save_pretrained(tmp_path / "lm")
+    tiny.tokenizer(tiny_run.VOCABULARY).save_pretrained(tmp_path / "lm")
+    config = tiny_run.config(models, "zero3", str(tmp_path / "lm"))
+    trainer = tiny_run.trainer(config)
+    _, experience = trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert not experience.values.any()  # before the step
+    expected, after = trainer.critic.values(experience)
+    assert expected.shape == experience.response_ids.shape
+    assert expected[experience.response_mask].std() > 1e-3
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1, background=False)
+    checkpoints.take(trainer, {}, reward=0.0)
+    checkpoints.publish()
+    export(trainer.critic.model, trainer.actor.tokenizer, tmp_path / "critic")
+    resumed = tiny_run.trainer(config)
+    checkpoint.load(tmp_path / "checkpoints" / "step_000001", resumed, {})
+    again = tiny_run.trainer(tiny_run.with_critic(config, tmp_path / "critic"))
+    for other in (resumed, again):
+        found = other.critic.values(experience)
+        assert torch.equal(found[0], expected) and torch.equal(found[1], after)
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])

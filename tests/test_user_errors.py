@@ -273,13 +273,13 @@ def test_a_broken_configuration(refused, job, tmp_path):
 
 
 def test_a_family_without_a_critic(refused, job, tmp_path):
-    """OLMo 2 has no class that gives a score per token."""
+    """Granite has no class that gives a score, per token or sequence."""
     model = tmp_path / "model"
     shutil.copytree(job / "policy", model)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = AutoConfig.for_model("olmo2", vocab_size=16, num_attention_heads=2, **sizes)
+    config = AutoConfig.for_model("granite", vocab_size=16, num_attention_heads=2, **sizes)
     (model / "config.json").write_text(json.dumps(config.to_diff_dict()))
-    message = "critic: no AutoModelForTokenClassification of olmo2 ... or ppo.estimator=rloo"
+    message = "critic: no AutoModelForTokenClassification of granite ... or ppo.estimator=rloo"
     assert len(refused(message, "--actor.path", model)) < 400
 
 
