@@ -12,6 +12,7 @@ from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardCon
 from gearshift.engine.frozen import Reference, RewardModel
 from gearshift.engine.models import load_config, load_model, load_tokenizer, location, room_for
 from gearshift.engine.optim import check_optimizer
+from gearshift.engine.plan_inputs import critic_start
 from gearshift.engine.ppo import Roles
 from gearshift.engine.reward_text import check_system_turn, same_tokenizer
 from gearshift.engine.rewards import RewardSum
@@ -141,23 +142,12 @@ def critic_source(blueprint: Blueprint) -> tuple[CriticConfig, bool]:
         head = load_config(own, "critic").architectures or [""]
         from_reward = head[0].endswith(("ForSequenceClassification", "ForTokenClassification"))
     else:
-        reward = _reward_with_tokens_of_actor(blueprint)
-        from_reward = reward is not None
-        start: ModelConfig = reward or config.actor
+        tokenizer, others = blueprint.tokenizer, blueprint.reward_tokenizers
+        start = critic_start(config, lambda reward: same_tokenizer(tokenizer, others[reward.name]))
+        from_reward = isinstance(start, RewardConfig)
         source, revision = start.path, start.revision
     values = vars(own) | {"path": source, "revision": revision}
     return CriticConfig(**values), from_reward
-
-
-def _reward_with_tokens_of_actor(blueprint: Blueprint) -> RewardConfig | None:
-    for reward in blueprint.rewards.model_configs:
-        architectures = load_config(reward, "reward").architectures or [""]
-        decoder = "Bert" not in architectures[0]
-        if decoder and same_tokenizer(
-            blueprint.tokenizer, blueprint.reward_tokenizers[reward.name]
-        ):
-            return reward
-    return None
 
 
 def _named_models(config: Config) -> dict[str, ModelConfig]:

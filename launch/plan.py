@@ -59,6 +59,7 @@ def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
         "verdict": "FITS" if made.fits else "DOES NOT FIT",
         "reason": made.refuse_reason,
         "change": advice,
+        "assumed": plan_inputs.assumption(made.config),
         "hardware": asdict(made.hardware),
         "usable_gpu_bytes": made.hardware.usable,
         "usable_host_bytes": made.hardware.usable_host,
@@ -106,6 +107,8 @@ def summary(made: Plan, advice: str | None) -> list[str]:
         f"a PPO step: {made.step_seconds:.0f} s at full lengths, {made.swap_seconds:.1f} of them "
         "swapping (estimate until measured)",
     ]
+    assumed = plan_inputs.assumption(made.config)
+    lines += [assumed] if assumed else []
     if made.fits:
         return [*lines, "FITS"]
     return [*lines, f"DOES NOT FIT: {made.refuse_reason}", f"change first: {advice}"]

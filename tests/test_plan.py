@@ -5,7 +5,9 @@ import json
 import pytest
 import yaml
 
+from gearshift.engine import assemble, config_load
 from gearshift.launch import cli, plan_docs
+from tests import tiny
 
 FROZEN = "frozen_zero3_cpu_bf16.json"
 
@@ -44,6 +46,53 @@ def test_a_run_that_fits(capsys, run_yaml):
     assert made["largest_micro_batch"] == 8
     # The published count: 494,032,768 parameters with tied embeddings.
     assert made["roles"][0]["parameters"] == 494_032_768
+
+
+def critic_of(capsys, folder, reward) -> tuple[int, int, str | None]:
+    """Parameters of the critic and of the actor, and what was assumed."""
+    settings = {
+        "actor": {"path": str(folder / "actor")},
+        "rewards": [{"name": "rm", "kind": "model", "path": str(reward)}],
+        "data": {"max_prompt_tokens": 64},
+        "sampling": {"max_new_tokens": 64},
+        "ppo": {"prompts_per_step": 8, "minibatch_size": 8, "micro_batch_size": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    _, made = plan_json(capsys, "--config", str(path))
+    sizes = {role["name"]: role["parameters"] for role in made["roles"]}
+    return sizes["critic"], sizes["actor"], made["assumed"]
+
+
+def test_the_critic_is_that_of_the_run(capsys, tmp_path):
+    """A copy of the actor where the reward model reads other tokens, else of the reward model."""
+    tiny.save_policy(tmp_path / "actor", 32, num_hidden_layers=4)
+    own, other = tiny.save_reward(tmp_path / "own"), tiny.save_reward(tmp_path / "other")
+    tiny.tokenizer(31).save_pretrained(other)
+    sizes = {}
+    for reward, start in ((other, tmp_path / "actor"), (own, own)):
+        sizes[start], actor, assumed = critic_of(capsys, tmp_path, reward)
+        assert assumed is None
+        config = config_load.load(str(tmp_path / "run.yaml"), []).config
+        run, _ = assemble.critic_source(assemble.draw_up(config))
+        assert run.path == str(start)
+    # A scalar head and its bias in place of the vocabulary's.
+    assert sizes[tmp_path / "actor"] == actor - 32 * 16 + 16 + 1
+    assert sizes[own] < actor / 1.5
+
+
+def test_a_critic_by_families_where_no_tokenizer_is_there(capsys, run_yaml):
+    sizes = {}
+    for reward in ("qwen2.5-1.5b", "qwen3-0.6b"):
+        rewards = f"--rewards.0.path=shape:{reward}"
+        _, made = plan_json(capsys, "--config", run_yaml, rewards)
+        sizes[reward] = {role["name"]: role["parameters"] for role in made["roles"]}
+        start, word = (reward, "the") if reward == "qwen2.5-1.5b" else ("qwen2.5-0.5b", "not the")
+        assert f"to start from shape:{start}: tokenizers" in made["assumed"]
+        assert f"(rm's is {word} actor's)" in made["assumed"]
+        assert cli.main(["plan", "--config", run_yaml, rewards]) in (0, 3)
+        assert made["assumed"] in capsys.readouterr().out
+    assert sizes["qwen2.5-1.5b"]["critic"] > 1.5e9 > 0.6e9 > sizes["qwen3-0.6b"]["critic"]
 
 
 def test_a_run_that_does_not_fit_says_what_to_change(capsys, run_yaml):
