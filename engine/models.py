@@ -34,6 +34,7 @@ from gearshift.engine.shards import Store, partitioning, place, room_of
 
 logger = logging.getLogger("gearshift")
 
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AUTO_CLASSES = {
     "policy": AutoModelForCausalLM,
     "critic": AutoModelForTokenClassification,
@@ -168,7 +169,7 @@ def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) ->
             "use auto, eager or flash_attention_2"
         )
     half = dtype in (torch.bfloat16, torch.float16)
-    if wanted.startswith("flash_attention") and not half:
+    if wanted in FLASH_ATTENTION and not half:
         raise ValueError(
             f"attn={wanted!r}: flash-attn takes no {dtype}; use auto or sdpa, or bf16 in the "
             "DeepSpeed JSON"
