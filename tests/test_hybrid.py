@@ -14,7 +14,8 @@ FAST = ["llama", "llama_9_3", "llama_mqa", "llama_tied", "qwen2", "qwen3", "mist
 FAST += ["phi3", "mixtral"]
 SLOW = [family for family in scripted["FAMILIES"] if family not in FAST]
 FOUR = ["llama", "llama_9_3", "llama_mqa", "llama_12_3", "llama_tied", "gemma2", "phi3"]
-FOUR += ["qwen2", "qwen3", "mistral", "mixtral", "qwen3_moe"]
+# Not mixtral: one of its prompts there meets two tokens of equal logits, 3.7513, by chance.
+FOUR += ["qwen2", "qwen3", "mistral", "qwen3_moe"]
 
 DTYPES = {"offload:2": "torch.float32"}  # the others train in bf16
 
