@@ -37,9 +37,9 @@ def buckets(rows: int, *, coarse: bool = False) -> list[int]:
 
     coarse: for graphs that are thrown away after one generation.
     """
-    sizes = [1, 2, 4, 8, *range(STEP, rows + STEP, STEP)]
-    if coarse:
-        sizes = [1, 2, 4, 8, 16, 32, *range(COARSE_STEP, rows + COARSE_STEP, COARSE_STEP)]
+    step = COARSE_STEP if coarse else STEP
+    doubling = [1 << i for i in range(step.bit_length() - 1)]
+    sizes = [*doubling, *range(step, rows + step, step)]
     return sizes[: bisect.bisect_left(sizes, rows) + 1]
 
 

@@ -120,8 +120,7 @@ def same_run(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _may_change(key: str, accepted: list[str]) -> bool:
-    patterns = [*RESUME_MAY_CHANGE, *accepted]
-    return key not in RESUME_MUST_MATCH and any(fnmatch(key, pattern) for pattern in patterns)
+    return any(fnmatch(key, pattern) for pattern in (*RESUME_MAY_CHANGE, *accepted))
 
 
 def _must_match(key: str, pair: tuple[Any, Any]) -> bool:

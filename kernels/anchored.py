@@ -17,9 +17,10 @@ import torch
 
 from gearshift.kernels import dispatch
 from gearshift.kernels.epilogue import RowResults, writable_width
+from gearshift.kernels.kl_gae import KL_ESTIMATORS
 from gearshift.kernels.linear_head import Head, LogitGradient
 from gearshift.kernels.logprob import launch_shape
-from gearshift.kernels.policy_terms import KL_ESTIMATORS, PolicyRows
+from gearshift.kernels.policy_terms import PolicyRows
 
 if dispatch.HAS_TRITON:
     import triton

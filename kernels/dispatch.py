@@ -30,13 +30,10 @@ def resolve(backend: str, device: torch.device) -> str:
             raise ValueError(
                 f"{source}='triton' on {device.type} tensors: set TRITON_INTERPRET=1 or use 'torch'"
             )
-        if device.type == "cuda" and device.index not in (None, _current()):
+        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+            current = torch.cuda.current_device()
             raise ValueError(
-                f"tensors on {device}, but Triton launches on the current device, {_current()}; "
+                f"tensors on {device}, but Triton launches on the current device, {current}; "
                 f"call torch.cuda.set_device({device.index}) first"
             )
     return backend
-
-
-def _current() -> int:
-    return torch.cuda.current_device()

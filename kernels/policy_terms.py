@@ -18,15 +18,13 @@ import math
 import torch
 
 from gearshift.kernels import arguments, dispatch
+from gearshift.kernels.kl_gae import KL_ESTIMATORS, LOG_RATIO_LIMIT
 
 if dispatch.HAS_TRITON:
     import triton
     import triton.language as tl
 
     from gearshift.kernels.kl_gae import k3
-
-LOG_RATIO_LIMIT = 20.0
-KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
