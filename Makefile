@@ -5,7 +5,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-all lint gpu-check
+# Two processes: a file's cases stay together, since they share models and ranks.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
+
+.PHONY: setup demo test test-processors test-all lint gpu-check
 
 setup: $(VENV)/.ready
 
@@ -21,10 +24,15 @@ demo: setup
 	$(BIN)/gearshift demo $(ARGS)
 
 test: setup
-	$(BIN)/pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
+
+# PyTorch's CPU kernels as processors without AVX-512, and without AVX2, run them.
+test-processors: setup
+	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "bits and not slow and not gpu"
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "bits and not slow and not gpu"
 
 test-all: setup
-	$(BIN)/pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,7 +5,8 @@ through the model together, layer by layer: a layer's weights come once, from th
 them and an all-gather between the ranks, and the next layer's come while this one computes. On the
 device are two layers, what is used at several places (tied embeddings), and the pass's hidden
 states. Each micro-batch is the model's own forward, which a hook stops where it needs weights that
-have not come (lockstep.py): any transformers model will do, and its results are the same bits.
+have not come (lockstep.py): any transformers model will do, and its results are the same to
+rounding (a product may sum in another order where its operands lie elsewhere in memory).
 """
 
 import threading

@@ -13,8 +13,9 @@ is infinity, as in IEEE's rounding; the master stays exact. NaN becomes the quie
 At 1e-6, a usual PPO learning rate, one step moves a weight by far less than half a unit in the last
 place of bfloat16: without the low bits almost every step would round to no step at all.
 
-Every operation is rounded as torch.optim.AdamW's loop (foreach=False, fused=False) rounds it on a
-CPU: fused multiply-adds in the moments and nowhere else; exactly rounded quotients and roots.
+The PyTorch path is torch.optim.AdamW's loop (foreach=False, fused=False), operation by operation.
+The kernel has fused multiply-adds in the moments and nowhere else, exactly rounded quotients and
+roots: as that loop rounds on a CPU with AVX2.
 """
 
 import torch
@@ -168,8 +169,8 @@ def adamw_split_step(
     Args:
         weight_bf16: [N] bfloat16, what the model computes with. low_u16: [N] int16, zeros at first.
         grad: [N] bfloat16 or float32, only read.
-        exp_avg, exp_avg_sq: [N], both float32 (then the master is, bit for bit, that of float32
-            AdamW with these gradients) or both bfloat16 (arithmetic in float32, stored rounded).
+        exp_avg, exp_avg_sq: [N], both float32 (then the master is that of float32 AdamW with
+            these gradients) or both bfloat16 (arithmetic in float32, stored rounded).
         step: t >= 1, for the bias correction. weight_decay is decoupled.
 
     All tensors contiguous, on one device. Raises ValueError, naming the argument, for anything

@@ -27,7 +27,7 @@ from gearshift.engine import checkpoint_store as store
 from gearshift.engine import roles
 from gearshift.launch import session, train
 from tests import tiny_job
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 
 RANKS, STEPS, LIFE_S = 2, 6, 300.0
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from gearshift.engine import checkpoint_store as store
-from tests import tiny_job, tiny_run
+from tests import on_ranks, tiny_job
+
+pytestmark = pytest.mark.bits
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return tiny_run.outcome("ranks_checkpoint.py")
+    return on_ranks.outcome("ranks_checkpoint.py")
 
 
 def deterministic(figures: dict) -> dict:

@@ -11,7 +11,7 @@ from transformers import (
 from gearshift.engine.config import ModelConfig
 from gearshift.engine.export import export, whole_weights
 from gearshift.engine.models import load_model
-from tests import tiny_run
+from tests import on_ranks, tiny_run
 
 CLASSES = {"actor": AutoModelForCausalLM, "critic": AutoModelForTokenClassification}
 PLAIN = {"zero_optimization": {"stage": 0}}
@@ -20,7 +20,7 @@ PLAIN = {"zero_optimization": {"stage": 0}}
 @pytest.fixture(scope="module")
 def exported():
     """OUT of ranks_checkpoint.py: a trained actor with tied weights, and its critic."""
-    return tiny_run.outcome("ranks_checkpoint.py")
+    return on_ranks.outcome("ranks_checkpoint.py")
 
 
 @pytest.mark.parametrize("role", CLASSES)

@@ -15,7 +15,7 @@ from gearshift.engine.guards import Alarm, Guards, GuardStop, is_due
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.rewards import RewardError
 from gearshift.launch import train
-from tests import tiny_job, tiny_run
+from tests import on_ranks, tiny_job, tiny_run
 
 CPU = torch.device("cpu")
 # A step has two epochs of two minibatches.
@@ -516,7 +516,7 @@ def test_settings_that_would_let_it_through_are_refused(tmp_path, changes, told)
 
 def test_ranks_decide_alike(models, tmp_path):
     """The second rank's sample, reward and parameters: see ranks_guards.py."""
-    tiny_run.launch("ranks_guards.py", models, tmp_path)
+    on_ranks.launch("ranks_guards.py", models, tmp_path)
     files = [tmp_path / f"rank{rank}.jsonl" for rank in range(2)]
     first, second = ([json.loads(x) for x in file.read_text().splitlines()] for file in files)
     assert [line["case"] for line in first] == ["reward", "nonfinite", "frozen"]

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests import tiny_job
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 
 PATIENCE_S = 240  # two ranks on a busy machine
 LAUNCHER = Path(sys.executable).with_name("deepspeed")

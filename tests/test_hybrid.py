@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from gearshift.engine import assets
+from tests import on_ranks
 
-launch = runpy.run_path(str(Path(__file__).with_name("launch_ranks.py")))["launch"]
+pytestmark = pytest.mark.bits
+
 scripted = runpy.run_path(str(Path(__file__).with_name("ranks_shift.py")))
 
 FAST = ["llama", "llama_9_3", "llama_mqa", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2"]
@@ -57,7 +59,9 @@ def check_responses(seen, family: str, sizes: list[int], budget: int) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    return by_case(launch("ranks_shift.py", 2, out, "1,2", "2", ",".join(FAST)), "family", "tp")
+    return by_case(
+        on_ranks.lines("ranks_shift.py", 2, out, "1,2", "2", ",".join(FAST)), "family", "tp"
+    )
 
 
 def test_generation_equals_the_unsharded_model(two_ranks):
@@ -99,7 +103,7 @@ def test_refusals_are_one_line_with_the_reason(two_ranks):
 @pytest.fixture(scope="module")
 def state(tmp_path_factory):
     out, cases = tmp_path_factory.mktemp("state"), "zero3:2,hpz:2,offload:2,zero2:2,zero1:1"
-    return by_case(launch("ranks_state.py", 2, out, cases, launcher="torchrun"), "case")
+    return by_case(on_ranks.lines("ranks_state.py", 2, out, cases), "case")
 
 
 def test_training_state_is_the_same_with_and_without_generations(state):
@@ -135,7 +139,7 @@ def test_whole_weights_are_used_in_place(state):
 
 
 def test_one_rank_generates_from_views_of_its_partitions(tmp_path):
-    ((row,),) = launch("ranks_state.py", 1, tmp_path, "zero3:1", launcher="python")
+    ((row,),) = on_ranks.lines("ranks_state.py", 1, tmp_path, "zero3:1")
     for visit in ("release", "resident", "after_step"):
         assert row[visit]["views"] == 1.0 and row[visit]["wrong"] == 0
     assert row["state"] == row["never"]
@@ -144,7 +148,7 @@ def test_one_rank_generates_from_views_of_its_partitions(tmp_path):
 @pytest.mark.slow
 def test_further_families(tmp_path):
     seen = by_case(
-        launch("ranks_shift.py", 2, tmp_path, "1,2", "2", ",".join(SLOW)), "family", "tp"
+        on_ranks.lines("ranks_shift.py", 2, tmp_path, "1,2", "2", ",".join(SLOW)), "family", "tp"
     )
     check_generation(seen, SLOW, [1, 2])
 
@@ -153,7 +157,7 @@ def test_further_families(tmp_path):
 @pytest.mark.parametrize("node_size,sizes", [(4, [2, 4]), (2, [1, 2])])
 def test_four_ranks_in_one_and_two_nodes(tmp_path, node_size, sizes):
     arguments = (",".join(map(str, sizes)), str(node_size), ",".join(FOUR))
-    seen = by_case(launch("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
+    seen = by_case(on_ranks.lines("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
     check_generation(seen, FOUR, sizes)
 
 
@@ -164,5 +168,5 @@ def test_a_real_model_on_four_ranks(tmp_path):
     except ValueError as absent:
         pytest.skip(str(absent))
     arguments = ("1,2,4", "4", scripted["REAL"])
-    seen = by_case(launch("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
+    seen = by_case(on_ranks.lines("ranks_shift.py", 4, tmp_path, *arguments), "family", "tp")
     check_responses(seen, scripted["REAL"], [1, 2, 4], scripted["REAL_BUDGET"])

@@ -13,8 +13,7 @@ from gearshift.engine import ds_config, memory_model
 from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.memory_model import Zero
 from gearshift.engine.shapes import published, shape_of
-from tests import tiny
-from tests.launch_ranks import launch
+from tests import on_ranks, tiny
 
 # Hidden size, layers, the ending of the DeepSpeed files, and how far actor and critic sleep.
 CASES = (
@@ -35,7 +34,7 @@ def on_two_ranks() -> list[dict]:
                 Path(folder, f"model{hidden}"), 2048, num_hidden_layers=layers, **sizes
             )
             cases.append(f"{path}:{precision}:{sleep}")
-        return launch("ranks_memory.py", 2, Path(folder), ",".join(cases))[0]
+        return on_ranks.lines("ranks_memory.py", 2, Path(folder), ",".join(cases))[0]
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))

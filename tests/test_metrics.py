@@ -17,7 +17,7 @@ from gearshift.engine import trackers
 from gearshift.engine.config import RunConfig
 from gearshift.engine.metrics import StepMetrics, peak_memory, reset_peak_memory
 from gearshift.engine.run_log import RunLog
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 
 NAN = torch.nan
 

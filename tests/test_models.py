@@ -24,7 +24,7 @@ from gearshift.engine.models import (
     load_tokenizer,
     place_buffers,
 )
-from tests import tiny, tiny_run
+from tests import on_ranks, tiny, tiny_run
 
 PLAIN = {"zero_optimization": {"stage": 0}}
 
@@ -54,7 +54,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
-    tiny_run.launch("ranks_models.py", models, out)
+    on_ranks.launch("ranks_models.py", models, out)
     return out
 
 

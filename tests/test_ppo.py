@@ -7,7 +7,7 @@ import torch
 
 from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.metrics import StepMetrics
-from tests import ranks_ppo, tiny_run
+from tests import on_ranks, ranks_ppo, tiny_run
 
 # Measured: 1.2e-7, one or two units in the last place of the largest weights.
 SAME = 1e-6
@@ -24,7 +24,7 @@ def models(tmp_path_factory):
 def two_ranks(models, tmp_path_factory):
     """What two real ranks made of every case."""
     out = tmp_path_factory.mktemp("two_ranks")
-    tiny_run.launch("ranks_ppo.py", models, out, ",".join(ranks_ppo.CASES))
+    on_ranks.launch("ranks_ppo.py", models, out, ",".join(ranks_ppo.CASES))
     return {case: torch.load(out / f"{case}.pt") for case in ranks_ppo.CASES}
 
 

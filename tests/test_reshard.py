@@ -1,8 +1,5 @@
 """Both transfer routes on four ranks, bit for bit against slices; bytes and staging counted."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -10,8 +7,9 @@ from torch import nn
 from gearshift.engine.reshard import Segment, local_shift, make_buckets
 from gearshift.engine.tp_module import Shard
 from gearshift.engine.tp_spec import Spec
+from tests import on_ranks
 
-launch = runpy.run_path(str(Path(__file__).with_name("launch_ranks.py")))["launch"]
+pytestmark = pytest.mark.bits
 
 
 def shard_of(numel: int, dtype=torch.float32) -> Shard:
@@ -65,7 +63,7 @@ def test_whole_parameters_are_cut_locally():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp("reshard")
-    return launch("ranks_reshard.py", 4, out, launcher="torchrun")
+    return on_ranks.lines("ranks_reshard.py", 4, out)
 
 
 def test_every_route_fills_every_shard_exactly(rows):

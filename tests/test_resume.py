@@ -10,9 +10,11 @@ from gearshift.engine import checkpoint, ds_config
 from gearshift.engine import checkpoint_store as store
 from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.zero_state import whole
-from tests import tiny_run
+from tests import on_ranks, tiny_run
 from tests.ranks_checkpoint import Prompts, advance
 from tests.ranks_resume import STAGES, save, take_up, write_stage_1
+
+pytestmark = pytest.mark.bits
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
@@ -46,7 +48,7 @@ def close(figures: dict, expected: dict) -> None:
 @pytest.fixture(scope="module")
 def two_ranks():
     """A run under ZeRO-3 on two ranks, and its checkpoint after two steps."""
-    return tiny_run.outcome("ranks_checkpoint.py")
+    return on_ranks.outcome("ranks_checkpoint.py")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def two_again(two_ranks, one_rank, tmp_path_factory):
     """What this process saved a step later, taken up by two ranks under every stage."""
     out = tmp_path_factory.mktemp("two")
     models = two_ranks.parent / "models"
-    tiny_run.launch("ranks_resume.py", models, one_rank[0] / "step_000003", out)
+    on_ranks.launch("ranks_resume.py", models, one_rank[0] / "step_000003", out)
     return out
 
 

@@ -12,7 +12,7 @@ from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.hf_generation import hf_generate
 from gearshift.engine.rollout import RolloutEngine
 from gearshift.kernels import ops
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 from tests.rollout_models import build, forced_logits, make_prompts
 
 LENGTHS = [9, 21, 4, 1, 30, 13, 16, 17, 2, 8, 25, 12]

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from gearshift.engine import residence, sleep
-from tests import ranks_sleep, tiny_run
+from tests import on_ranks, ranks_sleep, tiny_run
+
+pytestmark = pytest.mark.bits
 
 
 @functools.cache
@@ -19,7 +21,7 @@ def on_two_ranks() -> dict:
     """What ranks_sleep.py found on rank 0."""
     folder = Path(tempfile.mkdtemp(prefix="gearshift-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    tiny_run.launch("ranks_sleep.py", tiny_run.write_models(folder), folder)
+    on_ranks.launch("ranks_sleep.py", tiny_run.write_models(folder), folder)
     return json.loads((folder / "rank0.json").read_text())
 
 

@@ -15,7 +15,9 @@ from gearshift.engine import ds_config
 from gearshift.engine.config import OptimizerConfig
 from gearshift.engine.optim import build_optimizer
 from gearshift.engine.split_adamw import SplitAdamW, _joined
-from tests import tiny_run
+from tests import on_ranks, tiny_run
+
+pytestmark = pytest.mark.bits
 
 PARTS = (
     *("bytes.stock", "bytes.split_fp32", "bytes.split_bf16", "bytes.split_bf16_twice"),
@@ -29,7 +31,7 @@ def ranks(tmp_path_factory):
     """What both ranks found, by part."""
     out = tmp_path_factory.mktemp("split")
     tiny_run.write_models(out / "models")
-    tiny_run.launch("ranks_split.py", out, ",".join(PARTS))
+    on_ranks.launch("ranks_split.py", out, ",".join(PARTS))
     lines = [(out / f"rank{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     return [{entry["part"]: entry for entry in map(json.loads, rank)} for rank in lines]
 

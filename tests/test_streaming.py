@@ -1,4 +1,4 @@
-"""Streamed scoring: the same bits as with weights that stay, each weight brought once per pass."""
+"""Streamed scoring: the scores of weights that stay, each weight brought once per pass."""
 
 import json
 import shutil
@@ -17,15 +17,19 @@ from gearshift.engine.config import ModelConfig
 from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.heads import Policy, ScoreModel
 from gearshift.engine.lockstep import Lockstep
-from tests import tiny
-from tests.launch_ranks import launch
+from tests import on_ranks, tiny
 from tests.tiny_run import alone
+
+pytestmark = pytest.mark.bits
 
 FEW = "policy:policy:host,bert:reward:disk"
 ALL = f"{FEW},tied:policy:host,renamed:policy:disk,policy:policy:disk,reward:reward:host"
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2}
 WHOLE = {"zero_optimization": {"stage": 0}}
+# Scores of order 1 after three layers of four products each, sums of 32 terms at most. A product's
+# order of summation depends on where its operands lie in memory (MKL): no two need be equal bits.
+ROUNDING = 3 * 4 * 32 * 2.0**-24
 ROW = {"error", "ratio", "passes", "least over part", "held"}
 
 
@@ -61,13 +65,13 @@ def folder(tmp_path_factory):
 def rows(request, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp(f"out{request.param}")
     place = (str(folder), str(folder / "disk"), ALL if request.param == 2 else FEW)
-    return launch("ranks_streaming.py", request.param, out, *place, launcher="torchrun")
+    return on_ranks.lines("ranks_streaming.py", request.param, out, *place)
 
 
-def test_streamed_scores_are_the_same_bits(rows):
+def test_streamed_scores_are_those_of_resident_weights(rows):
     for rank in rows:
         for row in rank[:-4]:
-            assert row["error"] == 0.0, row
+            assert row["error"] <= ROUNDING, row
 
 
 def test_every_weight_comes_once_per_pass(rows):
@@ -215,7 +219,7 @@ def test_families_that_use_their_weights_unusually(family, tmp_path):
         for number in range(2):
             before = replace(engine.traffic)
             found = torch.cat(engine.together([partial(engine.module, *each) for each in inputs]))
-            assert torch.equal(found, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
             learned = family == "albert" and not number  # that it is used again
             assert ((engine.traffic - before).ratio == 1.0) is not learned
         assert not any(p.numel() for p in engine.module.parameters())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from gearshift.engine import config_load
 from gearshift.launch import train
 from tests import tiny_job
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 
 PHASES = {"generate", "rewards", "logprobs", "ref", "values", "update_actor", "update_critic"}
 METRICS = {

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from gearshift.engine import progress, watchdog
-from tests.launch_ranks import free_port
+from tests.on_ranks import free_port
 
 SCRIPT = Path(__file__).with_name("ranks_watchdog.py")
 PATIENCE_S = 90  # two Python processes on a busy machine; the timeout under test is 3 s

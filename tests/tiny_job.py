@@ -41,7 +41,7 @@ def write(folder: Path, **changes: dict) -> Path:
         "ppo": {"prompts_per_step": 4, "minibatch_size": 4, "micro_batch_size": 2},
     }
     for section, keys in changes.items():
-        settings[section] |= keys
+        settings.setdefault(section, {}).update(keys)
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder / "run.yaml"
 

@@ -1,17 +1,11 @@
 """A whole PPO run of tiny models: its configuration, prompts and roles, for one rank or several."""
 
-import atexit
 import json
 import os
 import random
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -120,27 +114,3 @@ def prompts(ppo: PPOConfig, step: int) -> PromptBatch:
         for p in range(rank, count, world)
     ]
     return PromptBatch(prompt_ids=ids, prompt_mask=mask, row_ids=torch.tensor(row_ids), columns={})
-
-
-def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 900) -> None:
-    """Runs tests/`script` on `ranks` real ranks; fails with what it printed."""
-    here = Path(__file__).parent
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK")}
-    environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent)}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--standalone", str(here / script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-
-
-@cache
-def outcome(script: str) -> Path:
-    """The folder that tests/`script` wrote on two ranks, from the models of `write_models`.
-
-    Made once for all tests of this process: starting ranks takes most of their time.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="gearshift-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "out").mkdir()
-    launch(script, write_models(folder / "models"), folder / "out")
-    return folder / "out"
