@@ -9,8 +9,7 @@ old policy: the anchor. With d = dloss/dlogp of policy_terms.py,
 so E can replace the logits before the loss is known: only a row factor and the target column depend
 on it, no maximum is needed and nothing is read twice. S = exp(old - logp) is 1 on-policy. Where it
 leaves ANCHOR_RANGE (an old log-prob more than about 40 nats off) the rows are reported, and the
-caller does the chunk again in two passes (epilogue.py). A vocabulary cut over ranks takes sums of
-x_tok, S and t, and no maximum (vocab_parallel.py).
+caller does the chunk again in two passes (epilogue.py).
 """
 
 import torch
@@ -107,8 +106,8 @@ if dispatch.HAS_TRITON:
         KL: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """From S and t to the row's loss; E[tok] -= S, unless tok is -1 (another rank's); scale =
-        -gain dloss/dlogp / S, NaN where the anchor was too far off."""
+        """From S and t to the row's loss; E[tok] -= S; scale = -gain dloss/dlogp / S, NaN
+        where the anchor was too far off."""
         rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = rows < count
         total = tl.zeros((BLOCK,), tl.float32)
@@ -149,8 +148,7 @@ if dispatch.HAS_TRITON:
         tl.store(scales + rows, scale, inside)
         token = tl.load(token_ids + rows, inside, other=0).to(tl.int64)
         corrected = tl.exp(old) - total
-        here = inside & (token >= 0)
-        tl.store(out + rows * out_stride + token, corrected.to(out.dtype.element_ty), here)
+        tl.store(out + rows * out_stride + token, corrected.to(out.dtype.element_ty), inside)
 
 
 def applies(rows, head: Head) -> bool:
@@ -175,14 +173,9 @@ def finish_anchored(
     shape = launch_shape(vocab)
     splits = min(triton.cdiv(vocab, shape["BLOCK"]), max(1, PROGRAMS // count))
     sums, moments = torch.empty(2, count, splits, dtype=torch.float32, device=logits.device)
-    columns, shard = head.columns(token_ids), head.shard
-    if shard is None:
-        target = logits.gather(1, columns.long()[:, None])[:, 0]
-    else:
-        target = shard.target_logits(logits, columns)
     _anchored_kernel[(count, splits)](
         logits,
-        target,
+        logits.gather(1, token_ids.long()[:, None])[:, 0],
         rows.old_logprobs,
         out,
         sums,
@@ -195,12 +188,10 @@ def finish_anchored(
         splits,
         **shape,
     )
-    if shard is not None:
-        sums, moments = shard.sum_(torch.stack([sums.sum(1), moments.sum(1)]))[:, :, None]
-    return _finalize(out, columns, rows, (sums, moments), head.logit_map.gain)
+    return _finalize(out, token_ids, rows, (sums, moments), head.logit_map.gain)
 
 
-def _finalize(out, columns, rows: PolicyRows, partials, gain: float):
+def _finalize(out, token_ids, rows: PolicyRows, partials, gain: float):
     """Launches `_finalize_kernel` over `out` = E."""
     count, splits = partials[0].shape
     logprobs, entropy, loss, scale = torch.empty(4, count, dtype=torch.float32, device=out.device)
@@ -209,7 +200,7 @@ def _finalize(out, columns, rows: PolicyRows, partials, gain: float):
     with_kl = o.kl_loss_coef != 0
     _finalize_kernel[(triton.cdiv(count, block),)](
         out,
-        columns,
+        token_ids,
         rows.weights,
         rows.old_logprobs,
         rows.advantages,

@@ -63,37 +63,29 @@ def finish_torch_(
 
     `rows` (PolicyRows or any object with `weights`, `entropy_coef` and `terms`) gives the loss.
     """
-    columns = head.columns(token_ids)
-    scores = head.score_(logits, columns, rescale=gradient)
+    scores = head.score_(logits, token_ids)
     loss, dlogp, clipped = rows.terms(scores.logprobs, scores.entropy)
     results = RowResults(scores.logprobs, scores.entropy, loss, clipped)
     if not gradient:
         return results, None
     if rows.entropy_coef == 0 and head.logit_map.bound is None:
         total = scores.log_sum.exp()
-        _add_at_targets_(logits, columns, -total)
+        logits.scatter_add_(1, token_ids.long()[:, None], -total[:, None])
         scale = dlogp.div(total).mul_(-head.logit_map.gain)
     else:
         slope = _Slope.of(dlogp, scores.entropy, rows)
-        _general_gradient_(logits, columns, scores, slope, head.logit_map)
+        _general_gradient_(logits, token_ids, scores, slope, head.logit_map)
         scale = slope.live()
     matrix = logits if head.gemm_dtype == torch.float32 else logits.to(head.gemm_dtype)
     return results, LogitGradient(matrix, scale)
 
 
-def _add_at_targets_(matrix: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
-    """matrix[i, columns_i] += values_i, except where the column is -1: another rank's."""
-    values = torch.where(columns < 0, 0.0, values)
-    matrix.scatter_add_(1, columns.long().clamp(min=0)[:, None], values[:, None])
-
-
 def _general_gradient_(
-    e: torch.Tensor, columns: torch.Tensor, scores: Scores, slope: _Slope, logit_map: LogitMap
+    e: torch.Tensor, token_ids: torch.Tensor, scores: Scores, slope: _Slope, logit_map: LogitMap
 ) -> None:
     """exp(x - peak) [C,V] becomes dloss/dy, y being the head's output."""
     log_p_target = scores.logprobs[:, None]
     onehot = slope.onehot[:, None] * _derivative(log_p_target, scores, slice(None), logit_map)
-    onehot = onehot[:, 0]
     scratch = torch.empty_like(e[: blocks(e)[0].stop])
     for rows in blocks(e):
         block = e[rows]
@@ -101,7 +93,7 @@ def _general_gradient_(
         derivative = _derivative(log_p, scores, rows, logit_map)
         block.mul_(torch.exp(-scores.log_sum[rows, None])).mul_(derivative)
         block.mul_(log_p.mul_(slope.bonus[rows, None]).add_(slope.base[rows, None]))
-        _add_at_targets_(block, columns[rows], onehot[rows])
+        block.scatter_add_(1, token_ids[rows, None].long(), onehot[rows])
 
 
 def _derivative(
@@ -137,7 +129,7 @@ if dispatch.HAS_TRITON:
         BLOCK: tl.constexpr,
     ):
         """out = dloss/dy of a scored chunk: one read, one write; `out` may be `logits`. Padding up
-        to width is treated as logits, and nobody reads what becomes of it. Id -1: no target."""
+        to width is treated as logits, and nobody reads what becomes of it."""
         row = tl.program_id(0).to(tl.int64)
         token = tl.load(token_ids + row)
         peak = tl.load(peaks + row)
@@ -182,8 +174,7 @@ def finish_two_pass(
 
     `out` is a buffer of Head.buffer, whose padding is overwritten too; None asks for no gradient.
     """
-    columns = head.columns(token_ids)
-    scores = head.score_(logits, columns, rescale=False)
+    scores = head.score_(logits, token_ids)
     loss, dlogp, clipped = rows.terms(scores.logprobs, scores.entropy)
     results = RowResults(scores.logprobs, scores.entropy, loss, clipped)
     if out is None:
@@ -192,7 +183,7 @@ def finish_two_pass(
     bound = head.logit_map.bound
     _gradient_kernel[(len(logits),)](
         logits,
-        columns,
+        token_ids,
         scores.peak,
         scores.log_sum,
         *slope,

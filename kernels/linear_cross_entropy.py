@@ -6,7 +6,6 @@ loss = sum_i w_i * -logp_i,    dloss/dlogp_i = -w_i
 import dataclasses
 
 import torch
-import torch.distributed as dist
 
 from gearshift.kernels import arguments
 from gearshift.kernels.linear_head import Head
@@ -41,26 +40,15 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     max_logits_bytes: int | None = None,
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """f32 scalar, with gradient to hidden, weight and bias.
 
-    Arguments, memory, rows of weight 0, a vocabulary cut over ranks and errors as in
-    linear_ppo_loss (linear_ppo.py): token_ids in rows of weight 0 may be anything, -100 included.
+    Arguments, memory, rows of weight 0 and errors as in linear_ppo_loss (linear_ppo.py):
+    token_ids in rows of weight 0 may be anything, -100 included.
     """
     logit_map = LogitMap.of(temperature, logit_softcap, logit_scale)
-    head = Head.build(
-        hidden,
-        weight,
-        bias,
-        logit_map,
-        max_logits_bytes=max_logits_bytes,
-        backend=backend,
-        group=group,
-        vocab_start=vocab_start,
-    )
+    head = Head.build(hidden, weight, bias, logit_map, max_logits_bytes, backend)
     arguments.check_vector("weights", weights, len(hidden), hidden.device)
     arguments.check_token_ids(token_ids, len(hidden), hidden.device)
     rows = CrossEntropyRows(weights.detach().float())

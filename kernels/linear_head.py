@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from gearshift.kernels import arguments, dispatch
 from gearshift.kernels.logprob import LogitMap, Scores, score_torch_, score_triton
-from gearshift.kernels.vocab_parallel import Shard
 
 ALIGNMENT = 128  # elements: the row stride of buffers, so that every row loads 128 bits at a time
 CUDA_LOGITS_BYTES = 2 << 30  # 2353 rows at V = 152064 in bf16: dhidden alone fills the GPU
@@ -45,17 +43,13 @@ class LogitGradient(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A projection to the vocabulary, what is done to its logits, and how it is to be computed.
-
-    `weight` and `bias` hold all of the vocabulary, or this rank's part of it if there is a `shard`.
-    """
+    """A projection to the vocabulary, what is done to its logits, and how it is to be computed."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     logit_map: LogitMap
     backend: str
     max_logits_bytes: int
-    shard: Shard | None = None
 
     @classmethod
     def build(
@@ -64,11 +58,8 @@ class Head:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         logit_map: LogitMap,
-        *,
         max_logits_bytes: int | None,
         backend: str,
-        group: dist.ProcessGroup | None = None,
-        vocab_start: int | None = None,
     ) -> "Head":
         """Checks the tensors against each other; None takes the device's default budget."""
         arguments.check_matrix("hidden", hidden)
@@ -89,39 +80,15 @@ class Head:
         arguments.check_positive("max_logits_bytes", max_logits_bytes)
         backend = dispatch.resolve(backend, hidden.device)
         head = cls(weight, bias, logit_map, backend, max_logits_bytes)
-        if group is not None:
-            head = dataclasses.replace(head, shard=head._exchange(hidden, group, vocab_start))
-        elif vocab_start is not None:
-            raise ValueError(f"vocab_start={vocab_start}: pass the group that holds the rest, too")
         if head.chunk_rows < 1:
             raise ValueError(
                 f"max_logits_bytes={max_logits_bytes}: one row of logits takes {head.row_bytes}"
-                + ("" if group is None else " here; it must fit on every rank of the group")
             )
         return head
-
-    def _exchange(
-        self, hidden: torch.Tensor, group: dist.ProcessGroup, vocab_start: int | None
-    ) -> Shard:
-        wanted = [t is not None and t.requires_grad for t in (hidden, self.weight, self.bias)]
-        same = {
-            "chunk_rows": self.chunk_rows,
-            "rows of hidden": len(hidden),
-            "gradients wanted (1: hidden, 2: weight, 4: bias)": torch.is_grad_enabled()
-            * sum(2**i for i, want in enumerate(wanted) if want),
-        }
-        return Shard.of(group, vocab_start, self.weight, same)
-
-    @property
-    def vocab(self) -> int:
-        """Of all ranks."""
-        return len(self.weight) if self.shard is None else self.shard.vocab
 
     @property
     def chunk_rows(self) -> int:
         """Rows of logits that the budget allows."""
-        if self.shard is not None:
-            return self.shard.chunk_rows
         return int(self.max_logits_bytes // self.row_bytes)
 
     @property
@@ -164,17 +131,10 @@ class Head:
         if self.bias is not None:
             out.add_(self.bias)
 
-    def columns(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Where the tokens [C] are in the logits; -1 for those of another rank."""
-        return token_ids if self.shard is None else self.shard.local(token_ids)
-
-    def score_(self, logits: torch.Tensor, columns: torch.Tensor, *, rescale: bool) -> Scores:
-        """Scores of a chunk [C,V], over all ranks; the torch backend turns it into exp(x - max x),
-        with the maximum of all ranks if `rescale`."""
+    def score_(self, logits: torch.Tensor, token_ids: torch.Tensor) -> Scores:
+        """Scores of a chunk [C,V]; the torch backend turns it into exp(x - max x)."""
         score = score_triton if self.backend == "triton" else score_torch_
-        if self.shard is None:
-            return score(logits, columns, self.logit_map)
-        return self.shard.score_(score, logits, columns, self.logit_map, rescale=rescale)
+        return score(logits, token_ids, self.logit_map)
 
     def weight_slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows of the weight, their values in the GEMMs' dtype): all at once if it has that."""
@@ -224,8 +184,6 @@ class HeadGradients:
         )
         for number, (columns, weight) in enumerate(self.head.weight_slices()):
             _mm(matrix[:, columns], weight, out, accumulate=number > 0)
-        if self.head.shard is not None:
-            self.head.shard.sum_(out)
         return out.mul_(scale[:, None])
 
     def finish(self) -> tuple[torch.Tensor | None, ...]:

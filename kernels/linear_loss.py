@@ -69,7 +69,7 @@ class _LinearLoss(torch.autograd.Function):
 def _forward(hidden, token_ids, head, rows, wanted):
     """(PolicyLoss, gradients of hidden, weight and bias where wanted)."""
     live = rows.weights.nonzero()[:, 0]
-    arguments.check_token_ids(token_ids[live], len(live), hidden.device, vocab=head.vocab)
+    arguments.check_token_ids(token_ids[live], len(live), hidden.device, vocab=len(head.weight))
     results = RowResults(
         *torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device),
         torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device),

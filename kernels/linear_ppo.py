@@ -1,7 +1,6 @@
 """The clipped PPO loss straight from hidden states and the head's weight; never [N,V] logits."""
 
 import torch
-import torch.distributed as dist
 
 from gearshift.kernels import arguments
 from gearshift.kernels.linear_head import Head
@@ -39,8 +38,6 @@ def linear_ppo_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     max_logits_bytes: int | None = None,
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """sum_i weights_i * loss_i, with loss_i as written in policy_terms.py.
@@ -55,23 +52,9 @@ def linear_ppo_loss(
     Only `loss` has a gradient, to hidden, weight and bias, formed here and only if autograd asks;
     one backward per call. `max_logits_bytes` bounds the chunk buffers (default 2 GiB on CUDA,
     64 MiB on the CPU). Raises ValueError naming the argument that is wrong.
-
-    With `group`, weight [V_r,H] and bias [V_r] are this rank's part of the vocabulary, from token
-    `vocab_start` on (None: parts of any sizes, in rank order); all else must be the same on its
-    ranks, and so are the results. The gradients of weight and bias are this rank's part, that of
-    hidden is complete: it is already summed over the group.
     """
     logit_map = LogitMap.of(temperature, logit_softcap, logit_scale)
-    head = Head.build(
-        hidden,
-        weight,
-        bias,
-        logit_map,
-        max_logits_bytes=max_logits_bytes,
-        backend=backend,
-        group=group,
-        vocab_start=vocab_start,
-    )
+    head = Head.build(hidden, weight, bias, logit_map, max_logits_bytes, backend)
     objective = Objective(
         clip_low=clip_low,
         clip_high=clip_high,

@@ -90,7 +90,12 @@ FAULTS = {
             WIDE,
         ),
         Fault(anchored, PPO, "corrected = tl.exp(old) - total", "corrected = tl.exp(old)"),
-        Fault(anchored, PPO, "here = inside & (token >= 0)", "here = inside & (token > 290)"),
+        Fault(
+            anchored,
+            PPO,
+            "corrected.to(out.dtype.element_ty), inside)",
+            "corrected.to(out.dtype.element_ty), inside & (token > 290))",
+        ),
     ],
     "policy_terms": [
         Fault(

@@ -399,6 +399,8 @@ def test_bad_tensors_are_named():
         problem.loss([hidden[None], weight])
     with pytest.raises(ValueError, match=r"weight has shape \[24, 129\]"):
         problem.loss([hidden, weight.t()])
+    with pytest.raises(ValueError, match=r"weight has shape \[0, 24\]: it holds no token"):
+        problem.loss([hidden, weight[:0]])
     with pytest.raises(ValueError, match="float16.* bfloat16 or float32"):
         problem.loss([hidden.half(), weight.half()])
     problem.token_ids[3] = 129
