@@ -120,7 +120,9 @@ class DataConfig(Bounded):
 
     sources: list[SourceConfig] = knob([], "datasets, mixed by their weights")
     max_prompt_tokens: int = knob(512, "longest prompt, after the chat template", least=1)
-    overlong: Literal["drop", "error"] = knob("drop", "what to do with longer prompts")
+    overlong: Literal["drop", "error"] = knob(
+        "drop", "what to do with longer prompts, and with those of no tokens"
+    )
     chat_template: Literal["auto", "always", "never"] = knob(
         "auto", "auto: templates messages only; always: wraps a string as one user message"
     )

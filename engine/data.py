@@ -73,6 +73,7 @@ class PromptStream:
         self.step = 0
         self.kept = [0] * len(self.mixture.walks)
         self.dropped = [0] * len(self.mixture.walks)
+        self.empty = [0] * len(self.mixture.walks)  # of the dropped ones
 
     def next_batch(self) -> PromptBatch:
         """This rank's rows of the next step."""
@@ -105,6 +106,7 @@ class PromptStream:
                 "epoch": walk.epoch,
                 "kept": self.kept[i],
                 "dropped": self.dropped[i],
+                "empty": self.empty[i],
             }
             for i, walk in enumerate(self.mixture.walks)
         ]
@@ -116,14 +118,15 @@ class PromptStream:
         sources = ", ".join(
             f"{entry['path']} ({entry['rows']} rows)" for entry in counts["sources"]
         )
+        empty = sum(self.empty)
         return (
-            f"prompts from {sources}: {counts['kept']} drawn, {counts['dropped']} dropped "
-            f"with more than {self.limit} tokens"
+            f"prompts from {sources}: {counts['kept']} drawn, {counts['dropped'] - empty} dropped "
+            f"with more than {self.limit} tokens" + (f", {empty} without any" if empty else "")
         )
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank; plain JSON values."""
-        counts = {"kept": list(self.kept), "dropped": list(self.dropped)}
+        counts = {name: list(getattr(self, name)) for name in ("kept", "dropped", "empty")}
         return {"step": self.step, **self._identity(), **counts, **self.mixture.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -141,29 +144,43 @@ class PromptStream:
         self.mixture.load_state_dict(state)
         self.step = state["step"]
         self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
+        self.empty = list(state.get("empty", self.empty))
 
     def _identity(self) -> dict[str, int]:
         wanted = ("prompts_per_step", "samples_per_prompt", "seed")
         return {name: value for name, value in asdict(self.batching).items() if name in wanted}
 
     def _draw(self) -> Example:
-        """The next prompt of the global order that is short enough."""
-        walk = self.mixture.next_walk()
+        """The next prompt of the global order that has tokens, and not too many."""
+        walk, longer = self.mixture.next_walk(), False
         for _ in range(2 * len(walk.rows)):  # at least one whole epoch
             number, row = walk.next()
             example = self._example(walk, number, row)
-            if len(example.ids) <= self.limit:
+            if 0 < len(example.ids) <= self.limit:
                 self.kept[walk.index] += 1
                 return example
             if self.config.overlong == "error":
+                fault = (
+                    f"{len(example.ids)} tokens, more than {self.limit_name}={self.limit}; raise it"
+                    if example.ids
+                    else "no tokens; give it some text"
+                )
                 raise ValueError(
-                    f"{walk.source.path}, row {number}: the prompt has {len(example.ids)} tokens, "
-                    f"more than {self.limit_name}={self.limit}; raise it, or data.overlong=drop"
+                    f"{walk.source.path}, row {number}: the prompt has {fault}, or "
+                    "data.overlong=drop"
                 )
             self.dropped[walk.index] += 1
+            self.empty[walk.index] += not example.ids
+            longer |= bool(example.ids)
+        count = len(walk.rows)
+        if longer:
+            raise ValueError(
+                f"{walk.source.path}: all its {count} prompts have more tokens than "
+                f"{self.limit_name}={self.limit}; raise it"
+            )
         raise ValueError(
-            f"{walk.source.path}: all its {len(walk.rows)} prompts have more tokens than "
-            f"{self.limit_name}={self.limit}; raise it"
+            f"{walk.source.path}: the tokenizer makes no token of any of its {count} prompts; "
+            f"check actor.tokenizer and the column {walk.source.prompt_key}"
         )
 
     def _example(self, walk: Walk, number: int, row: Row) -> Example:

@@ -49,6 +49,16 @@ def adopt_launcher_environment() -> None:
             )
 
 
+def forbid_cudnn_attention() -> None:
+    """PyTorch's attention leaves out its cuDNN backend, which Hopper GPUs otherwise prefer.
+
+    With a mask its backward gives non-finite gradients at some lengths (T % 128 == 64: measured on
+    one H200 with PyTorch 2.11, 40 parameters of a left-padded batch; pytorch#196678), and every new
+    shape costs up to 1.6 s for a plan. Whoever runs a model calls this first.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def start(threads: int = 0) -> torch.device:
     """Joins the process group and returns this rank's device.
 
@@ -59,6 +69,7 @@ def start(threads: int = 0) -> torch.device:
     # Host temporaries above 32 MB are mapped anew for every op. In huge pages a tiny step with
     # V = 32000 has 22 thousand page faults, in 4 kB pages 386 thousand (0.7 of 5.0 CPU seconds).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    forbid_cudnn_attention()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", _adopt_gpu())

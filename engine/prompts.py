@@ -29,7 +29,7 @@ class PromptEncoder:
     Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}; of the last, the answer
     in a trailing assistant turn is dropped. A templated prompt is tokenised without further special
     tokens. A plain string gets those of its tokenizer, but never an end token, nor a BOS token
-    where it begins with one. A prompt without tokens becomes the BOS token.
+    where it begins with one.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any):
@@ -38,6 +38,7 @@ class PromptEncoder:
         self.appends_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end]
         begin = tokenizer.bos_token_id
         self.adds_begin = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+        self.added = len(tokenizer("")["input_ids"])  # what every text gets, special tokens alone
         if config.chat_template == "always":
             self._require_template("data.chat_template=always")
 
@@ -63,19 +64,15 @@ class PromptEncoder:
         return PromptText(prompt, messages, self._render(messages))
 
     def encode(self, text: PromptText) -> list[int]:
-        """Token ids, at least one. Raises ValueError for an empty prompt without a BOS token."""
+        """Token ids; none where the tokenizer makes nothing of the text."""
         ids = self.tokenizer(text.rendered, add_special_tokens=not text.templated)["input_ids"]
+        if not text.templated and len(ids) <= self.added:
+            return []
         if not text.templated and self.appends_end:
             ids = ids[:-1]
         if not text.templated and self.adds_begin and ids[:2] == [self.tokenizer.bos_token_id] * 2:
             ids = ids[1:]
-        if ids:
-            return ids
-        if self.tokenizer.bos_token_id is None:
-            raise ValueError(
-                "the prompt is empty, and the tokenizer has no BOS token; drop the row"
-            )
-        return [self.tokenizer.bos_token_id]
+        return ids
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         system = self.config.system_prompt

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from gearshift.engine import assets
+from gearshift.engine import assets, distributed
 from gearshift.engine.config import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout import RolloutEngine
 
@@ -103,6 +103,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--peers {' '.join(partitioned)}: needs --ranks of at least 2")
     if args.threads:
         torch.set_num_threads(args.threads)
+    distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(args.model, getattr(torch, args.dtype)).to(device).eval()
     work = make_workload(args, model.config.get_text_config().vocab_size)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from gearshift.engine import distributed
 from gearshift.engine.config import ModelConfig, RolloutConfig, SamplingConfig
 
 
@@ -43,6 +44,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     from gearshift.engine.responses import end_token_ids, sequence_seed
     from gearshift.engine.rollout import RolloutEngine
 
+    distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ModelConfig(path=args.model)
     bf16 = {"enabled": device.type == "cuda"}

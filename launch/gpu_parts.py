@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gearshift.engine import distributed
 from gearshift.kernels.check_case import Case, Size, verify
 from gearshift.kernels.self_check import CASES, SMALL
 from gearshift.launch.bench_case import attempt
@@ -124,6 +125,7 @@ def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> in
     from gearshift.engine.rollout import RolloutEngine
     from gearshift.launch import bench_generation as bench
 
+    distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     with device:

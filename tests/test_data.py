@@ -292,11 +292,27 @@ def test_a_text_that_begins_with_bos_gets_no_second(tmp_path, text, post, expect
     assert live(stream(path, tok=tokenizer(post=post), prompts_per_step=1).next_batch()) == expected
 
 
-def test_empty_prompt_becomes_bos_or_is_refused(tmp_path):
-    path = write(tmp_path / "p.jsonl", [{"prompt": ""}])
-    assert live(stream(path, prompts_per_step=1).next_batch()) == [0]
-    with pytest.raises(ValueError, match="row 0: the prompt is empty"):
-        stream(path, tok=tokenizer(bos_token=None), prompts_per_step=1).next_batch()
+@pytest.mark.parametrize("post", [None, "<s> $A", "<s> $A </s>"])
+def test_prompts_without_tokens_are_dropped_and_counted(tmp_path, post):
+    """Also where the tokenizer gives every text a BOS: the model would read nothing else."""
+    path = write(tmp_path / "p.jsonl", [{"prompt": p} for p in ("", "w1", "  ", "w2")])
+    s = stream(path, tok=tokenizer(post=post), prompts_per_step=2)
+    ids = [live(s.next_batch()) for _ in range(2)]
+    assert {row[-1] for row in ids} <= {9, 10} and all(len(row) <= 2 for row in ids)
+    assert s.counts()["dropped"] == s.counts()["sources"][0]["empty"] > 0
+    assert f"0 dropped with more than 512 tokens, {s.empty[0]} without any" in s.report()
+    again = stream(path, tok=tokenizer(post=post), prompts_per_step=2)
+    again.load_state_dict(s.state_dict())
+    assert again.empty == s.empty
+    refusing = stream(path, tok=tokenizer(post=post), config={"overlong": "error"})
+    with pytest.raises(ValueError, match="row [02]: the prompt has no tokens; give it some text"):
+        refusing.next_batch()
+
+
+def test_a_dataset_without_tokens_is_refused(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": ""}] * 3)
+    with pytest.raises(ValueError, match="no token of any of its 3 prompts; check actor.tokenizer"):
+        stream(path).next_batch()
 
 
 @pytest.mark.parametrize(
