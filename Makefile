@@ -43,4 +43,4 @@ PART ?= all
 OUT ?= docs/results
 
 gpu-check:
-	$(PYTHON) launch/gpu_check.py --part $(PART) $(if $(WHEELS),--wheels $(WHEELS)) --out $(OUT)
+	$(PYTHON) launch/gpu/check.py --part $(PART) $(if $(WHEELS),--wheels $(WHEELS)) --out $(OUT)

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine import distributed, ds_config
-from gearshift.engine.checkpoint_files import CheckpointFiles
-from gearshift.engine.config import Config, CriticConfig, ModelConfig, RewardConfig
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config import deepspeed as ds_config
+from gearshift.engine.config.schema import Config, CriticConfig, ModelConfig, RewardConfig
 from gearshift.engine.frozen import Reference, RewardModel
-from gearshift.engine.models import load_config, load_model, load_tokenizer, location, room_for
-from gearshift.engine.optim import check_optimizer
-from gearshift.engine.plan_inputs import critic_start
+from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.load import load_config, load_model, load_tokenizer, location, room_for
+from gearshift.engine.models.shapes import kv_bytes_per_token, kv_shape, positions
+from gearshift.engine.plan.inputs import critic_start
 from gearshift.engine.ppo import Roles
-from gearshift.engine.reward_text import check_system_turn, same_tokenizer
-from gearshift.engine.rewards import RewardSum
+from gearshift.engine.rewards.text import check_system_turn, same_tokenizer
+from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.roles import Actor, Critic
-from gearshift.engine.shapes import kv_bytes_per_token, kv_shape, positions
-from gearshift.engine.shards import Store
+from gearshift.engine.streaming.shards import Store
+from gearshift.engine.zero.optim import check_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, Rollout
+from gearshift.engine.cluster import distributed
 from gearshift.engine.metrics import StepMetrics
 
 

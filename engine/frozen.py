@@ -1,7 +1,7 @@
 """Reference and RewardModel: the roles that only score.
 
-Where their DeepSpeed JSON offloads parameters they are streamed (streaming.py); else they are
-ordinary ZeRO engines without an optimizer.
+Where their DeepSpeed JSON offloads parameters they are streamed (streaming/engine.py); else they
+are ordinary ZeRO engines without an optimizer.
 """
 
 from dataclasses import replace
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.batch import Rollout
-from gearshift.engine.config import PPOConfig
-from gearshift.engine.ds_config import offloaded
-from gearshift.engine.heads import Policy, ScoreModel, verify_head
-from gearshift.engine.models import place_buffers
-from gearshift.engine.scoring import forwards, policy_logprobs
-from gearshift.engine.streaming import StreamedEngine, Traffic
+from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.schema import PPOConfig
+from gearshift.engine.models.heads import Policy, ScoreModel, verify_head
+from gearshift.engine.models.load import place_buffers
+from gearshift.engine.models.scoring import forwards, policy_logprobs
+from gearshift.engine.streaming.engine import StreamedEngine, Traffic
 
 
 class Reference:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gearshift.engine.config import Config
+from gearshift.engine.config.schema import Config
 
 Figures = Mapping[str, float]
 # Of |ratio - 1| before any update. In float32 SmolLM2-135M has 2.5e-5; in bf16 two passes over

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed
 from gearshift.engine.batch import Experience
-from gearshift.engine.config import Config
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.schema import Config
 from gearshift.engine.guard_rules import RULES, Figures, View
-from gearshift.engine.reward_text import read_rows
+from gearshift.engine.rewards.text import read_rows
 
 # Where a value that is not finite may enter an update, in the order of the step: what comes first
 # is the cause, what comes later may only have caught it.

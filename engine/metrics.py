@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed, progress
+from gearshift.engine.cluster import distributed, progress
 
 # Width of the reduction of maxima. Fixed, so that ranks with different keys meet in one collective
 # of one size and are told apart there.

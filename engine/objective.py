@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gearshift.engine.config import PPOConfig
+from gearshift.engine.config.schema import PPOConfig
 from gearshift.kernels import ops
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gearshift.engine import distributed, ledger
 from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
-from gearshift.engine.config import Config
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.schema import Config
 from gearshift.engine.figures import (
     add_throughput,
     report_experience,
@@ -33,7 +33,8 @@ from gearshift.engine.objective import (
     shape_scores,
     token_weights,
 )
-from gearshift.engine.residence import Residence
+from gearshift.engine.plan import compare as ledger
+from gearshift.engine.zero.residence import Residence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,20 +11,20 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from gearshift.engine import distributed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
-from gearshift.engine.config import Config, SamplingConfig, TrainedConfig
-from gearshift.engine.ds_config import offloaded
-from gearshift.engine.gradient_watch import GradientWatch
-from gearshift.engine.heads import Policy, ValueModel, verify_head
-from gearshift.engine.hybrid import Gearbox
-from gearshift.engine.models import place_buffers
-from gearshift.engine.optim import build_optimizer, build_schedule
-from gearshift.engine.progress import beat
-from gearshift.engine.responses import choose_engine, end_token_ids, generate_responses
-from gearshift.engine.scoring import forwards, pieces, policy_logprobs
-from gearshift.engine.sleep import Sleeper
-from gearshift.engine.split_adamw import share_weights
+from gearshift.engine.cluster import distributed
+from gearshift.engine.cluster.progress import beat
+from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.schema import Config, SamplingConfig, TrainedConfig
+from gearshift.engine.gearbox.gearbox import Gearbox
+from gearshift.engine.models.heads import Policy, ValueModel, verify_head
+from gearshift.engine.models.load import place_buffers
+from gearshift.engine.models.scoring import forwards, pieces, policy_logprobs
+from gearshift.engine.rollout.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.zero.optim import build_optimizer, build_schedule
+from gearshift.engine.zero.sleep import Sleeper
+from gearshift.engine.zero.split_adamw import share_weights
+from gearshift.engine.zero.unreached import GradientWatch
 from gearshift.kernels import ops
 
 

@@ -1,12 +1,12 @@
 """The public kernels: one import for everything that computes. Each op documents itself."""
 
 from gearshift.kernels.adamw import adamw_split_step
+from gearshift.kernels.head.cross_entropy import linear_cross_entropy
+from gearshift.kernels.head.logprob import linear_logprob
+from gearshift.kernels.head.loss import PolicyLoss
+from gearshift.kernels.head.ppo import linear_ppo_loss
+from gearshift.kernels.head.scores import logprob_entropy
 from gearshift.kernels.kl_gae import Advantages, kl_estimate, kl_reward_gae
-from gearshift.kernels.linear_cross_entropy import linear_cross_entropy
-from gearshift.kernels.linear_logprob import linear_logprob
-from gearshift.kernels.linear_loss import PolicyLoss
-from gearshift.kernels.linear_ppo import linear_ppo_loss
-from gearshift.kernels.logprob import logprob_entropy
 from gearshift.kernels.paged_attention import paged_attention
 from gearshift.kernels.sample import sample_tokens
 from gearshift.kernels.value_loss import ValueLoss, value_loss

@@ -14,15 +14,18 @@ import sys
 from importlib.metadata import version
 
 COMMANDS = {
-    "demo": ("gearshift.launch.demo", "fetch a small model and train it: PPO in minutes"),
-    "doctor": ("gearshift.launch.doctor", "examine this machine, each problem with its fix"),
-    "plan": ("gearshift.launch.plan", "memory and seconds of a run before it starts"),
-    "fetch": ("gearshift.launch.fetch", "bring the models and texts of recipes and demos"),
-    "generate": ("gearshift.launch.generate", "sample from an exported model"),
-    "export": ("gearshift.launch.export", "a checkpoint as Hugging Face directories"),
-    "report": ("gearshift.launch.report", "write a run folder's report.html"),
-    "bench": ("gearshift.launch.bench", "measure a step, generation, shifts, kernels"),
-    "config-docs": ("gearshift.launch.config_docs", "write docs/config.md from the configuration"),
+    "demo": ("gearshift.launch.commands.demo", "fetch a small model and train it: PPO in minutes"),
+    "doctor": (
+        "gearshift.launch.commands.doctor",
+        "examine this machine, each problem with its fix",
+    ),
+    "plan": ("gearshift.launch.commands.plan", "memory and seconds of a run before it starts"),
+    "fetch": ("gearshift.launch.commands.fetch", "bring the models and texts of recipes and demos"),
+    "generate": ("gearshift.launch.commands.generate", "sample from an exported model"),
+    "export": ("gearshift.launch.commands.export", "a checkpoint as Hugging Face directories"),
+    "report": ("gearshift.launch.report.page", "write a run folder's report.html"),
+    "bench": ("gearshift.launch.commands.bench", "measure a step, generation, shifts, kernels"),
+    "config-docs": ("gearshift.launch.docs.config", "write docs/config.md from the configuration"),
 }
 
 

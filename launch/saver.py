@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gearshift.engine import distributed
-from gearshift.engine.checkpoint import Checkpoints
-from gearshift.engine.config_run import RunConfig
+from gearshift.engine.checkpoint.save import Checkpoints
+from gearshift.engine.cluster import distributed
+from gearshift.engine.cluster.interrupt import REASONS, Interrupt
+from gearshift.engine.config.run import RunConfig
 from gearshift.engine.guards import GuardStop
-from gearshift.engine.interrupt import REASONS, Interrupt
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.launch.console import Console
 

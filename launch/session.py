@@ -11,30 +11,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine import (
-    assemble,
-    checkpoint,
-    checkpoint_store,
-    config_load,
-    distributed,
-    ledger,
-    plan_start,
-    resume,
-    watchdog,
-)
+from gearshift.engine import assemble
 from gearshift.engine.batch import Experience
-from gearshift.engine.config import Config
-from gearshift.engine.config_load import Resolved
-from gearshift.engine.data import PromptStream, TextStream
-from gearshift.engine.export import export
+from gearshift.engine.checkpoint import resume
+from gearshift.engine.checkpoint import save as checkpoint
+from gearshift.engine.checkpoint import store as checkpoint_store
+from gearshift.engine.checkpoint.export import export
+from gearshift.engine.checkpoint.state import tokenizer_print
+from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
+from gearshift.engine.config import load as config_load
+from gearshift.engine.config.load import Resolved
+from gearshift.engine.config.schema import Config
+from gearshift.engine.data.streams import PromptStream, TextStream
 from gearshift.engine.guards import Alarm, GuardStop
-from gearshift.engine.interrupt import agree_on_deadline, parse_deadline
+from gearshift.engine.log.run_log import RunLog, nearest_existing
+from gearshift.engine.log.trackers import check_trackers
+from gearshift.engine.plan import compare as ledger
+from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
-from gearshift.engine.run_log import RunLog, nearest_existing
-from gearshift.engine.run_state import tokenizer_print
-from gearshift.engine.trackers import check_trackers
-from gearshift.engine.zero_state import check_settings
-from gearshift.kernels.self_check import self_check
+from gearshift.engine.zero.state import check_settings
+from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
 
@@ -179,7 +176,7 @@ class Session:
                 export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")
         if self.main:
-            from gearshift.launch.report import write_report
+            from gearshift.launch.report.page import write_report
 
             self.console.note(f"report {write_report(self.folder)}")
 

@@ -11,8 +11,10 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from gearshift.engine import config_check, config_load, distributed, watchdog
-from gearshift.engine.config_load import Resolved
+from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.config import check as config_check
+from gearshift.engine.config import load as config_load
+from gearshift.engine.config.load import Resolved
 
 if TYPE_CHECKING:
     from gearshift.launch.session import Session

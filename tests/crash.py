@@ -23,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gearshift.engine import checkpoint_store as store
 from gearshift.engine import roles
+from gearshift.engine.checkpoint import store
 from gearshift.launch import session, train
-from tests import tiny_job
-from tests.on_ranks import free_port
+from tests.tiny import job as tiny_job
+from tests.tiny.on_ranks import free_port
 
 RANKS, STEPS, LIFE_S = 2, 6, 300.0
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests import tiny_job
+from tests.tiny import job as tiny_job
 
 
 def zero3(kind: str = "", **actor) -> dict:

@@ -135,7 +135,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     expected = {
         f"gearshift/{path.relative_to(ROOT).as_posix()}"
-        for pattern in ("engine/*.py", "kernels/*.py", "launch/*.py", "ds_configs/*.json")
+        for pattern in ("engine/**/*.py", "kernels/**/*.py", "launch/**/*.py", "ds_configs/*.json")
         for path in ROOT.glob(pattern)
     }
     expected |= {f"gearshift/launch/recipes/{p.name}" for p in ROOT.glob("launch/recipes/*.yaml")}
@@ -157,12 +157,12 @@ def test_an_installed_wheel_works_anywhere(wheel, tmp_path):
         "-c",
         "from pathlib import Path\n"
         "import gearshift.launch.train\n"
-        "from gearshift.engine import config_load, ds_config\n"
-        "from gearshift.launch import demo\n"
+        "from gearshift.engine.config import deepspeed, load\n"
+        "from gearshift.launch.commands import demo\n"
         "from gearshift.kernels import ops\n"
-        "print(ds_config.find('actor_zero3'))\n"
-        "recipe = demo.HERE / 'recipes' / 'demo.yaml'\n"
-        "assert config_load.load(str(recipe), []).config.actor.path == 'asset:smollm2'\n"
+        "print(deepspeed.find('actor_zero3'))\n"
+        "recipe = demo.LAUNCH / 'recipes' / 'demo.yaml'\n"
+        "assert load.load(str(recipe), []).config.actor.path == 'asset:smollm2'\n"
         "print(ops.__file__)",
     )
     assert status == 0, told

@@ -1,0 +1,1 @@
+"""Attention while generating: over prompts of different lengths, and over the paged cache."""

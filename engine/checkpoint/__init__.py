@@ -1,0 +1,1 @@
+"""Saving a run, taking it up again, and exporting its models."""

@@ -1,0 +1,1 @@
+"""The ranks of a run: how they start, talk, and end."""

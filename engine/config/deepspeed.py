@@ -1,0 +1,283 @@
+"""DeepSpeed JSON files: found by path or name, and validated before any model loads.
+
+A JSON owns ZeRO, precision, clipping, offload and communication. Optimizer, schedule and batch
+sizes belong to the run's YAML. DeepSpeed itself ignores unknown top-level keys and keeps "auto" as
+a string; both are refused here.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+# Sibling of engine/, in a checkout and in an installed package alike.
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+
+ONE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+# What DeepSpeed reads and this trainer supports: plain values, then sections.
+GRADIENT_KEYS = {
+    "communication_data_type",
+    "data_types",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+SECTIONS = {
+    "aio",
+    "bf16",
+    "checkpoint",
+    "comms_logger",
+    "csv_monitor",
+    "data_types",
+    "flops_profiler",
+    "fp16",
+    "tensorboard",
+    "timers",
+    "wandb",
+    "zero_optimization",
+}
+KEYS = {
+    *GRADIENT_KEYS,
+    *SECTIONS,
+    *ONE,
+    "disable_allgather",
+    "dump_state",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+}
+GRAD_DTYPES = ("fp32", "bf16")
+
+OURS = {
+    "activation_checkpointing": "set gradient_checkpointing of the role in the run's YAML instead",
+    "optimizer": "set actor.optimizer or critic.optimizer in the run's YAML instead",
+    "scheduler": "set optimizer.schedule and optimizer.warmup in the run's YAML instead",
+    "train_batch_size": "set ppo.minibatch_size in the run's YAML instead",
+    "managed_gradient_accumulation": "the training loop decides when to step; remove it",
+    "hybrid_engine": "generation is configured by `rollout` in the run's YAML; remove it",
+    "tensor_parallel": "generation is configured by `rollout.tp` in the run's YAML; remove it",
+    "pipeline": "pipeline parallelism is not supported; remove it",
+    "torch_autocast": "precision is bf16 or fp32, not autocast; use bf16",
+    "data_efficiency": "data is configured by `data` in the run's YAML; remove it",
+    "autotuning": "the micro-batch size is ppo.micro_batch_size in the run's YAML; remove it",
+}
+
+# Of zero_optimization; without gradients they have nothing to act on.
+GRADIENT_ZERO_KEYS = (
+    "allgather_partitions",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "sub_group_size",
+    "zero_quantized_gradients",
+)
+
+
+def load(name_or_path: str, *, frozen: bool | None = None) -> dict[str, Any]:
+    """A validated DeepSpeed configuration: a file, or a name in ds_configs/ with or without .json.
+
+    frozen: whether the model is never trained; None: whether the file's name begins with `frozen_`.
+    Raises ValueError naming the file, the key, the value and the fix.
+    """
+    path = find(name_or_path)
+    frozen = path.name.startswith("frozen_") if frozen is None else frozen
+    config = _read(path)
+    try:
+        _check_keys(config, frozen)
+        _check_batch(config)
+        _check_precision(config)
+        _check_zero(config["zero_optimization"], frozen)
+        if not frozen:
+            _check_gradients(config)
+        _check_by_deepspeed(config)
+    except ValueError as error:  # the checks name the key, we add the file
+        raise ValueError(f"{path.name}: {error}") from None
+    return config
+
+
+def find(name_or_path: str) -> Path:
+    """The file itself where there is one, else the shipped file of that name."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name_or_path.removesuffix('.json')}.json"
+    if shipped.is_file():
+        return shipped
+    names = sorted(file.stem for file in SHIPPED.glob("*.json"))
+    near = difflib.get_close_matches(path.stem, names, n=1)
+    hint = f"did you mean {near[0]}.json? " if near else ""
+    raise ValueError(f"{name_or_path}: no such DeepSpeed file; {hint}There are {', '.join(names)}")
+
+
+def offloaded(config: dict[str, Any], what: Literal["param", "optimizer"]) -> str | None:
+    """ "cpu" or "nvme" where the weights or the optimizer live there; None on the device."""
+    device = (config["zero_optimization"].get(f"offload_{what}") or {}).get("device", "none")
+    return None if device == "none" else device
+
+
+def check_nvme(config: dict[str, Any]) -> None:
+    """Raises ValueError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
+    for what in ("param", "optimizer"):
+        if offloaded(config, what) != "nvme":
+            continue
+        folder = config["zero_optimization"][f"offload_{what}"].get("nvme_path")
+        if folder is None or not Path(folder).is_dir():
+            raise ValueError(
+                f"zero_optimization.offload_{what}.nvme_path={folder}: no such folder; copy the "
+                "JSON, set the path of a mounted NVMe disk, and name the copy in `deepspeed`"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for index, (key, _) in enumerate(pairs):
+            if key in dict(pairs[:index]):
+                raise ValueError(f"{path.name}: {key} is given twice; keep one of them")
+        return dict(pairs)
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold one JSON object")
+    return config
+
+
+def _check_keys(config: dict[str, Any], frozen: bool) -> None:
+    for key, value in config.items():
+        if key in OURS:
+            raise ValueError(f"{key}: not read from a DeepSpeed JSON here; {OURS[key]}")
+        if key not in KEYS:
+            raise ValueError(f"{key}: no such key{_nearest(key, KEYS)}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"{key}={value}: must be an object, as {{...}}")
+        if frozen and key in GRADIENT_KEYS:
+            raise ValueError(f"{key}: a frozen model has no gradients; remove it")
+    for key, value in _leaves(config):
+        if value == "auto":
+            raise ValueError(f"{key}=auto: write the value; nothing fills it in")
+    fixes = {"zero_optimization": '{"stage": 3}', "gradient_clipping": "1.0, or to 0 for none"}
+    for key in ["zero_optimization", *ONE] + ([] if frozen else ["gradient_clipping"]):
+        if key not in config:
+            raise ValueError(f"{key}: missing; set it to {fixes.get(key, 1)}")
+
+
+def _check_batch(config: dict[str, Any]) -> None:
+    for key in ONE:
+        if config[key] != 1:
+            raise ValueError(
+                f"{key}={config[key]}: must be 1; the training loop accumulates by itself, see "
+                "ppo.micro_batch_size and ppo.minibatch_size in the run's YAML"
+            )
+
+
+def _check_precision(config: dict[str, Any]) -> None:
+    if config.get("fp16", {}).get("enabled"):
+        raise ValueError(
+            "fp16.enabled=true: its loss scaling skips optimizer steps and its range is too small "
+            "for log-prob ratios; use bf16, or neither for fp32"
+        )
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    if accumulation not in GRAD_DTYPES:
+        raise ValueError(f"data_types.grad_accum_dtype={accumulation}: must be fp32 or bf16")
+    if config.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ValueError(
+            "bf16.check_grad_overflow=false: gradients that are not finite would reach the "
+            "weights; remove it"
+        )
+
+
+def _check_gradients(config: dict[str, Any]) -> None:
+    clip = config["gradient_clipping"]
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0:
+        raise ValueError(f"gradient_clipping={clip}: must be a number, 0 for none")
+    if config["zero_optimization"].get("compute_grad_norm") is False:
+        raise ValueError(
+            "zero_optimization.compute_grad_norm=false: the norm tells whether the gradients are "
+            "finite; remove it"
+        )
+    reduction = config.get("gradient_allreduce_op", "mean")
+    if reduction != "mean":
+        raise ValueError(
+            f"gradient_allreduce_op={reduction}: must be mean, which the loss is scaled for"
+        )
+
+
+def _check_zero(zero: dict[str, Any], frozen: bool) -> None:
+    stage = zero.get("stage")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage}: must be 0, 1, 2 or 3")
+    if frozen and stage in (1, 2):
+        raise ValueError(f"zero_optimization.stage={stage}: a frozen model needs stage 3 or 0")
+    if "offload_param" in zero and stage < 3:
+        raise ValueError(f"zero_optimization.offload_param: needs stage 3, not {stage}; remove it")
+    if "offload_optimizer" in zero and stage == 0:
+        raise ValueError("zero_optimization.offload_optimizer: needs stage 1, 2 or 3; remove it")
+    for key in GRADIENT_ZERO_KEYS:
+        if frozen and key in zero:
+            raise ValueError(f"zero_optimization.{key}: a frozen model has no gradients; remove it")
+
+
+def _check_by_deepspeed(config: dict[str, Any]) -> None:
+    """DeepSpeed's own parser: types and names inside every section."""
+    with _silence():  # its import warns of a missing GPU, which reading a file does not need
+        from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        raise ValueError(_told(error.title, error.errors()[0])) from None
+    except (DeepSpeedConfigError, AssertionError, TypeError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _told(model: str, problem: dict[str, Any]) -> str:
+    """pydantic's first problem in one line. model: the section's class in DeepSpeed."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = DeepSpeedZeroConfig.model_fields
+    section = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16"}
+    key = ".".join([section.get(model, model), *map(str, problem["loc"])])
+    if problem["type"] != "extra_forbidden":
+        return f"{key}={problem['input']}: {problem['msg']}"
+    if model != DeepSpeedZeroConfig.__name__ or len(problem["loc"]) > 1:
+        return f"{key}: no such key; remove it"
+    names = {entry.alias or name for name, entry in known.items()}
+    return f"{key}: no such key{_nearest(problem['loc'][0], names)}"
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, (dict, list)):
+        yield key, value
+        return
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, entry in entries:
+        yield from _leaves(entry, f"{key}.{name}" if key else str(name))
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; remove it"

@@ -1,0 +1,1 @@
+"""From dataset files to batches of prompts and pretraining text."""

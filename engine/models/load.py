@@ -1,0 +1,335 @@
+"""A Hugging Face directory, hub id or GGUF file -> a module for a role.
+
+Under ZeRO-3 a checkpoint goes straight into the partitions: the module is built on the meta device,
+then each small module in turn gets its tensors from the memory-mapped safetensors files and is
+partitioned before the next one is read. No rank ever holds a whole model.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from gearshift.engine.cluster.progress import beat
+from gearshift.engine.config.assets import resolve
+from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.schema import ModelConfig
+from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.gguf import as_directory
+from gearshift.engine.streaming.shards import Store, partitioning, place, room_of
+
+logger = logging.getLogger("gearshift")
+
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+AUTO_CLASSES = {
+    "policy": AutoModelForCausalLM,
+    "critic": AutoModelForTokenClassification,
+    "reward": AutoModelForSequenceClassification,
+}
+
+
+def auto_class(role: str, hf_config: Any) -> Any:
+    """The class that builds a role's module: AUTO_CLASSES, but for critics of families such as
+    Gemma 3 and OLMo 2, which only classify sequences. Their `score` is the same head."""
+    family = type(hf_config)
+    by_token = family in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING or "AutoModelForToken" in str(
+        getattr(hf_config, "auto_map", None)
+    )
+    if role == "critic" and not by_token and family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return AUTO_CLASSES["reward"]
+    return AUTO_CLASSES[role]
+
+
+def location(config: ModelConfig) -> str:
+    """The directory or hub id of a model; a GGUF file is dequantised into a cached directory."""
+    path = str(resolve(config.path))
+    if path.endswith(".gguf"):
+        return str(as_directory(Path(path)))
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").exists():
+            raise ValueError(f"path={path!r}: the directory has no config.json")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(f"path={path!r}: no such directory")
+    return path
+
+
+def load_config(config: ModelConfig, role: str) -> Any:
+    """The model's configuration; one label for critic and reward, dropout 0, no KV cache."""
+    labels = {} if role == "policy" else {"num_labels": 1}
+    try:
+        loaded = AutoConfig.from_pretrained(
+            location(config),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **labels,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"path={config.path!r}: {str(error).splitlines()[0]}") from None
+    for name, value in vars(loaded).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(loaded, name, 0.0)
+    return loaded
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer as it is on disk."""
+    source = config.tokenizer or location(config)
+    folder, patterns = Path(source), ("*token*", "*vocab*", "*.model")
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in patterns):
+        raise ValueError(
+            f"tokenizer={source!r}: no tokenizer is there; name the directory or hub id of one"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"tokenizer={source!r}: {reason}; name the directory or hub id of one"
+        ) from None
+
+
+def room_for(config: ModelConfig, role: str, ds_config: dict) -> Store | None:
+    """Takes the room for a frozen model's weights where its JSON keeps them off the device; reads
+    none of them. Raises ValueError where there is not enough on a disk."""
+    if not offloaded(ds_config, "param"):
+        return None
+    dtype = dtype_of(ds_config)
+    module = _build(config, load_config(config, role), role, dtype)
+    return place(ds_config, room_of(module.parameters(), dtype))
+
+
+def load_model(
+    config: ModelConfig,
+    role: str,
+    ds_config: dict,
+    *,
+    fresh_head: bool = False,
+    store: Store | None = None,
+) -> PreTrainedModel:
+    """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
+
+    store: of room_for; takes each partition of a frozen model as soon as it is made.
+
+    A critic is a classifier with one label, see auto_class: its head's weight is the score head of
+    the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
+    Raises ValueError when tensors are missing or have other shapes than the configuration says.
+    """
+    hf_config = load_config(config, role)
+    dtype = dtype_of(ds_config)
+    if store:
+        ds_config = partitioning(ds_config)
+    module = _build(config, hf_config, role, dtype)
+    files = CheckpointFiles(location(config), config.revision)
+    fresh = ("score.weight", "score.bias") if fresh_head else ()
+    if role == "critic" and not fresh_head:
+        fresh = ("score.bias",)  # reward models have no bias
+    names = files.match(module, fresh)
+    if names is None:
+        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
+        for parameter in module.parameters() if store else ():
+            store.take(parameter)
+    else:
+        _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    if config.gradient_checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.config.use_cache = False
+    return module.eval()
+
+
+def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) -> str:
+    """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA.
+
+    flash-attn takes no float32. Without it, attention with soft-capped scores (Gemma 2) is eager:
+    SDPA has no cap, and some versions of transformers drop it without a word. Raises ValueError
+    where either is wanted nevertheless.
+    """
+    capped = getattr(hf_config, "attn_logit_softcapping", None)
+    if wanted == "sdpa" and capped:
+        raise ValueError(
+            f"attn='sdpa': {hf_config.model_type} caps its attention scores, which SDPA cannot; "
+            "use auto, eager or flash_attention_2"
+        )
+    half = dtype in (torch.bfloat16, torch.float16)
+    if wanted in FLASH_ATTENTION and not half:
+        raise ValueError(
+            f"attn={wanted!r}: flash-attn takes no {dtype}; use auto or sdpa, or bf16 in the "
+            "DeepSpeed JSON"
+        )
+    if wanted != "auto":
+        return wanted
+    from transformers import utils
+
+    if torch.cuda.is_available() and half:
+        for version in (2, 3):
+            installed = getattr(utils, f"is_flash_attn_{version}_available", lambda: False)
+            if installed():
+                return f"flash_attention_{version}"
+    return "eager" if capped else "sdpa"
+
+
+def place_buffers(engine: Any) -> None:
+    """Moves the module's buffers to the engine's device.
+
+    DeepSpeed moves nothing of a module whose parameters were cut before it saw them.
+    """
+    for part in engine.module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(engine.device)
+
+
+def dtype_of(ds_config: dict) -> torch.dtype:
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
+    auto = auto_class(role, hf_config)
+    attention = attention_implementation(config.attn, hf_config, dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = auto.from_config(
+                hf_config,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=attention,
+            )
+    except (ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        if "ttention" in reason:
+            raise ValueError(f"attn={config.attn}: {reason}") from None
+        raise ValueError(f"path={config.path!r}: no {auto.__name__} of it: {reason}") from None
+    module.tie_weights()
+    if role == "critic" and not isinstance(getattr(module, "score", None), nn.Linear):
+        raise ValueError(
+            f"path={config.path!r}: {type(module).__name__} has no linear `score` head, which a "
+            "critic needs; choose a decoder family such as Llama or Qwen"
+        )
+    return module
+
+
+def _fill(
+    module: nn.Module,
+    files: CheckpointFiles,
+    names: dict[str, str | None],
+    dtype: torch.dtype,
+    partition: Callable[[nn.Parameter], None],
+) -> None:
+    """Reads every tensor of `module`, one small module at a time, partitioning each."""
+    made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
+    for path, part in module.named_modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                full_name = f"{path}.{name}".removeprefix(".")
+                value = _read(files, names, full_name, parameter)
+                made[id(parameter)] = nn.Parameter(value.to(dtype))
+                partition(made[id(parameter)])
+                beat()
+            setattr(part, name, made[id(parameter)])
+        for name, buffer in part.named_buffers(recurse=False):
+            source = names.get(f"{path}.{name}".removeprefix("."))
+            if source is not None:
+                buffer.copy_(files.read(source))
+
+
+def _read(
+    files: CheckpointFiles, names: dict[str, str | None], name: str, parameter: Tensor
+) -> Tensor:
+    source = names.get(name)
+    if source is None:
+        return torch.zeros(parameter.shape)
+    value = files.read(source)
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"path={files.location!r}: {source} is {list(value.shape)}, but config.json makes it "
+            f"{list(parameter.shape)}"
+        )
+    return value
+
+
+def _partitioner(
+    ds_config: dict, dtype: torch.dtype, store: Store | None
+) -> Callable[[nn.Parameter], None]:
+    """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return lambda parameter: None
+    from deepspeed import zero
+
+    swapper = None
+
+    def partition(parameter: nn.Parameter) -> None:
+        nonlocal swapper
+        holder = nn.ParameterList([parameter])
+        made = zero.Init(
+            module=holder, config_dict_or_path=ds_config, dtype=dtype, param_swapper=swapper
+        )
+        swapper = made.param_swapper
+        if store:
+            store.take(parameter)
+
+    return partition
+
+
+def _load_with_transformers(
+    config: ModelConfig,
+    hf_config: Any,
+    role: str,
+    ds_config: dict,
+    dtype: torch.dtype,
+    fresh: tuple[str, ...],
+) -> PreTrainedModel:
+    """For checkpoints whose tensors must be renamed or fused: transformers' own loader."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    logger.warning(
+        "%s: its tensors are renamed by transformers, so its loader reads them (whole on rank 0)",
+        config.path,
+    )
+    zero3 = ds_config["zero_optimization"]["stage"] == 3
+    keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers holds it weakly
+    module, info = auto_class(role, hf_config).from_pretrained(
+        location(config),
+        config=hf_config,
+        dtype=dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=attention_implementation(config.attn, hf_config, dtype),
+        output_loading_info=True,
+    )
+    del keep
+    unset_hf_deepspeed_config()
+    loaded = dict(module.named_parameters())
+    for name in fresh:
+        if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
+            _zero(loaded[name])
+    missing = sorted(set(info["missing_keys"]) - set(fresh))
+    if missing or info["mismatched_keys"]:
+        raise ValueError(
+            f"path={config.path!r}: missing or misshapen tensors: "
+            f"{(missing + [str(k) for k in info['mismatched_keys']])[:3]}"
+        )
+    return module
+
+
+def _zero(parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "ds_tensor"):
+        parameter.ds_tensor.zero_()
+    else:
+        parameter.data.zero_()

@@ -1,0 +1,185 @@
+"""The sizes of a model, without its weights.
+
+A module is made on the meta device from its configuration, so every family that transformers knows
+has exact parameter counts. `shape:NAME` is a published architecture that needs no download.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from gearshift.engine.config.schema import ModelConfig
+from gearshift.engine.streaming.units import cut, most_at_once
+
+PREFIX = "shape:"
+
+# config.json of the published models: family, layers, hidden, heads, KV heads, MLP, vocabulary.
+_PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int]] = {
+    "qwen2.5-0.5b": ("qwen2", 24, 896, 14, 2, 4864, 151936),
+    "qwen2.5-1.5b": ("qwen2", 28, 1536, 12, 2, 8960, 151936),
+    "qwen2.5-7b": ("qwen2", 28, 3584, 28, 4, 18944, 152064),
+    "qwen2.5-14b": ("qwen2", 48, 5120, 40, 8, 13824, 152064),
+    "qwen2.5-32b": ("qwen2", 64, 5120, 40, 8, 27648, 152064),
+    "qwen3-0.6b": ("qwen3", 28, 1024, 16, 8, 3072, 151936),
+    "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
+    "llama3-8b": ("llama", 32, 4096, 32, 8, 14336, 128256),
+    "llama3-70b": ("llama", 80, 8192, 64, 8, 28672, 128256),
+}
+_TIED = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b")  # word embeddings serve as the head
+
+
+def published(name: str) -> Any:
+    """The transformers configuration of a published architecture."""
+    from transformers import AutoConfig
+
+    if name not in _PUBLISHED:
+        near = difflib.get_close_matches(name, _PUBLISHED, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"path={PREFIX}{name}: unknown; {hint}there are {', '.join(_PUBLISHED)}")
+    family, layers, hidden, heads, kv_heads, mlp, vocabulary = _PUBLISHED[name]
+    return AutoConfig.for_model(
+        family,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        max_position_embeddings=32768,
+        tie_word_embeddings=name in _TIED,
+    )
+
+
+def read_config(model: ModelConfig, role: str) -> Any:
+    """The configuration a model's path names; role as in models.load_config."""
+    from gearshift.engine.models.load import load_config
+
+    if str(model.path).startswith(PREFIX):
+        config = published(model.path.removeprefix(PREFIX))
+        config.num_labels = 2 if role == "policy" else 1
+        return config
+    return load_config(model, role)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model of one role.
+
+    numels: elements of each parameter, tied ones once. head: of the projection to the vocabulary,
+    0 without one.
+    """
+
+    numels: tuple[int, ...]
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    head: int
+    embedding: int
+    tied: bool = False  # the embedding is the head
+    units: tuple[int, ...] = ()  # elements of what comes together when streamed, in order
+    kept: tuple[bool, ...] = ()  # units that stay to the end of a pass
+    experts: int = 0  # elements of all experts
+    active: float = 1.0  # share of the experts that a token meets
+
+    @property
+    def total(self) -> int:
+        return sum(self.numels)
+
+    @cached_property
+    def body(self) -> float:
+        """Elements that multiply every token: no embeddings, no head, only the active experts."""
+        tables = self.embedding + (0 if self.tied else self.head)
+        return self.total - tables - self.experts * (1 - self.active)
+
+    def shard(self, world: int) -> int:
+        """Elements of a rank's ZeRO-3 partition: each parameter is padded to the ranks."""
+        return sum(math.ceil(n / world) for n in self.numels)
+
+    @property
+    def most_streamed(self) -> int:
+        """Elements on the device at once while the model is streamed."""
+        return most_at_once(self.units, self.kept)
+
+    def kv_bytes_per_token(self, tp: int, size: int) -> int:
+        """Of one TP rank; a head that cannot be cut is on several ranks."""
+        return kv_bytes_per_token(self.layers, (self.kv_heads, self.head_dim), tp, size)
+
+
+# Their first positions belong to padding: transformers counts from padding_idx + 1.
+_COUNTED_FROM_PADDING = {
+    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+def positions(hf_config: Any) -> int | None:
+    """Tokens of the longest text that a model can read; None where nothing bounds them."""
+    text = hf_config.get_text_config()
+    count = getattr(text, "max_position_embeddings", None)
+    if count is None or count < 1:  # XLNet says -1
+        return None
+    offset = text.pad_token_id + 1 if text.model_type in _COUNTED_FROM_PADDING else 0
+    return count - offset
+
+
+def kv_shape(text: Any) -> tuple[int, int]:
+    """(key-value heads, elements of one) of a text configuration of transformers."""
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: int) -> int:
+    """Keys and values of one TP rank. size: bytes of an element."""
+    kv_heads, head_dim = kv_shape
+    return 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
+
+
+def shape_of(hf_config: Any, role: str) -> Shape:
+    """role: "policy", "critic" or "reward". Raises ValueError where transformers has no such model
+    of this family."""
+    from accelerate import init_empty_weights
+
+    from gearshift.engine.models.load import auto_class
+
+    auto, family = auto_class(role, hf_config), hf_config.model_type
+    try:
+        with init_empty_weights(include_buffers=True):
+            module = auto.from_config(hf_config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
+        raise ValueError(
+            f"{role}: no {auto.__name__} of {family}: {reason}; choose another family{way_out}"
+        ) from None
+    module.tie_weights()
+    text = hf_config.get_text_config()
+    head = module.get_output_embeddings() if role == "policy" else None
+    embedding = module.get_input_embeddings().weight
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
+    chosen = getattr(text, "num_experts_per_tok", experts) or experts
+    named, units = list(module.named_parameters()), cut(module)
+    kv_heads, head_dim = kv_shape(text)
+    return Shape(
+        numels=tuple(p.numel() for _, p in named),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=text.vocab_size,
+        head=head.weight.numel() if head is not None else 0,
+        embedding=embedding.numel(),
+        tied=head is not None and head.weight is embedding,
+        units=tuple(sum(p.numel() for p in unit.parameters) for unit in units),
+        kept=tuple(unit.kept for unit in units),
+        experts=sum(p.numel() for n, p in named if ".experts." in n),
+        active=chosen / experts if experts else 1.0,
+    )

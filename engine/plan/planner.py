@@ -1,0 +1,315 @@
+"""The memory and time plan of a run, from configurations alone: `gearshift plan`, and start-up.
+
+It plans what the code does: states are where their DeepSpeed JSON puts them, and where the table of
+zero/residence.py moves them in a phase; the KV cache gets what is left in generation. Bytes are per
+rank, or per node of the host.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+from gearshift.engine.config.schema import Config
+from gearshift.engine.models.shapes import Shape, shape_of
+from gearshift.engine.plan import bytes as model
+from gearshift.engine.plan import seconds as plan_time
+from gearshift.engine.plan.bytes import Zero
+from gearshift.engine.plan.choice import choices
+from gearshift.engine.plan.hardware import GB, Hardware
+from gearshift.engine.plan.record import LATER, Phase, Plan, Role, sleeps_of
+from gearshift.engine.plan.seconds import Work
+from gearshift.engine.rollout.engine import CPU_CACHE_GB, GPU_CACHE_SHARE
+from gearshift.engine.zero import residence
+from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
+
+STAGING = {False: 256 * 2**20, True: 16 * 2**20}  # of a shift, on CPU or not: hybrid.py's
+
+
+def plan(config: Config, hf_configs: dict[str, Any], ds: dict[str, dict], hardware: Hardware):
+    """The Plan of a run: the fastest that fits of what the configuration leaves open.
+
+    hf_configs, ds: transformers configuration and DeepSpeed settings by role: actor, critic,
+    reference, and reward models by their names. Absent roles take no part.
+    """
+    roles = _roles(config, hf_configs, ds, hardware.world)
+    trained = [role.name for role in roles if role.trained]
+    settled = choices(config, trained, shared=hardware.shared)
+    plans = [_Planner(choice, roles, hardware).plan() for choice in settled]
+    fitting = [made for made in plans if made.fits]
+    if fitting:
+        return min(fitting, key=lambda made: made.step_seconds)
+    return min(plans, key=lambda made: made.peak.total)
+
+
+def _roles(config: Config, hf_configs: dict, ds: dict, world: int) -> tuple[Role, ...]:
+    roles = []
+    for name, hf_config in hf_configs.items():
+        kinds = {"actor": "policy", "reference": "policy", "critic": "critic"}
+        shape, zero = _shape(_Key(hf_config), kinds.get(name, "reward")), Zero.of(ds[name])
+        trained = name in ("actor", "critic")
+        if trained:
+            states = model.trained_states(shape, zero, world, getattr(config, name).optimizer)
+        else:
+            states = model.frozen_states(shape, zero, world)
+        roles.append(Role(name=name, shape=shape, zero=zero, states=states, trained=trained))
+    return tuple(roles)
+
+
+class _Key:
+    """A configuration that a cache can tell from others by its text."""
+
+    def __init__(self, hf_config: Any):
+        self.hf_config, self._text = hf_config, hf_config.to_json_string(use_diff=False)
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __eq__(self, other: Any) -> bool:
+        return self._text == other._text
+
+
+@cache
+def _shape(key: _Key, kind: str) -> Shape:
+    return shape_of(key.hf_config, kind)
+
+
+class _Planner:
+    def __init__(self, config: Config, roles: tuple[Role, ...], hardware: Hardware):
+        self.config, self.roles, self.hw = config, roles, hardware
+        self.by_name = {role.name: role for role in roles}
+        self.actor = self.by_name["actor"]
+        ppo = config.ppo
+        rows = math.ceil(ppo.rows_per_step / hardware.world)
+        self.work = Work(
+            rows=rows,
+            prompt=config.data.max_prompt_tokens,
+            response=config.sampling.max_new_tokens,
+            score_pieces=math.ceil(rows / ppo.score_batch_size),
+            train_pieces=math.ceil(rows / ppo.micro_batch_size),
+            epochs=ppo.epochs,
+            updates=ppo.optimizer_steps_per_step,
+        )
+        self.sleeps, self.joint = sleeps_of(config, roles), ppo.update == "joint"
+        self.host = self._host()
+        self.tp = self._tp()
+
+    def plan(self) -> Plan:
+        generate, slots, wanted = self._generate()
+        phases = [self._load(), generate, *self._scores(), *self._updates(), self._save()]
+        trained = [role for role in self.roles if role.trained]
+        moving = {r.name: sum(self._movable(r)) for r in trained}
+        return Plan(
+            config=self.config,
+            hardware=self.hw,
+            roles=self.roles,
+            phases=tuple(phases),
+            tp=self.tp,
+            micro_batch=self._largest_micro_batch(),
+            kv_slots=slots,
+            kv_wanted=wanted,
+            swap_seconds=plan_time.swap_seconds(moving, self.sleeps, self.hw),
+            refuse_reason=self._refusal(phases, slots),
+        )
+
+    def _resident(self, phase: str) -> dict[str, float]:
+        """What is on the GPU in a phase: 'actor fp32 master' and so on."""
+        if self.joint and phase.startswith("update_"):
+            phase = "update_joint"
+        row = residence.where(phase, self.sleeps)
+        found = {}
+        for role in self.roles:
+            for what, size in role.states.gpu.items():
+                place = row.get(role.name)
+                away = place and (
+                    (model.is_optimizer(what) and place.optimizer != "device")
+                    or (model.is_gradients(what) and place.gradients != "device")
+                )
+                if not away:
+                    found[f"{role.name} {what}"] = size
+        return found
+
+    def _movable(self, role: Role) -> list[float]:
+        return model.movable(role.shape, role.zero, self.hw.world, role.states)
+
+    def _host(self) -> float:
+        """Of a node: what DeepSpeed keeps there, and the room of those who sleep."""
+        steady = sum(self._steady_host(role) for role in self.roles)
+        movable = {name: self._movable(self.by_name[name]) for name in self.sleeps}
+        asleep = residence.host_bytes(self.sleeps, movable, joint=self.joint)
+        return self.hw.gpus_per_node * (steady + asleep)
+
+    def _steady_host(self, role: Role) -> float:
+        """Nothing is pinned on CPU."""
+        rounding = role.states.host.get("pinned rounding", 0.0) if self.hw.shared else 0.0
+        return role.states.steady_host - rounding
+
+    def _tp(self) -> int:
+        """As Gearbox chooses it: the least whose shards fill half of what is free."""
+        if self.config.rollout.tp or self.hw.world == 1:
+            return self.config.rollout.tp or 1
+        if self.hw.shared:
+            return 1
+        resident = sum(self._resident("load").values())
+        node, free = self.hw.gpus_per_node, self.hw.usable - resident
+        sizes = [size for size in range(1, node + 1) if node % size == 0]
+        weights = self.actor.zero.size * self.actor.shape.total
+        return next((size for size in sizes if weights / size <= free / 2), node)
+
+    def _load(self) -> Phase:
+        resident = {
+            f"{r.name} {what}": size for r in self.roles for what, size in r.states.gpu.items()
+        }
+        gpu = {what: size for what, size in resident.items() if not what.endswith(LATER)}
+        read = sum(r.zero.size * r.shape.total for r in self.roles)
+        return Phase(name="load", gpu=gpu, host=self.host, seconds=read / plan_time.DISK)
+
+    def _generate(self) -> tuple[Phase, int, int]:
+        actor, rollout, work = self.actor, self.config.rollout, self.work
+        shape, size = actor.shape, actor.zero.size
+        gpu = self._resident("generate")
+        gpu["generation shards"] = self._shards()
+        staging = rollout.shift_bucket_mb * 2**20 or STAGING[self.hw.shared]
+        gpu["shift staging"] = staging * (self.hw.world > 1)
+        prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
+        # Logits of the drawing rows in the model's dtype, and the sampler's fp32 form.
+        logits = min(rollout.max_sequences, work.rows * self.tp) * shape.vocabulary * (size + 4)
+        gpu["prefill and logits"] = prefill + logits
+        per_token = shape.kv_bytes_per_token(self.tp, size)
+        sequence = math.ceil(work.length / rollout.block_size + 1) * rollout.block_size * per_token
+        wanted = min(rollout.max_sequences, work.rows * self.tp)
+        free = GPU_CACHE_SHARE * (self.hw.usable - sum(gpu.values()) + gpu["prefill and logits"])
+        budget = rollout.kv_cache_gb * GB or (CPU_CACHE_GB * GB if self.hw.shared else free)
+        slots = max(0, min(wanted, int(budget // sequence)))
+        gpu["KV cache"] = float(slots * sequence)
+        seconds = plan_time.generate_seconds(
+            shape, actor.zero, work, self.hw, self.tp, slots or wanted
+        )
+        return Phase(name="generate", gpu=gpu, host=self.host, seconds=seconds), slots, wanted
+
+    def _shards(self) -> float:
+        """Zero where the generation gear has views of the weights."""
+        zero = self.actor.zero
+        partitioned = zero.stage == 3 and self.hw.world > 1
+        if not partitioned and self.tp == 1 and zero.parameters == "gpu":
+            return 0.0
+        return zero.size * self.actor.shape.total / self.tp
+
+    def _scores(self) -> list[Phase]:
+        named = {"actor": "logprobs", "reference": "reference", "critic": "values"}
+        order = [r for r in self.roles if r.name not in named]
+        order += [self.by_name[name] for name in named if name in self.by_name]
+        return [self._score(role, named.get(role.name, "rewards")) for role in order]
+
+    def _score(self, role: Role, phase: str) -> Phase:
+        ppo, work, zero = self.config.ppo, self.work, role.zero
+        rows = min(ppo.score_batch_size, work.rows)
+        if phase == "rewards":
+            reward = next(r for r in self.config.rewards if r.name == role.name)
+            rows = min(reward.batch_size, work.rows)
+        gpu = self._resident("ref" if phase == "reference" else phase)
+        if role.streamed:
+            gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
+            gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.rows, work.length)
+        else:
+            gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)
+        gpu["activations"] = model.scoring_activations(role.shape, zero, rows * work.length)
+        if role.shape.head:
+            response = rows * work.response
+            gpu["logits chunk"] = model.logits_chunk(
+                role.shape, zero, response, training=False, most=self._logits_bytes
+            )
+        seconds = plan_time.score_seconds(role.shape, zero, work, self.hw, streamed=role.streamed)
+        return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
+
+    def _updates(self) -> list[Phase]:
+        return [self._update(role) for role in self.roles if role.trained]
+
+    def _update(self, role: Role) -> Phase:
+        zero, shape = role.zero, role.shape
+        recompute = getattr(self.config, role.name).gradient_checkpointing
+        phase = f"update_{role.name}"
+        gpu = self._resident(phase) | self._update_parts(role, self.config.ppo.micro_batch_size)
+        seconds = plan_time.train_seconds(shape, zero, self.work, self.hw, recompute)
+        return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
+
+    def _update_parts(self, role: Role, rows: int) -> dict[str, float]:
+        """The larger of a backward and an optimizer step; they do not meet."""
+        zero, shape, world = role.zero, role.shape, self.hw.world
+        recompute = getattr(self.config, role.name).gradient_checkpointing
+        rows = min(rows, max(1, math.ceil(self.config.ppo.minibatch_size / world)))
+        tokens, response = rows * self.work.length, rows * self.work.response
+        backward = {
+            "gathered weights": model.live_weights(shape, zero, world),
+            "activations": model.training_activations(shape, zero, tokens, recompute),
+            "logits chunk": model.logits_chunk(
+                shape, zero, response, training=True, most=self._logits_bytes
+            ),
+            "gradients in flight": model.reduce_transient(shape, zero, world),
+        }
+        step = {"optimizer step": model.step_transient(shape, zero, world)}
+        if zero.optimizer != "gpu":
+            step = {}
+        return max(backward, step, key=lambda parts: sum(parts.values()))
+
+    def _save(self) -> Phase:
+        trained = [role for role in self.roles if role.trained]
+        exports = self.config.run.export
+        whole = max(role.zero.size * role.shape.total for role in trained) if exports else 0.0
+        written = sum(
+            plan_time.save_seconds(r.shape, getattr(self.config, r.name).optimizer, self.hw)
+            for r in trained
+        )
+        # Export: rank 0 holds the whole model on the host, and gathers a parameter at a time.
+        gpu = self._resident("save")
+        if exports:
+            gpu |= {"one parameter": 4.0 * max(self.actor.shape.numels)}
+        return Phase(name="save", gpu=gpu, host=self.host + whole, seconds=written)
+
+    def _untouched(self) -> float:
+        """Of a node: pages of DeepSpeed's buckets that a model never fills, which a CPU rank
+        therefore never gets."""
+        kept = [role for role in self.roles if "reduce buckets" in role.states.gpu]
+        spare = [r.zero.communication * (r.zero.reduce_bucket - r.shape.total) for r in kept]
+        return self.hw.gpus_per_node * sum(size for size in spare if size > 0)
+
+    @property
+    def _logits_bytes(self) -> int:
+        return CPU_LOGITS_BYTES if self.hw.shared else CUDA_LOGITS_BYTES
+
+    def _largest_micro_batch(self) -> int:
+        most = max(1, math.ceil(self.config.ppo.minibatch_size / self.hw.world))
+        trained = [role for role in self.roles if role.trained]
+        rooms = {
+            r.name: self.hw.usable - sum(self._resident(f"update_{r.name}").values())
+            for r in trained
+        }
+
+        def holds(rows: int) -> bool:
+            return all(sum(self._update_parts(r, rows).values()) <= rooms[r.name] for r in trained)
+
+        return next((rows for rows in range(most, 0, -1) if holds(rows)), 0)
+
+    def _refusal(self, phases: list[Phase], slots: int) -> str | None:
+        worst = max(phases, key=lambda phase: phase.total)
+        if self.hw.shared:
+            node = worst.total * self.hw.gpus_per_node + worst.host - self._untouched()
+            if node <= self.hw.usable_host:
+                return None
+            return (
+                f"{worst.name} needs {node / GB:.1f} GB of a host's "
+                f"{self.hw.usable_host / GB:.1f} usable"
+            )
+        if worst.total > self.hw.usable:
+            return (
+                f"{worst.name} needs {worst.total / GB:.1f} GB of a GPU's "
+                f"{self.hw.usable / GB:.1f} usable"
+            )
+        host = max(phases, key=lambda phase: phase.host)
+        if host.host > self.hw.usable_host:
+            return (
+                f"{host.name} needs {host.host / GB:.1f} GB of a host's "
+                f"{self.hw.usable_host / GB:.1f} usable"
+            )
+        if slots < 1:
+            return "generate has no room for the KV cache of one sequence"
+        return None

@@ -1,0 +1,142 @@
+"""The plan at start-up: what this machine is, what the run leaves open, and whether it can fit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.schema import Config
+from gearshift.engine.plan import advice as plan_advice
+from gearshift.engine.plan import inputs as plan_inputs
+from gearshift.engine.plan.choice import told
+from gearshift.engine.plan.hardware import GB, GPUS, Gpu, Hardware
+from gearshift.engine.plan.planner import plan
+from gearshift.engine.plan.record import Plan
+
+# Files of control groups that bound memory, below /sys/fs/cgroup: of version 2, and of version 1.
+_LIMITS = ("memory.max", "memory.limit_in_bytes")
+_NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """plan: None where a model cannot be planned. said: a line for the console. warning: one that
+    should be seen."""
+
+    plan: Plan | None
+    said: str
+    warning: str | None = None
+
+
+def plan_run(config: Config, hardware: Hardware) -> Start:
+    """The plan of a run that is about to start.
+
+    Raises ValueError where even all memory of the machine is too little, unless run.ignore_plan.
+    What fits into all of it but not into what is usually left is only warned of.
+    """
+    hf_configs, settings = plan_inputs.read(config)
+    for name, hf_config in hf_configs.items():
+        missing = [key for key in _NEEDED if not hasattr(hf_config.get_text_config(), key)]
+        if missing or _has_own_code(config, name):
+            why = "its code is its own" if not missing else f"its configuration has no {missing[0]}"
+            return Start(plan=None, said=f"memory not planned: {name}: {why}")
+    made = plan(config, hf_configs, settings, hardware)
+    if made.fits:
+        return Start(plan=made, said=f"plan: fits; {told(made.config)}")
+    advice = plan_advice.advise(config, hf_configs, settings, hardware)
+    problem = f"{made.refuse_reason}; {advice}"
+    if impossible(made) and not config.run.ignore_plan:
+        raise ValueError(f"this run cannot fit: {problem}; run.ignore_plan=true starts it anyway")
+    return Start(plan=made, said=f"plan: {told(made.config)}", warning=f"may not fit: {problem}")
+
+
+def impossible(made: Plan) -> bool:
+    """Whether a phase needs more than all there is, nothing kept back for anything else."""
+    hardware = made.hardware
+    if hardware.shared:
+        return not made.fits
+    gpu = max(phase.total for phase in made.phases)
+    host = max(phase.host for phase in made.phases)
+    return gpu > hardware.gpu.memory or host > hardware.host_bytes
+
+
+def this_machine(device: torch.device) -> Hardware:
+    """What this rank runs on; every node is taken to be as its own.
+
+    A GPU that hardware.py does not know has its own memory and an H100's rates: its seconds are
+    wrong, its bytes are right. CPU ranks share the host's memory and have made-up rates, too.
+    """
+    ranks = distributed.ranks_per_node()
+    host = host_memory()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name = known_gpu(properties.name, properties.total_memory)
+        gpu = replace(GPUS[name or "h100"], memory=properties.total_memory)
+    else:
+        name, gpu = "cpu", replace(GPUS["h100"], memory=host)
+    return Hardware(
+        gpu=gpu,
+        name=name or "unknown",
+        gpus_per_node=ranks,
+        nodes=distributed.world_size() // ranks,
+        host_bytes=host,
+        shared=device.type != "cuda",
+    )
+
+
+def least(machines: Sequence[Hardware]) -> Hardware:
+    """What every rank has: all must make the same choices, though nodes differ by some bytes."""
+    smallest = min(machines, key=lambda machine: machine.gpu.memory)
+    return replace(smallest, host_bytes=min(machine.host_bytes for machine in machines))
+
+
+def known_gpu(product: str, memory: float) -> str | None:
+    """Our name of a GPU that the driver calls `product`, as "NVIDIA A100-SXM4-80GB"."""
+    words = product.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("-", " ").split()
+    same = [name for name in GPUS if name.split("-")[0] in words and _as_large(GPUS[name], memory)]
+    return same[0] if len(same) == 1 else None
+
+
+def _as_large(gpu: Gpu, memory: float) -> bool:
+    return abs(gpu.memory / memory - 1) < 0.05
+
+
+def host_memory(root: Path = Path("/")) -> float:
+    """Bytes that the processes of this node may use together: in a container, in a Slurm job.
+
+    root: of the file system in which proc and sys are.
+    """
+    limits = [float(psutil.virtual_memory().total)]
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, group = line.split(":", 2)
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # Every group inside which this one is bounds it, too.
+        inner = base / group.lstrip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(base):
+                limits += [_limit(folder / name) for name in _LIMITS]
+    return min(limits)
+
+
+def _limit(path: Path) -> float:
+    text = path.read_text().strip() if path.exists() else "max"
+    return float(text) if text.isdecimal() else float("inf")
+
+
+def described(hardware: Hardware) -> str:
+    """The machine, in a line."""
+    ranks = f"{hardware.nodes} x {hardware.gpus_per_node} ranks"
+    return f"{ranks} on {hardware.name}, {hardware.host_bytes / GB:.0f} GB per host"
+
+
+def _has_own_code(config: Config, name: str) -> bool:
+    models: dict[str, Any] = {reward.name: reward for reward in config.rewards}
+    models |= {role: getattr(config, role) for role in ("actor", "critic", "reference")}
+    return models[name].trust_remote_code

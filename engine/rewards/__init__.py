@@ -1,0 +1,1 @@
+"""Scores of responses: Python functions, HTTP endpoints, reward models, and their sum."""

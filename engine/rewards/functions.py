@@ -1,0 +1,201 @@
+"""Rewards that are Python functions: def reward(prompts, completions, **columns) -> list[float].
+
+The signature is that of TRL's `reward_funcs`. Every argument is passed by name.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from gearshift.engine.config.schema import RewardConfig
+from gearshift.engine.rewards.text import Answer, RewardError, TextRows
+
+_OURS = ("prompts", "completions", "completion_ids")
+_MAX_FLOAT32 = 3.4028234663852886e38
+_MOST_POISONED = 8  # rows that fail alone; with more it is the function, not its rows
+
+
+class FunctionReward:
+    """Scores from `config.function`; importing it and reading its signature raises RewardError."""
+
+    def __init__(self, config: RewardConfig):
+        self.name, self.spec = config.name, config.function
+        self._function = _load(self.name, self.spec)
+        self._accepts_all, self._named, self._required = _signature(
+            self.name, self.spec, self._function
+        )
+
+    def check(self, columns: Collection[str] | None) -> None:
+        """Raises RewardError for an argument that no dataset column (if known) can fill."""
+        if columns is None:
+            return
+        missing = sorted(self._required - {*_OURS, *columns})
+        if missing:
+            raise RewardError(
+                f"reward {self.name!r}: {self.spec} needs the dataset column {missing[0]!r}; "
+                f"columns: {', '.join(sorted(columns)) or 'none'}. Rename it or give it a default"
+            )
+
+    def scores(self, rows: TextRows) -> Answer:
+        """One score per row. Rows on which the function raises are left out of a second call."""
+        self.check(rows.columns)
+        arguments = self._arguments(rows)
+        answer, error = self._call(arguments)
+        if error is None:
+            return checked_scores(self.name, answer, rows)
+        everyone = range(len(rows.responses))
+        errors = self._errors_by_row(arguments, everyone)
+        others = [i for i in everyone if i not in errors]
+        if errors and others and len(errors) <= _MOST_POISONED:
+            answer, error = self._call(_picked(arguments, others))
+        else:
+            others = []
+        if error is not None:
+            errors, others = {i: errors.get(i, error) for i in everyone}, []
+        found = checked_scores(self.name, answer if others else [], rows, others)
+        found.faults.update({i: self._fault(e, rows.row(i)) for i, e in errors.items()})
+        return found
+
+    def _arguments(self, rows: TextRows) -> dict[str, list[Any]]:
+        offered = rows.columns | {
+            "prompts": rows.prompts,
+            "completions": rows.completions,
+            "completion_ids": rows.response_ids,
+        }
+        if self._accepts_all:
+            return offered
+        return {name: values for name, values in offered.items() if name in self._named}
+
+    def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, Exception | None]:
+        try:
+            return self._function(**arguments), None
+        except Exception as error:
+            return None, error
+
+    def _errors_by_row(
+        self, arguments: dict[str, list[Any]], rows: Sequence[int]
+    ) -> dict[int, Exception]:
+        """Calls again, a row at a time, until more fail than a few poisoned samples would."""
+        errors = {}
+        for i in rows:
+            _, error = self._call(_picked(arguments, [i]))
+            if error is not None:
+                errors[i] = error
+            if len(errors) > _MOST_POISONED:
+                break
+        return errors
+
+    def _fault(self, error: Exception, row: str) -> RewardError:
+        fault = RewardError(f"reward {self.name!r} raised {_cause(error)}; {row}")
+        fault.__cause__ = error
+        return fault
+
+
+def checked_scores(
+    name: str, answer: Any, rows: TextRows, which: Sequence[int] | None = None
+) -> Answer:
+    """Scores of the rows `which` (None: of all); a missing (None) or not finite one is a fault.
+
+    A sequence, array or tensor of numbers is read; True and False are 1 and 0. RewardError for a
+    wrong count and for what is no number.
+    """
+    which = range(len(rows.responses)) if which is None else which
+    scores = answer.tolist() if hasattr(answer, "tolist") else answer
+    if not isinstance(scores, (list, tuple)):
+        raise RewardError(f"reward {name!r} returned {type(answer).__name__}: must return a list")
+    if len(scores) != len(which):
+        raise RewardError(
+            f"reward {name!r} returned {len(scores)} scores for {len(which)} completions: "
+            "must return one each"
+        )
+    found = Answer([math.nan] * len(rows.responses), {})
+    for i, entry in zip(which, scores, strict=True):
+        score = entry.item() if hasattr(entry, "item") else entry
+        if score is not None and not isinstance(score, (bool, int, float)):
+            raise RewardError(f"reward {name!r} is {score!r}, not a number; {rows.row(i)}")
+        if score is None or not abs(score) <= _MAX_FLOAT32:
+            what = "not a number" if score is None else "not finite"
+            found.faults[i] = RewardError(f"reward {name!r} is {score}, {what}; {rows.row(i)}")
+        else:
+            found.scores[i] = float(score)
+    return found
+
+
+def _picked(arguments: dict[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
+    return {name: [values[i] for i in rows] for name, values in arguments.items()}
+
+
+def _load(name: str, spec: str | None) -> Callable[..., Any]:
+    where, colon, attribute = (spec or "").rpartition(":")
+    if not (where and colon and attribute):
+        raise RewardError(
+            f"rewards: {name}: function={spec!r}: write module:function or file.py:function"
+        )
+    module = _import(name, spec, where)
+    function = getattr(module, attribute, None)
+    if function is None:
+        names = [entry for entry in vars(module) if callable(getattr(module, entry))]
+        near = get_close_matches(attribute, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RewardError(f"rewards: {name}: function={spec!r}: {where} has no {attribute!r}{hint}")
+    if not callable(function):
+        raise RewardError(f"rewards: {name}: function={spec!r}: {attribute} is not a function")
+    if inspect.iscoroutinefunction(function):
+        raise RewardError(f"rewards: {name}: function={spec!r}: must not be async")
+    return function
+
+
+def _import(name: str, spec: str, where: str) -> Any:
+    path = Path(where)
+    if path.suffix == ".py" and not path.is_file():
+        raise RewardError(
+            f"rewards: {name}: function={spec!r}: no file {path.absolute()}; relative paths start "
+            "in the current directory"
+        )
+    try:
+        return _import_file(path) if path.suffix == ".py" else importlib.import_module(where)
+    except Exception as error:
+        raise RewardError(
+            f"rewards: {name}: function={spec!r}: importing it raised {_cause(error)}. A module "
+            "must be importable from here (PYTHONPATH); a file is given as file.py:function"
+        ) from error
+
+
+def _import_file(path: Path) -> Any:
+    module_name = f"gearshift_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):x}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _signature(name: str, spec: str, function: Callable) -> tuple[bool, set[str], set[str]]:
+    """(takes **columns, parameters by name, those without a default)."""
+    parameters = inspect.signature(function).parameters.values()
+    accepts_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = {p.name for p in by_name}
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters) or not (
+        accepts_all or "completions" in named
+    ):
+        raise RewardError(
+            f"rewards: {name}: function={spec!r}: its signature is {inspect.signature(function)}; "
+            "write def reward(prompts, completions, **columns) -> list[float]"
+        )
+    return accepts_all, named, {p.name for p in by_name if p.default is p.empty}
+
+
+def _cause(error: Exception) -> str:
+    """Type, message and place of an error in one line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"

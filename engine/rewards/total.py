@@ -1,0 +1,225 @@
+"""Scores of a rollout: the weighted sum of functions, endpoints and reward models.
+
+Every rank scores its own rows. Shaping (affine, clip, missing end token) is objective.py's.
+"""
+
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gearshift.engine.batch import Rollout
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.run import GuardConfig
+from gearshift.engine.config.schema import RewardConfig
+from gearshift.engine.rewards.functions import FunctionReward, checked_scores
+from gearshift.engine.rewards.http import HttpReward
+from gearshift.engine.rewards.text import (
+    Answer,
+    RewardError,
+    TextRows,
+    read_rows,
+    render_for_reward,
+)
+
+__all__ = ["RewardError", "RewardSum", "Scorer", "Scores", "read_rows", "render_for_reward"]
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 4096  # of max_tokens=null
+
+
+class Scores(NamedTuple):
+    """What all rewards together make of this rank's rows, failed ones settled."""
+
+    total: Tensor  # [B] float32, the weighted sum
+    by_name: dict[str, Tensor]  # [B] float32, each reward's own, unweighted
+    teaches: Tensor  # [B] bool, False where a row must not move the policy
+    failed: int  # rows without a score of their own, over all ranks
+    fault: str  # why, of one of them; the same text on every rank
+    usable: bool  # some row of every reward has a score
+
+
+class Scorer(Protocol):
+    """A reward model, as the roles provide it."""
+
+    tokenizer: Any
+
+    def score_ids(self, rows: list[list[int]]) -> Tensor:
+        """[B] scores of B rows of token ids, each read at its last token."""
+        ...
+
+    def moved(self) -> dict[str, float]:
+        """Figures of the weights that came to the device since the last call; none if all stay."""
+        ...
+
+
+class ModelReward:
+    """Scores from a reward model, whose tokenizer may differ from the policy's."""
+
+    def __init__(self, config: RewardConfig):
+        if config.path is None:
+            raise RewardError(f"rewards: {config.name}: path=None: kind model needs a model")
+        self.name, self.config = config.name, config
+        self._warned = False
+        self.limit = config.max_tokens or MAX_TOKENS
+
+    def fit(self, positions: int | None) -> None:
+        """Reads no more than the model has positions for (None: any number).
+
+        Raises RewardError, beginning with the field, where the configuration asks for more.
+        """
+        if positions is None or self.limit <= positions:
+            return
+        if self.config.max_tokens is not None:
+            raise RewardError(
+                f"max_tokens={self.limit}: {self.config.path!r} has {positions} positions; "
+                f"use {positions} or fewer"
+            )
+        self.limit = positions
+        log.warning(
+            "reward %r: it reads the last %d tokens of a row, as many as it has positions "
+            "(rewards max_tokens=null)",
+            self.name,
+            positions,
+        )
+
+    def check(self, columns: Collection[str] | None) -> None:
+        """A reward model reads no columns."""
+
+    def scores(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> Answer:
+        """One score per row; a longer row keeps its last `limit` tokens."""
+        token_ids = render_for_reward(
+            rows, policy_tokenizer, scorer.tokenizer, chat_template=self.config.chat_template
+        )
+        if not all(token_ids):
+            empty = rows.row(token_ids.index([]))
+            raise RewardError(f"reward {self.name!r}: its tokenizer makes no token of {empty}")
+        limit = self.limit
+        longest = max(map(len, token_ids))
+        if longest > limit and not self._warned:
+            self._warned = True
+            log.warning(
+                "reward %r: a row of %d tokens is read without its beginning "
+                "(rewards max_tokens=%d); said once",
+                self.name,
+                longest,
+                limit,
+            )
+        first = getattr(scorer.tokenizer, "cls_token_id", None)
+        shortened = [_last(ids, limit, first) for ids in token_ids]
+        return checked_scores(self.name, scorer.score_ids(shortened).detach(), rows)
+
+
+def _last(ids: list[int], limit: int, first: int | None) -> list[int]:
+    """The last tokens of a row, after its `first`: an encoder's score is read there."""
+    if len(ids) <= limit:
+        return ids
+    opening = ids[:1] if ids[0] == first else []
+    return opening + ids[len(ids) - limit + len(opening) :]
+
+
+_KINDS = {"function": FunctionReward, "http": HttpReward, "model": ModelReward}
+
+
+class RewardSum:
+    """All rewards of a run, added with their weights.
+
+    Making one imports the functions and reads their signatures, so that a mistake is met before
+    any model is loaded; it raises RewardError (a ValueError). Reward models are joined later.
+    """
+
+    def __init__(self, configs: list[RewardConfig], guards: GuardConfig | None = None):
+        """guards: what follows where a reward fails; None: the defaults."""
+        if not configs:
+            raise RewardError("rewards: []: give at least one source of scores")
+        names = [config.name for config in configs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise RewardError(f"rewards: name={twice!r} is used twice: give each its own")
+        self._scorers: Mapping[str, Scorer] = {}
+        self._guards = guards or GuardConfig()
+        self._weights = {config.name: config.weight for config in configs}
+        self._sources = [_KINDS[config.kind](config) for config in configs]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._weights)
+
+    @property
+    def model_configs(self) -> list[RewardConfig]:
+        """The rewards for which `join` must be given a model."""
+        return [source.config for source in self._sources if isinstance(source, ModelReward)]
+
+    def fit(self, name: str, positions: int | None) -> None:
+        """Tells the reward model `name` how many tokens its model can read; see ModelReward."""
+        next(source for source in self._sources if source.name == name).fit(positions)
+
+    def join(self, scorers: Mapping[str, Scorer]) -> None:
+        """Takes the loaded reward models: one for each of `model_configs`, by its name."""
+        assert set(scorers) == {config.name for config in self.model_configs}
+        self._scorers = dict(scorers)
+
+    def moved(self) -> dict[str, dict[str, float]]:
+        """By reward model: what streaming its weights took since the last call."""
+        return {name: scorer.moved() for name, scorer in self._scorers.items()}
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raises RewardError when a reward needs a dataset column that is not among `columns`."""
+        for source in self._sources:
+            source.check(columns)
+
+    def scores(self, rollout: Rollout, tokenizer: Any) -> Scores:
+        """Scores of this rank's rows. A collective. tokenizer: the policy's.
+
+        A score that is missing or not finite is settled as `guards.failed_reward` says. Raises
+        RewardError, on every rank, where that says stop or more than `failed_reward_share` of all
+        rows fail; and for answers that are none: a wrong count, or no numbers. It shows a row.
+        """
+        rows = read_rows(rollout, tokenizer)
+        answers = [self._score(source, rows, tokenizer) for source in self._sources]
+        table = torch.tensor(
+            [answer.scores for answer in answers],
+            dtype=torch.float64,
+            device=rollout.response_ids.device,
+        )
+        scored = ~table.isnan()  # [rewards, B]
+        whole = scored.all(0)
+        sums = torch.stack([table.nansum(1), scored.sum(1)])
+        counts = torch.stack([(~whole).sum(), torch.tensor(len(whole), device=whole.device)])
+        reduced = distributed.global_sum(torch.cat([sums.flatten(), counts.double()]))
+        (totals, numbers), (failed, everyone) = reduced[:-2].view(2, -1), reduced[-2:].tolist()
+        fault = self._judge_faults(answers, int(failed), int(everyone)) if failed else ""
+        table = torch.where(scored, table, (totals / numbers.clamp(min=1))[:, None]).float()
+        by_name = dict(zip(self._weights, table, strict=True))
+        usable = bool((numbers > 0).all())
+        dropped = not usable or self._guards.failed_reward == "drop"
+        return Scores(
+            total=sum(self._weights[name] * scores for name, scores in by_name.items()),
+            by_name=by_name,
+            teaches=whole if dropped else torch.ones_like(whole),
+            failed=int(failed),
+            fault=fault,
+            usable=usable,
+        )
+
+    def _judge_faults(self, answers: list[Answer], failed: int, everyone: int) -> str:
+        """One rank's first fault, on every rank; raises it where the run should stop."""
+        mine = next((fault for a in answers for _, fault in sorted(a.faults.items())), None)
+        told = distributed.all_gather_objects(None if mine is None else str(mine))
+        fault = next(text for text in told if text is not None)
+        share = self._guards.failed_reward_share
+        if self._guards.failed_reward == "stop" or failed > share * everyone:
+            raise RewardError(
+                f"{fault} ({failed} of {everyone} samples; guards.failed_reward="
+                f"{self._guards.failed_reward}, guards.failed_reward_share={share:g})"
+            ) from (mine and mine.__cause__)
+        return fault
+
+    def _score(self, source: Any, rows: TextRows, tokenizer: Any) -> Answer:
+        if isinstance(source, ModelReward):
+            assert source.name in self._scorers, f"no reward model was joined for {source.name!r}"
+            return source.scores(rows, self._scorers[source.name], tokenizer)
+        return source.scores(rows)

@@ -1,0 +1,1 @@
+"""Sampling responses: continuous batching over a paged cache."""

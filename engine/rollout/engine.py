@@ -1,0 +1,278 @@
+"""Generation for PPO: continuous batching over a paged cache, on any Hugging Face decoder.
+
+Takes an ordinary causal-LM module, whole or a tensor-parallel shard that all-reduces inside its
+forward; knows no DeepSpeed. A response depends on its prompt, its seed and the sampling settings,
+not on the batch it shares, the block size, preemption or the number of ranks (up to rounding).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gearshift.engine.attention import paged
+from gearshift.engine.attention.cache import BlockPool, KVCache, LayerShape
+from gearshift.engine.cluster.progress import beat
+from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
+from gearshift.engine.rollout.linear import fast_linear
+from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
+from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
+from gearshift.engine.rollout.scheduler import Batch, Prefix, Scheduler, Sequence
+
+GB = 1e9
+CPU_CACHE_GB = 1.0
+# Of the free GPU memory; the rest is for the activations of a prefill and for the logits.
+GPU_CACHE_SHARE = 0.9
+# Longer chunks of prompts leave the CPU's caches, and decoding rows wait for them: 2 % slower.
+CPU_BATCH_TOKENS = 512
+
+
+class RolloutEngine:
+    """Generates responses with one module, call after call.
+
+    module: causal LM on `device`; put back exactly as found after every call. Its weights may
+    change between calls, in place or to other addresses (CUDA graphs are then captured again).
+    group: the tensor-parallel group. Its ranks must make the same calls with the same arguments.
+    Raises ValueError if the module cannot run paged attention (see `paged.supports`).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RolloutConfig,
+        *,
+        eos_token_ids: list[int],
+        pad_token_id: int,
+        tokenizer=None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        reason = paged.supports(module)
+        if reason:
+            raise ValueError(f"rollout.engine=paged: {reason}; use rollout.engine: hf")
+        self.module, self.config, self.device = module, config, torch.device(device)
+        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
+        self.tokenizer, self.group = tokenizer, group
+        most = config.max_batch_tokens
+        self._batch_tokens = min(most, CPU_BATCH_TOKENS) if self.device.type == "cpu" else most
+        self._shapes: dict[nn.Module, LayerShape] = {}
+        self._cache: KVCache | None = None
+        self._budget = 0  # blocks, when the cache was made
+        self._graphs: DecodeGraphs | None = None
+        # A cache of a size the user chose can stay; one that takes what is free must make room.
+        self._keeps = config.weights == "resident" and config.kv_cache_gb > 0
+        self._use_graphs = (
+            config.cuda_graphs
+            and self.device.type == "cuda"
+            and paged.uses_kernel(self.device)  # PyTorch's forms of our kernels read on the host
+            and not cannot_capture(module)
+        )
+        self.preemptions = 0  # of the last call
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        limits: list[int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """One response per prompt, in the prompts' order.
+
+        prompts: token ids, without padding. seeds: one per prompt, of its whole response.
+        limits: longest response of each prompt; None: sampling.max_new_tokens.
+        progress: called with (finished, all) whenever a response ends.
+        Raises ValueError for a request that the model's positions or the cache cannot hold.
+        """
+        if not prompts:
+            return []
+        request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
+        request.check_context(self.module)
+        ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
+        completions: list[Completion | None] = [None] * len(prompts)
+        finished = 0
+        with paged.attending(self.module), fast_linear():
+            self._drop_stale_graphs()
+            scheduler = self._schedule(request)
+            while not scheduler.done:
+                for sequence, over in self._step(scheduler, sampling, ending):
+                    completions[sequence.index] = Completion(
+                        token_ids=sequence.response, logprobs=sequence.logprobs, finished=over
+                    )
+                    finished += 1
+                    if progress:
+                        progress(finished, len(prompts))
+                beat()
+        self.preemptions = scheduler.preemptions
+        return completions
+
+    def rest(self) -> None:
+        """Gives the memory of the cache and the graphs back, unless the configuration keeps it.
+
+        rollout.weights=resident with a rollout.kv_cache_gb keeps both at their addresses.
+        """
+        if not self._keeps:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the memory of the cache and the graphs back; the next call makes both again."""
+        self._cache = self._graphs = None
+        if self.device.type == "cuda":
+            # 32 MB of every stream that multiplied; captured graphs, which use them, are gone.
+            torch._C._cuda_clearCublasWorkspaces()
+
+    @property
+    def capture_seconds(self) -> float:
+        """What capturing the CUDA graphs held now took; 0 without any."""
+        return self._graphs.capture_seconds if self._graphs else 0.0
+
+    def _drop_stale_graphs(self) -> None:
+        """Graphs hold the addresses of the weights that were there when they were captured."""
+        if self._graphs is not None and self._graphs.weights != addresses(self.module):
+            self._graphs = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the cache held now."""
+        return self._cache.bytes if self._cache else 0
+
+    def _schedule(self, request: Request) -> Scheduler:
+        prefixes: dict[tuple[int, ...], Prefix] = {}
+        sequences = [
+            Sequence(
+                index=index,
+                prefix=prefixes.setdefault(tuple(prompt), Prefix(tokens=prompt)),
+                seed=seed,
+                limit=limit,
+                tokens=list(prompt),
+            )
+            for index, (prompt, seed, limit) in enumerate(
+                zip(request.prompts, request.seeds, request.limits, strict=True)
+            )
+        ]
+        self._open_cache(sequences)
+        return Scheduler(
+            sequences,
+            BlockPool(self._cache.blocks),
+            block_size=self.config.block_size,
+            max_sequences=self.config.max_sequences,
+            max_batch_tokens=self._batch_tokens,
+        )
+
+    def _open_cache(self, sequences: list[Sequence]) -> None:
+        """Has a cache of as many blocks as these sequences can use and the budget allows."""
+        size = self.config.block_size
+        # The last token's key is never needed; one more block for the copy of a shared one.
+        needs = [-(-(len(s.tokens) + s.limit - 1) // size) for s in sequences]
+        useful = sum(sorted(needs)[-self.config.max_sequences :]) + len(sequences)
+        if self._cache is None or self._cache.blocks < min(useful, self._budget):
+            self.release()
+            self._set_budget()
+        if self._budget < max(needs):
+            least = (max(needs) + 1) * self._block_bytes / GB
+            raise ValueError(
+                f"rollout.kv_cache_gb={self._cache_bytes() / GB:.3g}: one sequence of "
+                f"{max(needs) * size} tokens needs {least:.3g}; raise it, or lower "
+                "sampling.max_new_tokens or data.max_prompt_tokens"
+            )
+        if self._cache is None:
+            # One that will be kept takes the whole budget at once: it then never has to move.
+            blocks = self._budget if self._keeps else min(useful, self._budget)
+            self._cache = KVCache(self._shapes, blocks, size, self.device)
+
+    def _set_budget(self) -> None:
+        """Blocks that fit into the cache's memory now, beside its dummy block."""
+        if not self._shapes:
+            self._shapes = self._probe()
+        self._budget = self._agree(int(self._cache_bytes() // self._block_bytes) - 1)
+
+    @property
+    def _block_bytes(self) -> int:
+        return self.config.block_size * sum(s.bytes_per_token for s in self._shapes.values())
+
+    def _cache_bytes(self) -> float:
+        if self.config.kv_cache_gb:
+            return self.config.kv_cache_gb * GB
+        if self.device.type != "cuda":
+            return CPU_CACHE_GB * GB
+        torch.cuda.empty_cache()  # else what is left of partly used segments would count as free
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return GPU_CACHE_SHARE * free
+
+    def _agree(self, blocks: int) -> int:
+        """The group's smallest number: free memory and heads per rank differ, schedules may not."""
+        if self.group is None or dist.get_world_size(self.group) == 1:
+            return blocks
+        smallest = torch.tensor([blocks], device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.group)
+        return int(smallest)
+
+    def _probe(self) -> dict[nn.Module, LayerShape]:
+        """What each attention layer keeps per token, from a forward of one token."""
+        probe = paged.Probe()
+        token = torch.full((1, 1), self.pad_token_id, device=self.device)
+        with paged.running(probe):
+            self.module(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
+        return probe.shapes
+
+    def _step(
+        self, scheduler: Scheduler, sampling: SamplingConfig, ending: Ending
+    ) -> list[tuple[Sequence, bool]]:
+        """One forward and one token for each sequence that is up to date; returns the ended."""
+        batch = scheduler.next()
+        batch.decode.sort(key=lambda s: s.cached)  # rows of like length attend together
+        self._cache.copy(batch.copies)
+        drawing = batch.drawing
+        token_ids, logprobs = self._draw(batch, drawing, scheduler.table, sampling)
+        for sequence in batch.decode:
+            scheduler.computed(sequence, 1)
+        for sequence, count in batch.prefill:
+            scheduler.computed(sequence, count)
+        ended = []
+        for sequence, token, logprob in zip(drawing, token_ids, logprobs, strict=True):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(logprob)
+            over = ending.reached(sequence.tokens, len(sequence.logprobs))
+            if over or len(sequence.logprobs) == sequence.limit:
+                scheduler.finish(sequence)
+                ended.append((sequence, over))
+        return ended
+
+    def _draw(
+        self,
+        batch: Batch,
+        drawing: list[Sequence],
+        table: np.ndarray,
+        sampling: SamplingConfig,
+    ) -> tuple[list[int], list[float]]:
+        """Computes the batch; returns a token and its log-prob for each sequence of `drawing`."""
+        inputs = pack(batch, table, self.config.block_size)
+        seeds = [s.seed for s in drawing]
+        positions = [len(s.logprobs) for s in drawing]
+        if self._use_graphs and not batch.prefill:
+            return self._graphs_for(sampling, table).draw(inputs, seeds, positions)
+        logits = self._forward(inputs)
+        return draw(logits, sampling, seeds, positions, self.group) if seeds else ([], [])
+
+    def _graphs_for(self, sampling: SamplingConfig, table: np.ndarray) -> DecodeGraphs:
+        rows, width = table.shape
+        if self._graphs is None or not self._graphs.fits(sampling, rows, width):
+            shape = dict(rows=rows, width=width, coarse=not self._keeps)
+            self._graphs = DecodeGraphs(self.module, self._cache, sampling, self.group, **shape)
+        return self._graphs
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """Logits [S, V] of the rows inputs.last."""
+        with paged.running(to_step(inputs, self._cache)):
+            output = self.module(
+                input_ids=send(inputs.token_ids, self.device)[None],
+                position_ids=send(inputs.positions, self.device)[None],
+                use_cache=False,
+                logits_to_keep=send(inputs.last, self.device),
+            )
+        return output.logits[0]

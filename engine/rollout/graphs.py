@@ -1,0 +1,167 @@
+"""Decode steps as CUDA graphs: one replay in place of about a thousand kernel launches.
+
+A graph is captured per number of rows (1, 2, 4, 8, 16, 32, 48, ...) when it is first needed, from
+the model's forward to the drawn tokens, tensor-parallel all-reduces included; all share one memory
+pool. Rows that fill a bucket up read and write the cache's dummy block. Graphs hold addresses: of
+the weights, which may be refreshed in place (the engine checks that they did not move), and of one
+KVCache.
+"""
+
+import bisect
+import time
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gearshift.engine.attention import paged
+from gearshift.engine.attention.cache import KVCache
+from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.rollout.packing import Inputs
+from gearshift.engine.rollout.sampling import draw_packed
+
+STEP = 16  # rows between buckets above 16: at most 15 padding rows, one graph per 16 rows
+# Graphs that live for one generation are made anew every step, some tenths of a second each: up to
+# 64 rows their number doubles, and padding rows cost little where weights bound a step.
+COARSE_STEP = 64
+WIDTH = 16  # widths are rounded up to it: a slightly longer prompt needs no new graphs
+# Expert layers that choose their kernels without reading the routing on the host.
+CAPTURABLE_EXPERTS = ("grouped_mm", "batched_mm")
+
+
+def buckets(rows: int, *, coarse: bool = False) -> list[int]:
+    """The numbers of rows that graphs are captured for; the last is the first that holds `rows`.
+
+    coarse: for graphs that are thrown away after one generation.
+    """
+    step = COARSE_STEP if coarse else STEP
+    doubling = [1 << i for i in range(step.bit_length() - 1)]
+    sizes = [*doubling, *range(step, rows + step, step)]
+    return sizes[: bisect.bisect_left(sizes, rows) + 1]
+
+
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    """Where the module's weights and buffers are."""
+    return tuple(t.data_ptr() for t in (*module.parameters(), *module.buffers()))
+
+
+def cannot_capture(module: nn.Module) -> str | None:
+    """Why the module's forward cannot be captured; None if nothing known forbids it."""
+    config = module.config.get_text_config()
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = any(getattr(config, name, None) for name in counts)
+    kind = getattr(config, "_experts_implementation", None)
+    if experts and kind not in CAPTURABLE_EXPERTS:
+        return f"its experts ({kind}) read the routing on the host"
+    return None
+
+
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace of 32 MB for every stream it has met."""
+    return torch.cuda.Stream()
+
+
+class DecodeGraphs:
+    """Runs decode steps of one module over one cache with one sampling configuration.
+
+    rows: most sequences decoded at once. width: blocks of the longest sequence. coarse: see
+    `buckets`. Valid while the module's tensors are at the `weights` addresses; capture_seconds
+    grows with every new bucket.
+    On a device without CUDA the same steps run eagerly, padding included; tests rely on it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cache: KVCache,
+        sampling: SamplingConfig,
+        group: dist.ProcessGroup | None,
+        *,
+        rows: int,
+        width: int,
+        coarse: bool = False,
+    ):
+        self.module, self.cache, self.sampling, self.group = module, cache, sampling, group
+        self.rows, self.width = rows, -(-width // WIDTH) * WIDTH
+        self.weights, self.capture_seconds = addresses(module), 0.0
+        self._capture = cache.device.type == "cuda"
+        self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._capture else None
+        self._buckets = buckets(rows, coarse=coarse)
+        self._allocate(self._buckets[-1])
+
+    def fits(self, sampling: SamplingConfig, rows: int, width: int) -> bool:
+        """Whether these graphs serve such a call, too."""
+        return sampling == self.sampling and rows <= self.rows and width <= self.width
+
+    def draw(
+        self, inputs: Inputs, seeds: list[int], positions: list[int]
+    ) -> tuple[list[int], list[float]]:
+        """Forward and draw for decoding rows only; returns token ids and log-probs."""
+        count = len(inputs.lengths)
+        bucket = self._buckets[bisect.bisect_left(self._buckets, count)]
+        self._fill(inputs, seeds, positions, bucket)
+        if bucket not in self._replays:
+            start = time.perf_counter()
+            self._replays[bucket] = self._prepare(bucket)
+            self.capture_seconds += time.perf_counter() - start
+        replay, packed = self._replays[bucket]
+        replay()
+        token_ids, bits = packed[:, :count].cpu()
+        return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+
+    def _allocate(self, rows: int) -> None:
+        """Buffers at fixed addresses; graphs read their first `bucket` rows."""
+        device = self.cache.device
+        # Ids, positions, slots, seeds, draws and lengths in one: a single copy to the device.
+        self._numbers = torch.zeros(6, rows, dtype=torch.int64, device=device)
+        self._tables = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
+        pinned = self._capture
+        self._host_numbers = torch.zeros(6, rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_tables = torch.zeros(rows, self.width, dtype=torch.int32, pin_memory=pinned)
+
+    def _fill(self, inputs: Inputs, seeds: list[int], positions: list[int], bucket: int) -> None:
+        """Copies a step to the device, padded to `bucket` rows."""
+        dummy, size = self.cache.dummy_block, self.cache.block_size
+        numbers, tables = self._host_numbers.numpy(), self._host_tables.numpy()
+        count, width = inputs.block_tables.shape
+        rows = (inputs.token_ids, inputs.positions, inputs.slots, seeds, positions, inputs.lengths)
+        for row, values in enumerate(rows):
+            numbers[row, :count] = values
+        numbers[:, count:bucket] = np.array([0, 0, dummy * size, 0, 0, 1])[:, None]
+        tables[:bucket] = dummy
+        tables[:count, :width] = inputs.block_tables
+        # The read-back that ends every step has waited for the copies of the step before.
+        self._numbers.copy_(self._host_numbers, non_blocking=True)
+        self._tables[:bucket].copy_(self._host_tables[:bucket], non_blocking=True)
+
+    def _prepare(self, bucket: int) -> tuple[Callable[[], None], Tensor]:
+        """What runs a step of `bucket` rows, and where it leaves its draws."""
+        if not self._capture:
+            packed = torch.empty(2, bucket, dtype=torch.int64)
+            return lambda: packed.copy_(self._forward(bucket)), packed
+        # Once on a side stream first: kernels compile and libraries allocate there, which a
+        # capture forbids. The keys it writes are those the replay writes again.
+        stream = _warm_up_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward(bucket)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            packed = self._forward(bucket)
+        return graph.replay, packed
+
+    def _forward(self, bucket: int) -> Tensor:
+        """[2, bucket] int64, see draw_packed; reads the buffers only, and nothing on the host."""
+        token_ids, positions, slots, seeds, draws, lengths = self._numbers[:, :bucket]
+        step = paged.decode_step(self.cache, slots, self._tables[:bucket], lengths)
+        with paged.running(step):
+            output = self.module(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False
+            )
+        return draw_packed(output.logits[0], self.sampling, seeds, draws, self.group)

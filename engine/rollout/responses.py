@@ -1,0 +1,110 @@
+"""PromptBatch -> Rollout: the actor's sampling, between the records and the rollout engine."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gearshift.engine.attention import paged
+from gearshift.engine.batch import PromptBatch, Rollout
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.rollout.padded import PaddedEngine
+from gearshift.engine.rollout.sampling import Completion
+
+logger = logging.getLogger("gearshift")
+
+
+def sequence_seed(seed: int, row_id: int) -> int:
+    """A 63-bit seed for one response of a run (SplitMix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    state = (seed * 0x9E3779B97F4A7C15 + row_id * 0xBF58476D1CE4E5B9 + 1) & mask
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+    return (state ^ (state >> 31)) >> 1
+
+
+def end_token_ids(tokenizer: Any, lm: nn.Module) -> list[int]:
+    """Every id that ends a response: the tokenizer's, the model's and the chat template's.
+
+    A converted tokenizer may name another end than the one its chats are trained with, so the
+    template is rendered once and asked which special token follows an assistant's turn.
+    """
+    ends = {tokenizer.eos_token_id}
+    for config in (lm.config, lm.generation_config):
+        found = getattr(config, "eos_token_id", None)
+        ends.update(found if isinstance(found, (list, tuple)) else [found])
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "gearshift"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rsplit("gearshift", 1)[-1]
+        following = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ends.update([i for i in following if i in tokenizer.all_special_ids][:1])
+    ends.discard(None)
+    if not ends:
+        raise ValueError("tokenizer: it has no EOS token; set one with the actor's tokenizer key")
+    return sorted(ends)
+
+
+def choose_engine(lm: nn.Module, wanted: str) -> type[RolloutEngine] | type[PaddedEngine]:
+    """The engine that `rollout.engine` names; "auto" is the paged one where the model allows it.
+
+    Raises ValueError, with the reason, for "paged" and a model that cannot.
+    """
+    if wanted == "hf":
+        return PaddedEngine
+    reason = paged.supports(lm)
+    if reason is None:
+        return RolloutEngine
+    if wanted == "paged":
+        raise ValueError(f"rollout.engine=paged: {reason}; use rollout.engine: hf")
+    logger.warning("rollout.engine=auto: %s; generating with a padded batch instead", reason)
+    return PaddedEngine
+
+
+def generate_responses(
+    engine: RolloutEngine | PaddedEngine,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    seed: int,
+    group: dist.ProcessGroup | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rollout:
+    """Samples one response for each row. The ranks of a TP group generate their rows together."""
+    ids = [
+        row[live].tolist()
+        for row, live in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
+    ]
+    seeds = [sequence_seed(seed, row) for row in prompts.row_ids.tolist()]
+    shares = distributed.all_gather_objects((ids, seeds), group) if group else [(ids, seeds)]
+    completions = engine.generate(
+        [row for share in shares for row in share[0]],
+        sampling,
+        [seed for share in shares for seed in share[1]],
+        progress=progress,
+    )
+    before = dist.get_rank(group) if group else 0
+    first = sum(len(share[0]) for share in shares[:before])
+    return as_rollout(prompts, completions[first : first + len(ids)])
+
+
+def as_rollout(prompts: PromptBatch, completions: list[Completion]) -> Rollout:
+    """Right-pads the completions, each of at least one token, with id 0 under a False mask."""
+    device = prompts.prompt_ids.device
+    ids = [torch.tensor(c.token_ids) for c in completions]
+    logprobs = [torch.tensor(c.logprobs) for c in completions]
+    lengths = torch.tensor([len(row) for row in ids])
+    return Rollout(
+        **prompts.tensors(),
+        response_ids=_padded(ids).to(device),
+        response_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
+        rollout_logprobs=_padded(logprobs).float().to(device),
+        finished=torch.tensor([c.finished for c in completions], device=device),
+    )
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -1,0 +1,1 @@
+"""Frozen models whose weights stay on the host or a disk and visit the device once per pass."""

@@ -1,0 +1,1 @@
+"""What DeepSpeed's ZeRO keeps of a trained model, and where it is."""

@@ -1,0 +1,1 @@
+"""The kernels' cases and their truths, for tests, benchmarks and start-up."""

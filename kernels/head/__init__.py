@@ -1,0 +1,1 @@
+"""The language-model head: losses and log-probs that never hold all logits."""

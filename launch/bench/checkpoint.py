@@ -1,0 +1,173 @@
+"""What a checkpoint of a recipe costs: seconds, bytes, and how long the run stands still for it.
+
+    gearshift bench checkpoint --config FILE [--saves N] [--json FILE] [--section.key value ...]
+    deepspeed launch/bench/checkpoint.py --config FILE ...    (several ranks; also torchrun, srun)
+
+Steps are taken in turns: one without a checkpoint, one that waits for its checkpoint, one whose
+checkpoint a thread writes while the next step runs. They lie in `run.dir`, deleted at the end.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gearshift.launch.bench.step import write_json
+
+if TYPE_CHECKING:
+    from gearshift.launch.session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", required=True, help="the recipe to measure")
+    parser.add_argument("--saves", type=int, default=3, help="checkpoints of each kind (default 3)")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(overrides=[])
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints a table, writes the JSON; raises ValueError for the user's mistakes."""
+    if args.saves < 1:
+        raise ValueError(f"--saves={args.saves}: at least 1")
+    result = measure(args.config, args.overrides, args.saves)
+    if int(os.environ["RANK"]) == 0:
+        Console(highlight=False).print(table(result))
+        write_json(args.json, result)
+    return 0
+
+
+def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
+    """Takes `saves` checkpoints of each kind. A collective over the ranks.
+
+    Raises ValueError where `run.dir` exists, or a checkpoint could not be written there.
+    """
+    from gearshift.engine.cluster import distributed
+    from gearshift.engine.config import load as config_load
+    from gearshift.launch.train import open_session
+
+    own = ["--run.resume", "none", "--run.trackers", "[]"]
+    resolved = config_load.load(recipe, [*overrides, *own])
+    folder = Path(resolved.config.run.dir)
+    if folder.exists():
+        raise ValueError(
+            f"run.dir={str(folder)!r}: exists; name a new folder on the disk to measure"
+        )
+    session = open_session(resolved)
+    from gearshift.launch.session import environment
+
+    step(session)  # warms up, and makes the optimizers' states
+    try:
+        turns = [turn(session, folder, number) for number in range(saves)]
+        size = sum(path.stat().st_size for path in last(folder).iterdir())
+    finally:
+        distributed.barrier()
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+    middle = {name: median(found[name] for found in turns) for name in turns[0]}
+    trained = parameters(session)
+    about = {"recipe": recipe, "overrides": overrides, "environment": environment()}
+    sizes = {"bytes": size, "parameters": trained, "bytes_per_parameter": size / trained}
+    return about | sizes | middle | {"saves": saves}
+
+
+def turn(session: "Session", folder: Path, number: int) -> dict[str, float]:
+    """Seconds of a step, of a checkpoint that is waited for, and of one beside a step."""
+    from gearshift.engine.checkpoint.save import Checkpoints
+
+    def checkpoints(background: bool) -> Checkpoints:
+        return Checkpoints(folder, keep=1, background=background, tell=refuse)
+
+    plain = step(session)
+    waited, start = checkpoints(False), time.perf_counter()
+    save(waited, session)
+    waited.settle()
+    written = time.perf_counter() - start
+    step(session)  # a checkpoint is of a step
+    beside, start = checkpoints(True), time.perf_counter()
+    save(beside, session)
+    copied = time.perf_counter() - start
+    during, start = step(session), time.perf_counter()
+    beside.settle()
+    left = time.perf_counter() - start
+    return {
+        "step_s": plain,
+        "write_s": written,
+        "copy_s": copied,
+        "step_beside_s": during,
+        "wait_after_step_s": left,
+    }
+
+
+def save(checkpoints: Any, session: "Session") -> None:
+    checkpoints.take(session.trainer, session.streams)
+    checkpoints.publish()
+
+
+def step(session: "Session") -> float:
+    """Seconds of one PPO step."""
+    from gearshift.engine.cluster import distributed
+
+    prompts = session.streams["prompts"].next_batch().to(session.device)
+    distributed.barrier()
+    start = time.perf_counter()
+    session.trainer.step(prompts)
+    distributed.barrier()
+    return time.perf_counter() - start
+
+
+def refuse(text: str) -> None:
+    raise ValueError(text)
+
+
+def last(folder: Path) -> Path:
+    from gearshift.engine.checkpoint import store as checkpoint_store
+
+    return checkpoint_store.steps(folder)[-1]
+
+
+def parameters(session: "Session") -> int:
+    """Trained parameters of all roles, over all ranks."""
+    from math import prod
+
+    from gearshift.engine.checkpoint import state as run_state
+    from gearshift.engine.zero import state as zero_state
+
+    roles = run_state.trained(session.trainer).values()
+    return sum(prod(shape) for role in roles for shape in zero_state.shapes(role.engine).values())
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row per figure."""
+    made = Table(title=f"Checkpoints of {Path(result['recipe']).name}")
+    made.add_column("what")
+    made.add_column("figure", justify="right")
+    rate = result["bytes"] / result["write_s"] / 1e6
+    beside = result["step_beside_s"] - result["step_s"]
+    rows = {
+        "bytes per trained parameter": f"{result['bytes_per_parameter']:.2f}",
+        "checkpoint, MB": f"{result['bytes'] / 1e6:.1f}",
+        "written while the run waits, s": f"{result['write_s']:.3f}",
+        "that is, MB/s": f"{rate:.0f}",
+        "copied for a thread to write, s": f"{result['copy_s']:.3f}",
+        "a step, s": f"{result['step_s']:.3f}",
+        "a step beside the thread, s": f"{result['step_beside_s']:.3f} ({beside:+.3f})",
+        "still to wait after that step, s": f"{result['wait_after_step_s']:.3f}",
+        "ranks; median of": f"{result['environment']['ranks']}; {result['saves']}",
+    }
+    for name, value in rows.items():
+        made.add_row(name, value)
+    return made
+
+
+if __name__ == "__main__":
+    from gearshift.launch.cli import main as command
+
+    sys.exit(command(["bench", "checkpoint", *sys.argv[1:]]))

@@ -1,0 +1,1 @@
+"""How `gearshift bench kernels` measures one op at one shape."""

@@ -1,0 +1,45 @@
+"""Measurements: `gearshift bench PART [arguments]`.
+
+Every part is a module of its own, imported when it is asked for, with the interface of a command:
+`add_arguments(parser)` and `main(args) -> int`. A part that takes `--section.key value` overrides
+sets a default for `args.overrides`.
+"""
+
+import argparse
+import importlib
+
+PARTS = {
+    "step": ("gearshift.launch.bench.step", "time and memory of one PPO step, by phase"),
+    "generation": ("gearshift.launch.bench.generation", "tokens per second of the rollout engine"),
+    "checkpoint": ("gearshift.launch.bench.checkpoint", "seconds and bytes of a checkpoint"),
+    "shift": ("gearshift.launch.bench.shift", "bytes and seconds of a change of gear"),
+    "kernels": ("gearshift.launch.bench.kernels", "the fused kernels against plain PyTorch"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    width = max(map(len, PARTS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in PARTS.items()]
+    parser.epilog = "\n".join(
+        ["parts:", *lines, "", "gearshift bench PART --help explains a part."]
+    )
+    parser.add_argument("part", metavar="PART", choices=PARTS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the part")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs one part; returns its exit status."""
+    module = importlib.import_module(PARTS[args.part][0])
+    parser = argparse.ArgumentParser(
+        f"gearshift bench {args.part}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --run is a mistake, not --runs
+    )
+    module.add_arguments(parser)
+    known, rest = parser.parse_known_args(args.arguments)
+    if rest and not hasattr(known, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        known.overrides = rest
+    return module.main(known)

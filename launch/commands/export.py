@@ -1,0 +1,87 @@
+"""A checkpoint as Hugging Face directories: `gearshift export runs/mine/checkpoints/step_000020`.
+
+Weights are the exact float32 masters, of a split master too, whatever precision trained them; one
+process reads the pieces of all ranks. `--dtype bfloat16` rounds them as training saw them.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gearshift.engine import assemble
+from gearshift.engine.checkpoint import resume
+from gearshift.engine.checkpoint.export import export
+from gearshift.engine.config import load as config_load
+from gearshift.engine.config.schema import Config
+from gearshift.engine.models.heads import Policy, ValueModel
+from gearshift.engine.models.load import load_model
+from gearshift.engine.zero.state import whole
+from gearshift.kernels.adamw import join_master
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+UNPARTITIONED = {"zero_optimization": {"stage": 0}}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder step_NNNNNN")
+    parser.add_argument("--out", metavar="FOLDER", help="default: CHECKPOINT/../../export")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Writes FOLDER/actor and, where there is one, FOLDER/critic.
+
+    Raises ValueError where CHECKPOINT is none, or is damaged.
+    """
+    checkpoint = Path(args.checkpoint)
+    found = resume.fault(checkpoint)
+    if found:
+        raise ValueError(f"{checkpoint}: {found}; name a whole checkpoint")
+    state = json.loads((checkpoint / "state.json").read_bytes())
+    out = Path(args.out or checkpoint.resolve().parent.parent / "export")
+    blueprint = assemble.draw_up(saved_config(state))
+    for role in state["roles"]:
+        model, holder = unpartitioned(blueprint, role)
+        files = sorted(checkpoint.glob(f"{role}.rank*.safetensors"))
+        optimizer = getattr(blueprint.config, role).optimizer.name
+        stepped = state["roles"][role]["optimizer_steps"] > 0
+        fill(holder, files, split=stepped and optimizer == "split_adamw")
+        export(model.to(DTYPES[args.dtype]), blueprint.tokenizer, out / role)
+        print(f"exported {out / role}")
+    return 0
+
+
+def saved_config(state: dict[str, Any]) -> Config:
+    """The configuration of the run that saved."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(state["about"]["config"], file)  # JSON is YAML
+        file.flush()
+        return config_load.load(file.name, []).config
+
+
+def unpartitioned(blueprint: assemble.Blueprint, role: str) -> tuple[nn.Module, nn.Module]:
+    """The role's model in float32, as it was before training, and what its engine calls it in."""
+    if role == "actor":
+        model = load_model(blueprint.config.actor, "policy", UNPARTITIONED)
+        return model, Policy(model)
+    source, from_reward = assemble.critic_source(blueprint)
+    model = load_model(source, "critic", UNPARTITIONED, fresh_head=not from_reward)
+    return model, ValueModel(model)
+
+
+@torch.no_grad()
+def fill(holder: nn.Module, files: list[Path], *, split: bool) -> None:
+    """Puts the masters in `files` into the parameters of the same names."""
+    parameters = dict(holder.named_parameters())
+    lows = whole(files, "low") if split else None
+    for name, weights in whole(files):
+        if lows is not None:
+            of, low = next(lows)
+            assert of == name
+            weights = join_master(weights, low)
+        parameters[name].copy_(weights.view(parameters[name].shape))

@@ -1,0 +1,1 @@
+"""What `gearshift doctor` looks at."""

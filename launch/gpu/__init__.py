@@ -1,0 +1,1 @@
+"""`make gpu-check`: what is run once on a GPU machine."""

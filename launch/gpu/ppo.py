@@ -1,0 +1,191 @@
+"""One PPO step of four full-parameter models on this machine: does the promise hold?
+
+Actor, critic, reference and reward of one shape, with random weights, through the real main job and
+its recipe; only files, batch and lengths are changed. Writes memory and seconds by phase, planned
+and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for 7B. A run that --limit-s
+cuts short is reported as far as it came, with exit status 1.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gearshift.engine.models.shapes import published
+from gearshift.launch.bench.ops.timing import machine
+from gearshift.launch.bench.table import plain_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "launch" / "recipes" / "7b_1xh200.yaml"
+WORDS = 4000  # of the tokenizer; the embedding has all rows of the shape
+_SHARD_BYTES = 2e9
+
+
+def write_model(folder: Path, config: Any, auto: Any, device: torch.device) -> None:
+    """A Hugging Face directory of random bf16 weights, written shard by shard."""
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        module = auto.from_config(config)
+    index: dict[str, str] = {}
+    for number, shard in enumerate(_shards(module, device)):
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def _shards(module: torch.nn.Module, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Vectors are ones (norms) or zeros (biases), matrices normal as transformers starts them."""
+    draw = torch.Generator(device).manual_seed(0)
+    shard: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 1:
+            value = torch.full(parameter.shape, float("norm" in name), device=device)
+        else:
+            value = torch.randn(parameter.shape, device=device, generator=draw).mul_(0.02)
+        shard[name] = value.bfloat16().cpu().contiguous()
+        if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A token per word, `w4` to `w3999`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, WORDS))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+
+
+def write_prompts(path: Path, count: int, length: int) -> None:
+    """Prompts of `length` tokens each."""
+    draw = random.Random(0)
+    texts = (" ".join(f"w{draw.randrange(4, WORDS)}" for _ in range(length)) for _ in range(count))
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+
+def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.device) -> list[str]:
+    """The files of a run in `folder`; returns the overrides of the recipe that name them.
+
+    config: of all four models, transformers'.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    write_model(folder / "policy", config, AutoModelForCausalLM, device)
+    config.num_labels = 1
+    write_model(folder / "reward", config, AutoModelForSequenceClassification, device)
+    for name in ("policy", "reward"):
+        write_tokenizer(folder / name)
+    write_prompts(folder / "prompts.jsonl", rows, prompt)
+    changes = {
+        "run.dir": folder / "run",
+        "run.export": "false",
+        "run.save_last": "false",
+        "actor.path": folder / "policy",
+        "critic.path": folder / "policy",
+        "rewards.0.path": folder / "reward",
+        "data.sources.0.path": folder / "prompts.jsonl",
+        "data.max_prompt_tokens": prompt,
+    }
+    return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+
+
+def train(
+    folder: Path, overrides: list[str], limit_s: float
+) -> tuple[list[dict[str, float]], bool]:
+    """The main job on one device: the figures of the steps it finished, and whether limit_s cut it
+    short. Raises RuntimeError where it fails, or no step was finished."""
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--config", str(RECIPE)]
+    timed_out = False
+    try:
+        done = subprocess.run([*command, *overrides], timeout=limit_s)
+        if done.returncode:
+            raise RuntimeError(f"the run ended with status {done.returncode}")
+    except subprocess.TimeoutExpired:
+        timed_out = True
+    steps = finished(folder / "run" / "metrics.jsonl")
+    if not steps:
+        raise RuntimeError(f"no step was finished, the run had {limit_s:.0f} s; raise --limit-s")
+    return steps, timed_out
+
+
+def finished(metrics: Path) -> list[dict[str, float]]:
+    """Its whole lines: a run that is ended may leave part of one, or no file."""
+    text = metrics.read_text() if metrics.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def show(steps: list[dict[str, float]]) -> None:
+    """Seconds and memory of the last step, by phase."""
+    last = steps[-1]
+    names = [key.removeprefix("timing_s/") for key in last if key.startswith("timing_s/")]
+    memory = {key.removeprefix("memory_gb/"): v for key, v in last.items() if "memory_gb/" in key}
+    rows = [
+        [
+            name,
+            "",
+            f"{last[f'timing_s/{name}']:.2f}",
+            f"{memory[name]:.1f}" if name in memory else "",
+        ]
+        for name in names
+    ]
+    print("\n".join(plain_lines(["phase", "", "s", "GB"], rows)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("gpu_ppo", description=__doc__)
+    parser.add_argument("--shape", default="qwen2.5-7b", help="a published architecture")
+    parser.add_argument("--rows", type=int, default=64, help="responses per PPO step")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--new", type=int, default=512, help="tokens")
+    parser.add_argument("--steps", type=int, default=2, help="the last is shown")
+    parser.add_argument("--limit-s", type=float, default=460.0)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("overrides", nargs="*", help="after --: --section.key VALUE")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = published(args.shape)
+    with tempfile.TemporaryDirectory() as home:
+        folder, started = Path(home), time.monotonic()
+        words = write_job(folder, config, args.rows, args.prompt, device)
+        torch.cuda.empty_cache()  # what drawing the weights took is for the run, another process
+        lengths = {"sampling.max_new_tokens": args.new, "run.steps": args.steps}
+        lengths |= {"ppo.prompts_per_step": args.rows, "ppo.minibatch_size": args.rows}
+        words += [word for key, value in lengths.items() for word in (f"--{key}", str(value))]
+        left = args.limit_s - (time.monotonic() - started)
+        steps, timed_out = train(folder, [*words, *args.overrides], left)
+    show(steps)
+    work = {
+        "shape": args.shape,
+        "layers": config.num_hidden_layers,
+        "rows": args.rows,
+        "prompt": args.prompt,
+        "new": args.new,
+        "timed_out": timed_out,
+    }
+    report = {"machine": machine(device), **work, "recipe": RECIPE.name, "steps": steps}
+    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if timed_out:
+        print(f"cut short: {len(steps)} of {args.steps} steps in {args.limit_s:.0f} s")
+    return int(timed_out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Run on ranks: PPO runs of tiny models that must not depend on how they are split.
+
+    torchrun --nproc_per_node W ppo_on_ranks.py MODELS OUT CASE[,CASE]
+
+OUT/<case>.pt gets the weights of actor and critic and the figures of every step.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from gearshift.engine.checkpoint.export import whole_weights
+from gearshift.engine.cluster import distributed
+from tests.tiny import run as tiny_run
+
+# ZeRO setting, PPO steps, and what is changed: together every loss aggregation, both kinds of
+# update, pretraining text, tied weights and an estimator that compares a prompt's samples.
+CASES = {
+    "zero3_micro1": ("zero3", 2, {"micro_batch_size": 1, "score_batch_size": 3}),
+    "zero2_micro8": ("zero2", 2, {"micro_batch_size": 8}),
+    "zero2_text": ("zero2", 1, {"ptx_coef": 0.3}),
+    "zero0": ("zero0", 1, {}),
+    "tied": (
+        "zero3",
+        1,
+        {"micro_batch_size": 1, "loss_aggregation": "token_mean", "update": "joint"}
+        | {"vf_coef": 0.5, "ptx_coef": 0.3},
+    ),
+    "grpo": (
+        "zero3",
+        1,
+        {"micro_batch_size": 1, "loss_aggregation": "seq_sum"}
+        | {"estimator": "grpo", "samples_per_prompt": 2},
+    ),
+}
+
+
+class Text:
+    """A stream of pretraining rows, dealt to the ranks."""
+
+    def __init__(self):
+        self.step = 0
+
+    def next_batch(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.step)
+        self.step += 1
+        rows = torch.randint(3, tiny_run.VOCABULARY, (4, 6), generator=generator)
+        return rows[distributed.rank() :: distributed.world_size()]
+
+
+def run(models: Path, case: str, *, zero: str | None = None, **changes) -> dict:
+    """Trains a case and returns its whole weights (rank 0's) and its figures."""
+    own_zero, steps, own = CASES[case]
+    model = "tied" if case == "tied" else "policy"
+    config = tiny_run.config(models, zero or own_zero, model, **own | changes)
+    trainer = tiny_run.trainer(config, Text() if config.ppo.ptx_coef else None)
+    figures = [trainer.step(tiny_run.prompts(config.ppo, step))[0] for step in range(steps)]
+    weights = {"actor": whole_weights(trainer.actor.lm)}
+    if trainer.critic:
+        weights["critic"] = whole_weights(trainer.critic.model)
+    return {"weights": weights, "figures": figures}
+
+
+def main() -> None:
+    models, out, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(",")
+    distributed.start(1)
+    for case in cases:
+        result = run(models, case)
+        if distributed.is_main():
+            torch.save(result, out / f"{case}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""One PPO step and its parts: on one rank, on two, and against gradients made by autograd."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gearshift.engine.config.schema import OptimizerConfig
+from gearshift.engine.metrics import StepMetrics
+from tests.engine import ppo_on_ranks as ranks_ppo
+from tests.tiny import on_ranks
+from tests.tiny import run as tiny_run
+
+# Measured: 1.2e-7, one or two units in the last place of the largest weights.
+SAME = 1e-6
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    with tiny_run.alone():
+        yield tiny_run.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models, tmp_path_factory):
+    """What two real ranks made of every case."""
+    out = tmp_path_factory.mktemp("two_ranks")
+    on_ranks.launch("engine/ppo_on_ranks.py", models, out, ",".join(ranks_ppo.CASES))
+    return {case: torch.load(out / f"{case}.pt") for case in ranks_ppo.CASES}
+
+
+def make(models, **ppo):
+    """A trainer on this rank and a judged rollout of its first prompts."""
+    trainer = tiny_run.trainer(tiny_run.config(models, **ppo))
+    rollout = trainer.actor.generate(
+        tiny_run.prompts(trainer.ppo, 0), trainer.config.sampling, None
+    )
+    return trainer, trainer.make_experience(rollout, StepMetrics(CPU))
+
+
+def largest_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("case", ranks_ppo.CASES)
+def test_neither_ranks_nor_micro_batches_change_the_update(models, two_ranks, case):
+    """Ragged rows, two epochs of two minibatches: all weights and figures of every optimizer step.
+
+    One rank runs without ZeRO and in micro-batches of two.
+    """
+    alone, together = ranks_ppo.run(models, case, zero="zero0", micro_batch_size=2), two_ranks[case]
+    for role, weights in alone["weights"].items():
+        assert largest_difference(weights, together["weights"][role]) < SAME
+    assert alone["figures"][0]["response_length/min"] < alone["figures"][0]["response_length/max"]
+    for one, two in zip(alone["figures"], together["figures"], strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if not name.startswith(("timing_s/", "memory_gb/", "states_gb/", "throughput/")):
+                assert two[name] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), name
+
+
+def test_the_update_is_far_larger_than_the_tolerance(models, two_ranks):
+    start = tiny_run.trainer(tiny_run.config(models)).actor.lm.state_dict()
+    for case, result in two_ranks.items():
+        if case != "tied":
+            assert largest_difference(start, result["weights"]["actor"]) > 1000 * SAME
+
+
+def test_one_rank_under_zero3(models):
+    plain = ranks_ppo.run(models, "zero0")
+    sharded = ranks_ppo.run(models, "zero0", zero="zero3")
+    for role, weights in plain["weights"].items():
+        assert largest_difference(weights, sharded["weights"][role]) < SAME
+
+
+def test_every_ratio_is_one_before_the_first_update(two_ranks):
+    for result in two_ranks.values():
+        for figures in result["figures"]:
+            assert figures["rollout/ratio_first_max"] <= 1e-5
+            assert figures["policy/approxkl_avg"] > 1e-9  # later passes did move
+            assert figures["rollout/logprob_error_max"] < 1e-5
+
+
+@pytest.mark.parametrize("update", ["separate", "joint"])
+def test_optimizer_steps_are_minibatches_times_epochs(models, update):
+    config = tiny_run.config(models, epochs=3, minibatch_size=2, update=update)
+    trainer = tiny_run.trainer(config)
+    for step in range(2):
+        figures, _ = trainer.step(tiny_run.prompts(config.ppo, step))
+        expected = (step + 1) * 3 * 4
+        assert trainer.actor.engine.global_steps == expected
+        assert trainer.critic.engine.global_steps == expected
+        assert figures["policy/optimizer_steps"] == 12
+        # The last of the step's learning rates: one schedule step per optimizer step.
+        rates = trainer.actor.schedule.lr_lambdas[0]
+        assert figures["lr"] == pytest.approx(1e-3 * rates(expected - 1))
+
+
+@pytest.mark.parametrize("update", ["separate", "joint"])
+def test_target_kl_stops_the_actor_only(models, update):
+    config = tiny_run.config(models, target_kl=1e-12, update=update)
+    trainer = tiny_run.trainer(config)
+    figures, _ = trainer.step(tiny_run.prompts(config.ppo, 0))
+    # The first pass has ratio 1; the second sees the first update.
+    assert figures["policy/optimizer_steps"] == trainer.actor.engine.global_steps == 2
+    assert trainer.critic.engine.global_steps == 4
+
+
+def test_reported_losses_are_means_over_the_steps_taken(models):
+    """The first minibatch has ratio 1, so its loss is minus the weighted mean advantage."""
+    trainer, experience = make(models, target_kl=1e-12, epochs=1, minibatch_size=8)
+    metrics = StepMetrics(CPU)
+    trainer.update(experience, metrics)
+    per_row = experience.advantages.sum(1) / experience.lengths
+    assert metrics.reduce()["loss/policy_avg"] == pytest.approx(-float(per_row.mean()), abs=1e-6)
+
+    trainer, experience = make(models, target_kl=1e-12, epochs=4, minibatch_size=8)
+    metrics = StepMetrics(CPU)
+    trainer.update(experience, metrics)
+    figures = metrics.reduce()
+    assert figures["policy/optimizer_steps"] == 2
+    assert figures["loss/policy_avg"] == pytest.approx(-float(per_row.mean()), abs=1e-2)
+
+
+@pytest.mark.parametrize("update", ["separate", "joint"])
+def test_critic_warmup_leaves_the_actor_alone(models, update):
+    config = tiny_run.config(models, critic_warmup_steps=1, update=update)
+    trainer = tiny_run.trainer(config)
+    before = {name: value.clone() for name, value in trainer.actor.lm.state_dict().items()}
+    trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert trainer.actor.engine.global_steps == 0
+    assert largest_difference(before, trainer.actor.lm.state_dict()) == 0
+    assert trainer.critic.engine.global_steps == 4
+    assert trainer.critic.model.score.weight.any()
+    trainer.step(tiny_run.prompts(config.ppo, 1))
+    assert trainer.actor.engine.global_steps == 4
+
+
+def test_joint_and_separate_agree_where_nothing_is_shared(models):
+    """Two models, two optimizers: with vf_coef 1 the order of their steps cannot matter."""
+    results = [
+        ranks_ppo.run(models, "zero0", update=update, vf_coef=1.0)["weights"]
+        for update in ("separate", "joint")
+    ]
+    for role in ("actor", "critic"):
+        assert largest_difference(results[0][role], results[1][role]) == 0
+
+
+def critic_norms(models, **ppo) -> list[float]:
+    """Of the critic's gradient in four epochs of one minibatch; nothing moves the critic."""
+    config = tiny_run.config(models, minibatch_size=8, epochs=4, **ppo)
+    still = replace(config.critic, optimizer=OptimizerConfig(lr=0.0))
+    trainer = tiny_run.trainer(replace(config, critic=still))
+    rollout = trainer.actor.generate(tiny_run.prompts(config.ppo, 0), config.sampling, None)
+    norms, take_step = [], trainer.critic.step
+
+    def step():
+        norms.append(take_step())
+        return norms[-1]
+
+    trainer.critic.step = step
+    trainer.update(trainer.make_experience(rollout, StepMetrics(CPU)), StepMetrics(CPU))
+    assert trainer.actor.engine.global_steps == (0 if "critic_warmup_steps" in ppo else 2)
+    return [float(norm) for norm in norms]
+
+
+@pytest.mark.parametrize("out", [{"critic_warmup_steps": 1}, {"target_kl": 1e-12}], ids=str)
+def test_vf_coef_is_the_critics_also_while_the_actor_is_out(models, out):
+    """The actor is out of every epoch, or of the last two."""
+    whole = critic_norms(models, update="joint", vf_coef=1.0, **out)
+    assert len(whole) == 4 and whole[0] > 0
+    small = critic_norms(models, update="joint", vf_coef=0.25, **out)
+    assert small == pytest.approx([0.25 * norm for norm in whole], rel=1e-4)
+    assert critic_norms(models, update="separate", vf_coef=0.25, **out) == whole
+
+
+def gradient_of_first_minibatch(trainer, experience):
+    """What the actor's optimizer is about to see, by parameter name."""
+    found = {}
+    take_step = trainer.actor.step
+
+    def step():
+        for name, parameter in trainer.actor.lm.named_parameters():
+            found.setdefault(name, parameter.grad.clone())
+        return take_step()
+
+    trainer.actor.step = step
+    trainer.update(experience, StepMetrics(CPU))
+    return found
+
+
+def token_logprobs(lm, ids, mask, length):
+    """[B, length, V] of the last tokens, by the model's own forward."""
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    return logits[:, -length - 1 : -1].log_softmax(-1)
+
+
+def hand_made_loss(lm, experience, ppo, text=None):
+    """The objective as one writes it on paper, over all rows at once, with every logit."""
+    length = experience.response_ids.shape[1]
+    table = token_logprobs(lm, experience.input_ids, experience.attention_mask, length)
+    logprobs = table.gather(2, experience.response_ids[..., None])[..., 0]
+    ratio = (logprobs - experience.logprobs).exp()
+    clipped = ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high)
+    loss = -torch.minimum(ratio * experience.advantages, clipped * experience.advantages)
+    if ppo.kl_in == "loss":
+        difference = logprobs - experience.ref_logprobs
+        loss = loss + ppo.kl_coef * ((-difference).exp() - 1 + difference)
+    loss = loss + ppo.entropy_coef * (table.exp() * table).sum(-1)
+    if ppo.rollout_is_cap:
+        factor = (experience.logprobs - experience.rollout_logprobs).exp()
+        loss = loss * factor.clamp(max=ppo.rollout_is_cap)
+    mask = experience.response_mask
+    total = (torch.where(mask, loss, 0.0).sum(1) / mask.sum(1)).mean()
+    if text is not None:
+        table = token_logprobs(lm, text, torch.ones_like(text), text.shape[1] - 1)
+        total = total - ppo.ptx_coef * table.gather(2, text[:, 1:, None]).mean()
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ptx_coef": 0.3},
+        {"rollout_is_cap": 1.2},
+        {"entropy_coef": 0.1},
+        {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.7},
+    ],
+    ids=lambda changes: next(iter(changes), "plain"),
+)
+def test_the_gradient_is_that_of_the_formula(models, changes):
+    config = tiny_run.config(models, epochs=1, minibatch_size=8, **changes)
+    trainer = tiny_run.trainer(config, ranks_ppo.Text())
+    rollout = trainer.actor.generate(tiny_run.prompts(config.ppo, 0), config.sampling)
+    experience = trainer.make_experience(rollout, StepMetrics(CPU))
+    torch.manual_seed(0)
+    away = torch.where(experience.response_mask, torch.randn_like(experience.logprobs), 0.0)
+    experience = type(experience)(
+        **experience.tensors()
+        | {
+            "logprobs": experience.logprobs + 0.2 * away,  # so that the clip takes part
+            "ref_logprobs": experience.ref_logprobs - 0.5 * away,
+            "rollout_logprobs": experience.rollout_logprobs - 0.3 * away,
+        }
+    )
+    text = ranks_ppo.Text().next_batch() if "ptx_coef" in changes else None
+    loss = hand_made_loss(trainer.actor.lm, experience, config.ppo, text)
+    parameters = dict(trainer.actor.lm.named_parameters())
+    expected = torch.autograd.grad(loss, list(parameters.values()))
+    found = gradient_of_first_minibatch(trainer, experience)
+    assert trainer.actor.engine.global_steps == 1
+    for name, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce_pp"])
+def test_estimators_without_a_critic(models, estimator):
+    trainer, experience = make(models, estimator=estimator, samples_per_prompt=2, kl_coef=0.1)
+    assert trainer.critic is None
+    assert not experience.values.any()
+    figures, _ = trainer.step(tiny_run.prompts(trainer.ppo, 0))
+    assert trainer.actor.engine.global_steps == 8
+    assert not any(name.startswith(("critic/", "loss/value")) for name in figures)
+
+
+def test_without_a_kl_there_is_no_reference(models):
+    trainer, experience = make(models, kl_coef=0.0)
+    assert trainer.roles.reference is None
+    assert torch.equal(experience.ref_logprobs, experience.logprobs)
+
+
+def test_truncated_responses_bootstrap_from_the_critic(models):
+    config = tiny_run.config(models, bootstrap_truncated=True, gamma=0.9, lam=0.8)
+    config = tiny_run.with_critic(config, models / "reward")
+    trainer = tiny_run.trainer(config)
+    rollout = trainer.actor.generate(tiny_run.prompts(config.ppo, 0), config.sampling)
+    experience = trainer.make_experience(rollout, StepMetrics(CPU))
+    values, after = trainer.critic.values(rollout)
+    assert after.abs().min() > 1e-3
+    assert rollout.finished.any() and not rollout.finished.all()
+    for row, length in enumerate(rollout.lengths.tolist()):
+        kl = experience.logprobs[row] - experience.ref_logprobs[row]
+        later = 0.0 if rollout.finished[row] else float(after[row])
+        advantage = 0.0
+        for t in reversed(range(length)):
+            reward = -0.05 * float(kl[t]) + (
+                float(experience.scores[row]) if t == length - 1 else 0
+            )
+            advantage = reward + 0.9 * later - float(values[row, t]) + 0.9 * 0.8 * advantage
+            later = float(values[row, t])
+            assert float(experience.returns[row, t]) == pytest.approx(advantage + later, abs=1e-5)
+
+
+def test_scores_are_shaped_before_they_are_credited(models):
+    trainer, experience = make(
+        models, missing_eos="replace", missing_eos_value=7.0, score_shift=0.5, score_scale=2.0
+    )
+    rows = zip(experience.response_ids, experience.response_mask, strict=True)
+    live = [ids[mask].tolist() for ids, mask in rows]
+    raw = torch.tensor([sum(i % 5 for i in ids) / 4 - 1.5 for ids in live])
+    expected = torch.where(experience.finished, (raw - 0.5) / 2.0, -7.0)
+    torch.testing.assert_close(experience.scores, expected)
+
+
+def test_the_sampler_is_trusted_only_within_bounds(models):
+    trainer, experience = make(models, old_logprobs="rollout")
+    assert torch.equal(experience.logprobs, experience.rollout_logprobs)
+    recomputed = trainer.actor.logprobs(experience)
+    torch.testing.assert_close(experience.logprobs, recomputed, atol=1e-5, rtol=0)
+    wrong = experience.tensors() | {"rollout_logprobs": experience.rollout_logprobs - 0.2}
+    with pytest.raises(ValueError, match=r"off by 0\.\d+ nats.*old_logprobs|old_logprobs.*off by"):
+        trainer.make_experience(type(experience)(**wrong), StepMetrics(CPU))
+
+
+def test_the_kl_coefficient_moves_after_the_step(models):
+    config = tiny_run.config(
+        models, kl_controller="adaptive", kl_target=0.01, kl_horizon=100, kl_coef=0.3
+    )
+    trainer = tiny_run.trainer(config)
+    figures, _ = trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert figures["objective/kl_coef"] == 0.3
+    assert figures["objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the actor
+    assert trainer.kl.coef == pytest.approx(0.3 * (1 - 0.2 * 8 / 100))

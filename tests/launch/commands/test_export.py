@@ -1,0 +1,41 @@
+"""`gearshift export`: a checkpoint as Hugging Face directories, in one process."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from gearshift.launch import cli, train
+from tests.tiny import job as tiny_job
+
+CLASSES = {"actor": AutoModelForCausalLM, "critic": AutoModelForTokenClassification}
+SPLIT = {"name": "split_adamw", "lr": 1e-3}
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero3_bf16_split"])
+def test_a_checkpoint_is_what_the_run_exports(tmp_path, capsys, zero):
+    roles = {role: {"deepspeed": f"{role}_{zero}.json"} for role in CLASSES}
+    if "split" in zero:
+        roles = {role: settings | {"optimizer": SPLIT} for role, settings in roles.items()}
+    path = tiny_job.write(tmp_path, **roles)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_job.alone(patch)
+        assert train.main(["--config", str(path)]) == 0
+    checkpoint, out = tmp_path / "run" / "checkpoints" / "step_000002", tmp_path / "out"
+    assert cli.main(["export", str(checkpoint), "--out", str(out)]) == 0
+    assert f"exported {out / 'critic'}" in capsys.readouterr().out
+    for role, auto in CLASSES.items():
+        exact, info = auto.from_pretrained(out / role, output_loading_info=True)
+        assert not any(info.values()), info
+        trained = auto.from_pretrained(tmp_path / "run" / "export" / role).state_dict()
+        for name, value in exact.state_dict().items():
+            assert value.dtype == torch.float32
+            assert torch.equal(value.to(trained[name].dtype), trained[name]), name
+        low = [torch.equal(v, v.bfloat16().float()) for v in exact.state_dict().values()]
+        assert not all(low), "more than bfloat16 holds"
+        assert AutoTokenizer.from_pretrained(out / role)("w5")["input_ids"] == [5]
+
+
+def test_what_is_no_checkpoint(tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path}: has no manifest.json" in told and told.count("\n") == 1

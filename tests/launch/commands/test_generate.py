@@ -1,0 +1,96 @@
+"""`gearshift generate`: what it prints, and what it refuses."""
+
+import io
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gearshift.launch import cli
+from tests.tiny import models as tiny
+
+PROMPTS = ["w4 w5 w6", "w7", "w9 w4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_policy(tmp_path_factory.mktemp("model"), 16, initializer_range=0.2)
+
+
+@pytest.fixture
+def generate(model, capsys):
+    """Runs the command; returns its lines."""
+    capsys.readouterr()
+
+    def run(*arguments: object) -> list[str]:
+        status = cli.main(["generate", "--model", str(model), *map(str, arguments)])
+        told = capsys.readouterr()
+        assert status == 0, told.err
+        return told.out.splitlines()
+
+    return run
+
+
+@torch.no_grad()
+def expected(model, prompt: str, length: int) -> str:
+    """What transformers makes of it, greedily."""
+    tokenizer = tiny.tokenizer(16)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    lm = AutoModelForCausalLM.from_pretrained(model).eval()
+    out = lm.generate(ids, do_sample=False, max_new_tokens=length)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_greedy_responses_are_those_of_transformers(generate, model):
+    greedy = ["--temperature", 0, "--max-new-tokens", 12]
+    assert generate(*greedy, *PROMPTS) == [f"{p} -> {expected(model, p, 12)}" for p in PROMPTS]
+
+
+def test_prompts_from_standard_input(generate, monkeypatch):
+    greedy = ["--temperature", 0, "--max-new-tokens", 4]
+    given = generate(*greedy, *PROMPTS)
+    monkeypatch.setattr("sys.stdin", io.StringIO("w4 w5 w6\n\nw7\nw9 w4"))
+    assert generate(*greedy) == given
+
+
+def test_samples_depend_on_the_seed(generate):
+    def responses(*arguments: object) -> list[str]:
+        return [line.split(" -> ")[1] for line in generate("--samples", 6, *arguments, "w4 w5")]
+
+    first = responses("--seed", 1)
+    assert len(first) == 6 and len(set(first)) > 1
+    assert responses("--seed", 1) == first
+    assert responses("--seed", 2) != first
+    assert len(set(responses("--top-k", 1))) == 1
+
+
+def test_chats_are_wrapped_by_the_template(tmp_path, capsys):
+    folder = tiny.save_policy(tmp_path / "chat", 16, initializer_range=0.2)
+    tokenizer = tiny.tokenizer(16)
+    tokenizer.chat_template = "{% for m in messages %}w8 {{ m['content'] }} w9{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    greedy = ["generate", "--model", str(folder), "--temperature", "0", "--max-new-tokens", "8"]
+    assert cli.main([*greedy, "--chat", "w4"]) == cli.main([*greedy, "w8 w4 w9"]) == 0
+    chat, plain = (line.split(" -> ")[1] for line in capsys.readouterr().out.splitlines())
+    assert chat == plain == expected(folder, "w8 w4 w9", 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere", "x"], "/nowhere': no such directory"),
+        (["--chat", "w4"], "--chat: the model's tokenizer has no chat template"),
+        (["--temperature", "-1", "w4"], "temperature=-1.0: must be at least 0"),
+        (["--top-p", "0", "w4"], "top_p=0.0: must be above 0"),
+        (["--max-new-tokens", "0", "w4"], "max_new_tokens=0: must be at least 1"),
+        ([], "prompts: give a text, or lines on standard input"),
+    ],
+)
+def test_mistakes(model, arguments, message, capsys, monkeypatch):
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert cli.main(["generate", "--model", str(model), *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("gearshift: error: ") and told.err.count("\n") == 1
+    assert message in told.err

@@ -1,0 +1,164 @@
+"""Log-probs and values against the model's own logits, for families whose heads differ."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+from gearshift.engine.models.heads import (
+    HeadOptions,
+    Policy,
+    ValueModel,
+    gathered,
+    position_ids,
+    verify_head,
+)
+from gearshift.kernels import ops
+from tests.tiny import models as tiny
+
+SHAPE = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.5,  # logits large enough for caps and scales to matter
+}
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 4},
+    "cohere": {"logit_scale": 0.0625},
+    "granite": {"logits_scaling": 8.0},
+    "phi": {"num_key_value_heads": 4},  # its head has a bias
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},  # absolute positions
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8},  # its trunk projects before the head
+}
+
+
+def build(family: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        torch.nn.init.normal_(bias)
+    return model
+
+
+def ragged_rows():
+    """Left-padded prompts and right-padded responses of 4: input_ids, attention_mask, mask."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 32, (3, 7))
+    prompt = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]]).bool()
+    response = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    mask = torch.cat([prompt, response], 1)
+    return torch.where(mask, ids, 0), mask, response
+
+
+def engine_of(lm):
+    """What verify_head reads of an engine without ZeRO-3."""
+    return SimpleNamespace(module=Policy(lm), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_are_those_of_the_model_itself(family, temperature):
+    """Each row alone, without padding, through the family's own forward."""
+    lm = build(family)
+    ids, mask, response = ragged_rows()
+    policy = Policy(lm)
+    options = vars(policy.options)
+    targets = ids[:, -4:][response]
+
+    def head(hidden, weight, bias):
+        return ops.linear_logprob(
+            hidden, weight, targets, temperature=temperature, bias=bias, **options
+        )[0]
+
+    with torch.no_grad():
+        found = policy(ids, mask, response, head)
+        expected = []
+        for row in range(3):
+            live = ids[row][mask[row]][None]
+            count = int(response[row].sum())
+            table = (lm(input_ids=live).logits / temperature).log_softmax(-1)
+            scored = table[:, :-1].gather(2, live[:, 1:, None])[0, -count:, 0]
+            expected.append(scored)
+    torch.testing.assert_close(found, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_passes_every_family_that_is_right(family):
+    verify_head(engine_of(build(family)))
+
+
+def test_the_check_passes_rounded_logits():
+    verify_head(engine_of(build("gemma2").bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma2", HeadOptions()),
+        ("cohere", HeadOptions()),
+        ("granite", HeadOptions(logit_scale=8.0)),
+        ("llama", HeadOptions(logit_softcap=2.0)),
+    ],
+)
+def test_the_check_refuses_a_head_that_we_get_wrong(family, options):
+    engine = engine_of(build(family))
+    engine.module.options = options
+    with pytest.raises(ValueError, match="ForCausalLM.*differ from ours by .* nats"):
+        verify_head(engine)
+
+
+def test_the_check_refuses_a_layer_between_trunk_and_head():
+    """BERT transforms its hidden states once more before the output embedding."""
+    torch.manual_seed(0)
+    shape = SHAPE | {"is_decoder": True}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **shape)).eval()
+    with pytest.raises(ValueError, match="BertLMHeadModel"):
+        verify_head(engine_of(lm))
+
+
+def test_positions_count_live_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+
+
+def test_values_are_read_before_the_token_they_judge():
+    torch.manual_seed(0)
+    model = AutoModelForTokenClassification.from_config(tiny.llama_config(num_labels=1)).eval()
+    ids, mask, response = ragged_rows()
+    with torch.no_grad():
+        values = ValueModel(model)(ids, mask, 4)
+        assert values.shape == (3, 5) and values.dtype == torch.float32
+        for row in range(3):
+            live = ids[row][mask[row]][None]
+            count = int(response[row].sum())
+            expected = model(input_ids=live).logits[0, -count - 1 :, 0]
+            torch.testing.assert_close(values[row, : count + 1], expected, atol=1e-6, rtol=1e-5)
+    # Changing token t changes no value up to and including that before t.
+    other = ids.clone()
+    other[0, 5] = (other[0, 5] + 1) % 32
+    with torch.no_grad():
+        changed = ValueModel(model)(other, mask, 4)[0] != values[0]
+    assert changed.tolist() == [False, False, False, True, True]
+
+
+def test_a_parameter_that_one_rank_holds_is_not_copied():
+    """A stand-in for ZeRO-3's parameters: at one rank the partition is the parameter, flat."""
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_tensor, weight.ds_numel, weight.ds_shape = torch.arange(8.0), 6, (2, 3)
+    weight.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+    with pytest.raises(ZeroDivisionError), gathered(weight, None):
+        assert weight.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert weight.data_ptr() == weight.ds_tensor.data_ptr()
+        1 / 0  # noqa: B018
+    assert weight.numel() == 0

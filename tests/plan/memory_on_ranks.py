@@ -1,0 +1,154 @@
+"""Run on ranks: what lives in each phase of a PPO step, beside what was planned.
+
+    deepspeed --num_accelerators W memory_on_ranks.py OUT MODEL:PRECISION:SLEEP[,...]
+
+MODEL: directory of a causal LM. PRECISION: the ending of DeepSpeed files, as `zero3_bf16`. SLEEP:
+of actor and critic. OUT/rank<r>.jsonl gets an object per case: measured and planned bytes by phase.
+
+Storages are counted, not the process: a walk over all Python objects finds every tensor, and each
+storage counts once, whole. The interpreter, libraries and freed memory are therefore no part of it,
+and what a forward or a backward holds for a moment is not either.
+"""
+
+import gc
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gearshift.engine import assemble
+from gearshift.engine.batch import PromptBatch
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.schema import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    OptimizerConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+    SamplingConfig,
+    TrainedConfig,
+)
+from gearshift.engine.metrics import StepMetrics
+from gearshift.engine.plan import inputs as plan_inputs
+from gearshift.engine.plan import planner as memory
+from gearshift.engine.plan.compare import MEASURED
+from gearshift.engine.plan.hardware import GPUS, Hardware
+from gearshift.engine.ppo import PPOTrainer
+from gearshift.engine.rollout.engine import RolloutEngine
+
+PROMPT = RESPONSE = 8
+ROWS = 4  # per rank
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that any tensor of this process holds."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    storages = (t.untyped_storage() for t in tensors if t.device.type != "meta")
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def settings(model: str, precision: str, sleep: str) -> Config:
+    split = precision.endswith("_split")
+    frozen = "frozen_" + precision.removesuffix("_split").replace("zero3", "zero3_cpu")
+    optimizer = OptimizerConfig(name="split_adamw" if split else "adamw")
+    trained = {"path": model, "optimizer": optimizer, "sleep": sleep}
+    return Config(
+        actor=TrainedConfig(deepspeed=f"actor_{precision}.json", **trained),
+        critic=CriticConfig(deepspeed=f"critic_{precision}.json", **trained),
+        reference=ReferenceConfig(deepspeed=f"{frozen}.json"),
+        rewards=[RewardConfig(function="gearshift.launch.sentiment:sentiment_of_completion")],
+        data=DataConfig(max_prompt_tokens=PROMPT),
+        sampling=SamplingConfig(max_new_tokens=RESPONSE),
+        rollout=RolloutConfig(tp=1),
+        ppo=PPOConfig(prompts_per_step=2 * ROWS, minibatch_size=2 * ROWS, micro_batch_size=2),
+    )
+
+
+def prompts(step: int) -> PromptBatch:
+    ids = torch.randint(4, 64, (ROWS, PROMPT), generator=torch.Generator().manual_seed(step))
+    rows = torch.arange(ROWS) + ROWS * (dist.get_rank() + 2 * step)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    columns = {"prompt": [""] * ROWS}
+    return PromptBatch(prompt_ids=ids, prompt_mask=mask, row_ids=rows, columns=columns)
+
+
+@contextmanager
+def watching(seen: dict[str, int]):
+    """Notes what lives at the end of each phase, in `generate` before its cache is given back."""
+    phase, generate = StepMetrics.phase, RolloutEngine.generate
+
+    @contextmanager
+    def watched_phase(self, name):
+        with phase(self, name):
+            yield
+            if name in ("values", "update_actor", "update_critic"):
+                seen[name] = live_bytes()
+
+    def watched_generate(self, *args, **kwargs):
+        done = generate(self, *args, **kwargs)
+        seen["generate"] = live_bytes()
+        return done
+
+    StepMetrics.phase, RolloutEngine.generate = watched_phase, watched_generate
+    yield
+    StepMetrics.phase, RolloutEngine.generate = phase, generate
+
+
+def measure(config: Config) -> tuple[dict[str, int], dict[str, float]]:
+    """(bytes by phase of the second step, that step's figures)."""
+    before = live_bytes()
+    roles = assemble.build(assemble.draw_up(config), 10, None)
+    trainer = PPOTrainer(config, roles)
+    trainer.step(prompts(0))
+    seen: dict[str, int] = {}
+    with watching(seen):
+        figures, _ = trainer.step(prompts(1))
+    for role in (roles.actor, roles.critic):
+        role.engine.destroy()
+    return {name: size - before for name, size in seen.items()}, figures
+
+
+def planned(config: Config) -> dict[str, dict[str, float]]:
+    """The same from the plan: states of device and host together, as both are one memory here, the
+    room of those who sleep, and in generation the cache and the shards."""
+    place = Hardware(
+        gpu=GPUS["h100"], name="cpu", gpus_per_node=2, nodes=1, host_bytes=64e9, shared=True
+    )
+    made = memory.plan(config, *plan_inputs.read(config), place)
+    states = {f"{role.name} {what}" for role in made.roles for what in role.states.gpu}
+    counted = states | {"generation shards", "KV cache"}
+    found = {}
+    for phase in made.phases:
+        if phase.name in MEASURED:
+            parts = {what: size for what, size in phase.gpu.items() if what in counted}
+            buckets = sum(size for what, size in parts.items() if what.endswith("reduce buckets"))
+            found[MEASURED[phase.name]] = {
+                "bytes": sum(parts.values()) + phase.host / place.gpus_per_node,
+                "buckets": buckets,
+                "states": made.trained_bytes(phase),
+            }
+    return found
+
+
+def main(out: str, cases: str) -> None:
+    distributed.start(threads=1)
+    gc.freeze()  # the libraries' million objects: a walk leaves them out
+    with Path(out, f"rank{dist.get_rank()}.jsonl").open("w") as log:
+        for case in cases.split(","):
+            config = settings(*case.split(":"))
+            measured, figures = measure(config)
+            states = {k: v for k, v in figures.items() if k.startswith("states_gb/")}
+            found = {"case": case, "planned": planned(config), "measured": measured}
+            print(json.dumps(found | {"states": states}), file=log, flush=True)
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])

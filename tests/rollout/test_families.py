@@ -1,0 +1,129 @@
+"""The rollout engine against each family's own forward, and against transformers' generate."""
+
+import re
+
+import pytest
+import torch
+import transformers
+
+from gearshift.engine.attention import paged
+from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.rollout.padded import hf_generate
+from gearshift.kernels import dispatch
+from tests.tiny.rollout import FAMILIES, build, forced_logits, make_prompts
+
+NEVER = [130_000]  # an end token outside the vocabulary
+LENGTHS = [11, 1, 26, 5]
+
+
+def engine_for(model, **options):
+    config = RolloutConfig(block_size=4, cuda_graphs=False, **options)
+    return RolloutEngine(model, config, eos_token_ids=NEVER, pad_token_id=0)
+
+
+def check_against_forward(model, prompts, completions, greedy: bool):
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logits = forced_logits(model, prompt, completion.token_ids)
+        ids = torch.tensor(completion.token_ids)
+        expected = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+        if greedy:
+            assert ids.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chunk", [8192, 16], ids=["whole", "chunked"])
+def test_greedy_tokens_and_logprobs_are_the_models_own(family, chunk):
+    model, prompts = build(family), make_prompts(LENGTHS)
+    sampling = SamplingConfig(max_new_tokens=14, temperature=0)
+    engine = engine_for(model, max_batch_tokens=chunk)
+    completions = engine.generate(prompts, sampling, [0] * 4)
+    assert [len(c.token_ids) for c in completions] == [14] * 4
+    check_against_forward(model, prompts, completions, greedy=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_logprobs_are_the_models_own_and_the_fallback_agrees(family):
+    model, prompts = build(family), make_prompts(LENGTHS)
+    sampling, seeds = SamplingConfig(max_new_tokens=10), [3, 1, 4, 1]
+    completions = engine_for(model).generate(prompts, sampling, seeds)
+    check_against_forward(model, prompts, completions, greedy=False)
+    fallback = hf_generate(
+        model, prompts, sampling, seeds, eos_token_ids=NEVER, pad_token_id=0, max_sequences=3
+    )
+    assert [c.token_ids for c in fallback] == [c.token_ids for c in completions]
+    ours, theirs = (torch.tensor([c.logprobs for c in x]) for x in (completions, fallback))
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen3Moe"])
+def test_greedy_equals_transformers_generate(family):
+    model, prompts = build(family), make_prompts(LENGTHS)
+    completions = engine_for(model).generate(
+        prompts, SamplingConfig(max_new_tokens=12, temperature=0), [0] * 4
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert theirs[0, len(prompt) :].tolist() == completion.token_ids
+
+
+def test_a_shorter_window_changes_the_output():
+    prompts, sampling = make_prompts([40]), SamplingConfig(max_new_tokens=8, temperature=0)
+    outputs = [
+        engine_for(build("Mistral", sliding_window=window)).generate(prompts, sampling, [0])
+        for window in (7, 20, None)
+    ]
+    assert len({tuple(o[0].logprobs) for o in outputs}) == 3
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2", "GptOss"])
+def test_decoding_in_place_by_the_kernel(family, monkeypatch):
+    model, prompts = build(family, num_hidden_layers=2), make_prompts([9, 4])
+    monkeypatch.setenv("GEARSHIFT_KERNELS", "triton")
+    completions = engine_for(model).generate(prompts, SamplingConfig(max_new_tokens=4), [1, 2])
+    check_against_forward(model, prompts, completions, greedy=False)
+
+
+def test_bfloat16_logprobs_stay_near_the_forward():
+    model, prompts = build("Llama", initializer_range=0.1).bfloat16(), make_prompts(LENGTHS)
+    sampling = SamplingConfig(max_new_tokens=10)
+    for prompt, completion in zip(
+        prompts, engine_for(model).generate(prompts, sampling, [0, 1, 2, 3]), strict=True
+    ):
+        logits = forced_logits(model, prompt, completion.token_ids)
+        ids = torch.tensor(completion.token_ids)[:, None]
+        expected = logits.log_softmax(-1).gather(1, ids)[:, 0]
+        assert (torch.tensor(completion.logprobs) - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "family, changes, reason",
+    [
+        ("Qwen3Next", {}, "linear_attention"),
+        ("T5", {}, "encoder-decoder|AttentionInterface"),
+        ("Llama4Text", {}, "chunked_attention"),
+        ("Bloom", {}, "AttentionInterface"),
+        ("Llama", dict(rope_type="dynamic"), "rotary"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(family, changes, reason):
+    config = getattr(transformers, f"{family}Config")()
+    if changes:
+        config.rope_parameters = {"rope_theta": 1e4, "factor": 2.0, **changes}
+    name = {"T5": "T5ForConditionalGeneration", "Llama4Text": "Llama4ForCausalLM"}.get(
+        family, f"{family}ForCausalLM"
+    )
+    kind = getattr(transformers, name)
+    module = kind.__new__(kind)  # support is decided by class and config: no weights needed
+    torch.nn.Module.__init__(module)
+    module.config = config
+    assert re.search(reason, paged.supports(module))

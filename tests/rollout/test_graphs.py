@@ -1,0 +1,95 @@
+"""What of the CUDA graphs can be shown without a GPU: buckets, padding, the body they capture."""
+
+import pytest
+import torch
+
+from gearshift.engine.attention import paged
+from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.rollout.graphs import DecodeGraphs, buckets, cannot_capture
+from tests.tiny.rollout import build, make_prompts
+
+PROMPTS = make_prompts([9, 21, 4, 1, 30, 13, 16, 17, 2, 8, 25, 12])
+SEEDS, EOS = list(range(12)), [2, 11, 12, 13]
+SAMPLING = SamplingConfig(max_new_tokens=20)
+
+
+def test_buckets_grow_by_doubling_then_by_steps():
+    assert buckets(1) == [1] and buckets(3) == [1, 2, 4] and buckets(9) == [1, 2, 4, 8, 16]
+    assert buckets(32)[-2:] == [16, 32]
+    assert buckets(40) == [1, 2, 4, 8, 16, 32, 48]
+
+
+def test_graphs_that_are_thrown_away_are_few():
+    assert buckets(33, coarse=True) == [1, 2, 4, 8, 16, 32, 64]
+    assert buckets(20, coarse=True) == [1, 2, 4, 8, 16, 32]
+    assert buckets(256, coarse=True) == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss"])
+def test_padded_steps_draw_the_same_tokens(family):
+    model = build(family)
+    config = RolloutConfig(block_size=4, max_sequences=7)
+    eager = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
+    padded = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
+    padded._use_graphs = True
+    expected = eager.generate(PROMPTS, SAMPLING, SEEDS)
+    for _ in range(2):  # the second call finds its buffers made
+        completions = padded.generate(PROMPTS, SAMPLING, SEEDS)
+        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+        assert padded._graphs is not None and len(padded._graphs._replays) > 1
+        for ours, theirs in zip(completions, expected, strict=True):
+            ours, theirs = torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_other_settings_or_longer_sequences_need_other_graphs():
+    model = build("Llama", num_hidden_layers=2)
+    config = RolloutConfig(block_size=4, max_sequences=4)
+    engine = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
+    engine._use_graphs = True
+    engine.generate(PROMPTS, SAMPLING, SEEDS)
+    graphs = engine._graphs
+    assert graphs.fits(SAMPLING, 4, graphs.width) and graphs.fits(SAMPLING, 2, 1)
+    assert not graphs.fits(SAMPLING, 5, 1) and not graphs.fits(SAMPLING, 4, graphs.width + 1)
+    assert not graphs.fits(SamplingConfig(max_new_tokens=20, temperature=0.5), 4, 1)
+    engine.release()
+    assert engine._graphs is None
+
+
+def test_padding_rows_touch_the_dummy_block_alone():
+    model = build("Llama", num_hidden_layers=2)
+    config = RolloutConfig(block_size=4, max_sequences=3)
+    engine = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
+    engine.generate(PROMPTS[:3], SAMPLING, SEEDS[:3])
+    cache = engine._cache
+    graphs = DecodeGraphs(model, cache, SAMPLING, None, rows=3, width=2)
+    graphs._numbers[:, :4] = torch.tensor([5, 0, cache.dummy_block * 4, 0, 0, 1])[:, None]
+    graphs._tables.fill_(cache.dummy_block)
+    before = {layer: kept.key.clone() for layer, kept in cache.layers.items()}
+    with torch.no_grad(), paged.attending(model):
+        graphs._forward(4)
+    for layer, kept in cache.layers.items():
+        assert torch.equal(kept.key[:-1], before[layer][:-1])
+        assert not torch.equal(kept.key[-1], before[layer][-1])
+
+
+def test_experts_that_read_their_routing_on_the_host_are_not_captured():
+    assert cannot_capture(build("Llama")) is None
+    model = build("Mixtral")
+    model.config._experts_implementation = "eager"
+    assert "experts (eager)" in cannot_capture(model)
+    model.config._experts_implementation = "batched_mm"
+    assert cannot_capture(model) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_replayed_steps_draw_the_same_tokens():
+    model = build("Llama").cuda()
+    outputs = []
+    for graphs in (False, True):
+        config = RolloutConfig(block_size=4, max_sequences=7, cuda_graphs=graphs)
+        engine = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0, device="cuda")
+        outputs.append([c.token_ids for c in engine.generate(PROMPTS, SAMPLING, SEEDS)])
+    assert outputs[0] == outputs[1]

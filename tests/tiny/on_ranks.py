@@ -1,0 +1,80 @@
+"""Runs a ranks_*.py script on real gloo ranks and reads what each rank wrote."""
+
+import atexit
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from tests.tiny import run as tiny_run
+
+TESTS = Path(__file__).resolve().parents[1]
+# Of a launcher or of a test's own process group: ranks have their own.
+STALE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@cache
+def _nursery() -> subprocess.Popen:
+    """The process of this test process that forks ranks; see nursery.py."""
+    started = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    for name in STALE:
+        started.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, str(TESTS / "tiny" / "nursery.py")],
+        env=started,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(process.stdin.close)
+    return process
+
+
+def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 600) -> None:
+    """Runs tests/<script> ARGUMENTS on `ranks` ranks; fails with the end of what they printed."""
+    inherited = {key: value for key, value in os.environ.items() if key not in STALE}
+    with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
+        request = {
+            "script": str(TESTS / script),
+            "arguments": list(map(str, arguments)),
+            "ranks": ranks,
+            "port": free_port(),
+            "environment": inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+            "log": log.name,
+            "timeout": timeout,
+        }
+        nursery = _nursery()
+        print(json.dumps(request), file=nursery.stdin, flush=True)
+        statuses = json.loads(nursery.stdout.readline())
+        assert not any(statuses), f"statuses {statuses}\n{log.read()[-6000:]}"
+
+
+def lines(script: str, ranks: int, out: Path, *arguments: object) -> list[list[dict]]:
+    """Runs tests/<script> OUT ARGUMENTS; returns each rank's JSON lines, OUT/rank<r>.jsonl."""
+    launch(script, out, *arguments, ranks=ranks)
+    files = [out / f"rank{rank}.jsonl" for rank in range(ranks)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+@cache
+def outcome(script: str) -> Path:
+    """The folder that tests/`script` wrote on two ranks, from the models of `write_models`.
+
+    Made once for all tests of this process.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="gearshift-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "out").mkdir()
+    launch(script, tiny_run.write_models(folder / "models"), folder / "out")
+    return folder / "out"
