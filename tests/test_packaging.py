@@ -139,6 +139,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
         for path in ROOT.glob(pattern)
     }
     expected |= {f"gearshift/launch/recipes/{p.name}" for p in ROOT.glob("launch/recipes/*.yaml")}
+    expected.add("gearshift/launch/report/page.html")
     assert names == expected
     assert any(name.endswith("demo.yaml") for name in names)
 
@@ -159,6 +160,7 @@ def test_an_installed_wheel_works_anywhere(wheel, tmp_path):
         "import gearshift.launch.train\n"
         "from gearshift.engine.config import deepspeed, load\n"
         "from gearshift.launch.commands import demo\n"
+        "from gearshift.launch.report import page\n"
         "from gearshift.kernels import ops\n"
         "print(deepspeed.find('actor_zero3'))\n"
         "recipe = demo.LAUNCH / 'recipes' / 'demo.yaml'\n"

@@ -1,20 +1,23 @@
-"""`gearshift report RUN_DIR`: the run as one self-contained page, RUN_DIR/report.html."""
+"""`gearshift report RUN_DIR`: the run as one self-contained page, RUN_DIR/report.html.
+
+page.html is its frame, with the style sheet; what a run fills in is made here.
+"""
 
 import argparse
 import math
 import os
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from gearshift.launch.console import PHASES, printable, prompt_text
 from gearshift.launch.report.charts import chart_sections, step_names
 from gearshift.launch.report.data import Run, condense, load_run, spans
-from gearshift.launch.report.style import STYLE
 from gearshift.launch.report.svg import short, stacked_bars
 
-# Nothing may be fetched, whatever a sample holds.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# Its policy lets a browser fetch nothing, whatever a sample holds.
+_PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 _MOST_BARS = 120
 
 # label, dotted key of config.yaml
@@ -75,15 +78,7 @@ def render(run: Run) -> str:
     if run.metrics:
         parts += [chart_sections(run), _samples(run), _timeline(run), _memory(run)]
     parts += [_environment(run), _config(run)]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_safe(name)} · Gearshift</title>'
-        f"<style>{STYLE}</style></head><body><main>{''.join(parts)}"
-        "<footer>Written by <code>gearshift report</code>. Hover a curve for its values.</footer>"
-        "</main></body></html>\n"
-    )
+    return _PAGE.substitute(name=_safe(name), body="".join(parts))
 
 
 def _safe(text: Any) -> str:
