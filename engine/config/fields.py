@@ -3,6 +3,8 @@
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from gearshift.engine.config.errors import ConfigError
+
 
 def knob(default: Any = MISSING, text: str = "", *, above=None, least=None, most=None) -> Any:
     """A documented field; `above` is an exclusive lower bound, `least` and `most` are inclusive."""
@@ -18,17 +20,17 @@ def section(kind: type, text: str) -> Any:
 
 
 def check_bounds(config: Any) -> None:
-    """Raises ValueError naming the first field of `config` outside its bounds."""
+    """Raises ConfigError naming the first field of `config` outside its bounds."""
     for entry in fields(config):
         value, rule = getattr(config, entry.name), entry.metadata
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         if rule.get("above") is not None and not value > rule["above"]:
-            raise ValueError(f"{entry.name}={value}: must be above {rule['above']}")
+            raise ConfigError(entry.name, f"must be above {rule['above']}", value=value)
         if rule.get("least") is not None and not value >= rule["least"]:
-            raise ValueError(f"{entry.name}={value}: must be at least {rule['least']}")
+            raise ConfigError(entry.name, f"must be at least {rule['least']}", value=value)
         if rule.get("most") is not None and not value <= rule["most"]:
-            raise ValueError(f"{entry.name}={value}: must be at most {rule['most']}")
+            raise ConfigError(entry.name, f"must be at most {rule['most']}", value=value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration; names the full key, the value and the fix."""
 
 
 def alternatives(kind: Any) -> tuple:
@@ -71,4 +68,4 @@ def unknown_key(key: str) -> ConfigError:
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75) or same_end[:3]
     near = near or difflib.get_close_matches(key, keys, n=1)
     hint = f"did you mean {' or '.join(near)}?" if near else "docs/config.md lists all keys"
-    return ConfigError(f"{key}: no such key; {hint}")
+    return ConfigError(key, "no such key", hint)

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.kinds import (
-    ConfigError,
     alternatives,
     described,
     entry_type,
@@ -53,7 +53,7 @@ def load(path: str | None, overrides: list[str]) -> Resolved:
 def _section(kind: type, node: Any, key: str, origin: dict[str, str]) -> Any:
     node = {} if isinstance(node, Given) and node.value is None else node
     if not isinstance(node, dict):
-        raise ConfigError(f"{key}={shown(node)}: expected a section of keys")
+        raise ConfigError(key, "expected a section of keys", value=shown(node))
     known = {entry.name: entry for entry in fields(kind)}
     for name in node:
         if name not in known:
@@ -64,8 +64,8 @@ def _section(kind: type, node: Any, key: str, origin: dict[str, str]) -> Any:
     }
     try:
         return kind(**values)
-    except ValueError as error:  # a bound: it names its field, we add the section
-        raise ConfigError(_join(key, str(error))) from None
+    except ConfigError as error:  # a bound: it names its field, we add the section
+        raise error.under(key) from None
 
 
 def _value(entry: Field, node: Any, key: str, origin: dict[str, str]) -> Any:
@@ -77,7 +77,7 @@ def _value(entry: Field, node: Any, key: str, origin: dict[str, str]) -> Any:
     if entry_type(entry.type) and not isinstance(node, Given):
         return _entries(entry.type, node, key, origin)
     if not isinstance(node, Given):
-        raise ConfigError(f"{key}={shown(node)}: expected {described(entry.type)}")
+        raise ConfigError(key, f"expected {described(entry.type)}", value=shown(node))
     origin[key] = node.origin
     if entry_type(entry.type) and not node.value:  # `rewards:` or `rewards: []`
         return []
@@ -86,7 +86,7 @@ def _value(entry: Field, node: Any, key: str, origin: dict[str, str]) -> Any:
 
 def _entries(kind: Any, node: Any, key: str, origin: dict[str, str]) -> list:
     if not isinstance(node, list):
-        raise ConfigError(f"{key}={shown(node)}: expected {described(kind)}")
+        raise ConfigError(key, f"expected {described(kind)}", value=shown(node))
     return [_section(entry_type(kind), item, f"{key}.{i}", origin) for i, item in enumerate(node)]
 
 
@@ -95,7 +95,7 @@ def _leaf(kind: Any, value: Any, key: str) -> Any:
         fitting = _fit(option, value)
         if fitting is not MISSING:
             return fitting
-    raise ConfigError(f"{key}={shown(value)}: expected {described(kind)}{_hint(kind, value)}")
+    raise ConfigError(key, f"expected {described(kind)}", _hint(kind, value), shown(value))
 
 
 def _fit(kind: Any, value: Any) -> Any:
@@ -125,9 +125,9 @@ def _number(value: Any) -> Any:
 def _hint(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal and isinstance(value, str):
         near = difflib.get_close_matches(value, get_args(kind), n=1)
-        return f"; did you mean {near[0]}?" if near else ""
+        return f"did you mean {near[0]}?" if near else ""
     # YAML reads `off` and `no` as false, and 7 as a number.
-    return "; put it in quotes" if is_text(kind) and isinstance(value, (bool, int, float)) else ""
+    return "put it in quotes" if is_text(kind) and isinstance(value, (bool, int, float)) else ""
 
 
 def _join(key: str, name: str) -> str:

@@ -7,6 +7,7 @@ Bounds that concern one field are in `knob`; those that concern several are in `
 from dataclasses import dataclass
 from typing import Literal
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.fields import Bounded, knob, section
 from gearshift.engine.config.run import GuardConfig, RunConfig
 
@@ -32,12 +33,16 @@ class OptimizerConfig(Bounded):
         if self.moments == "fp32":
             return
         if self.name == "adamw":
-            raise ValueError("moments=bf16: only split_adamw has them; set name to split_adamw")
+            raise ConfigError(
+                "moments", "only split_adamw has them", "set name to split_adamw", value="bf16"
+            )
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             if beta >= 0.99:
-                raise ValueError(
-                    f"{name}={beta}: bf16 moments do not resolve so slow a decay and freeze; use "
-                    "0.95, or moments: fp32"
+                raise ConfigError(
+                    name,
+                    "bf16 moments do not resolve so slow a decay and freeze",
+                    "use 0.95, or moments: fp32",
+                    value=beta,
                 )
 
 
@@ -240,24 +245,30 @@ class PPOConfig(Bounded):
         super().__post_init__()
         rows = self.prompts_per_step * self.samples_per_prompt
         if rows % self.minibatch_size:
-            raise ValueError(
-                f"minibatch_size={self.minibatch_size}: must divide prompts_per_step x "
-                f"samples_per_prompt = {rows}"
+            raise ConfigError(
+                "minibatch_size",
+                f"must divide prompts_per_step x samples_per_prompt = {rows}",
+                value=self.minibatch_size,
             )
         if self.kl_in == "reward" and self.kl_estimator != "k1":
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator}: only k1 keeps the optimum when kl_in=reward; "
-                "use k1, or kl_in=loss"
+            raise ConfigError(
+                "kl_estimator",
+                "only k1 keeps the optimum when kl_in=reward",
+                "use k1, or kl_in=loss",
+                value=self.kl_estimator,
             )
         if self.kl_in == "loss" and self.kl_controller == "adaptive":
-            raise ValueError("kl_controller=adaptive: needs kl_in=reward")
+            raise ConfigError("kl_controller", "needs kl_in=reward", value="adaptive")
         if self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
-            raise ValueError(f"samples_per_prompt=1: estimator={self.estimator} compares several")
+            raise ConfigError(
+                "samples_per_prompt", f"estimator={self.estimator} compares several", value=1
+            )
         # Ziegler's update multiplies by 1 + error * n / horizon with error in +-0.2.
         if self.kl_controller == "adaptive" and 0.2 * rows >= self.kl_horizon:
-            raise ValueError(
-                f"kl_horizon={self.kl_horizon}: must exceed 0.2 x {rows} responses a step, or the "
-                "coefficient turns negative"
+            raise ConfigError(
+                "kl_horizon",
+                f"must exceed 0.2 x {rows} responses a step, or the coefficient turns negative",
+                value=self.kl_horizon,
             )
 
     @property

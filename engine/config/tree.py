@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from gearshift.engine.config.kinds import ConfigError, alternatives, entry_type, is_text, kind_of
+from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.kinds import alternatives, entry_type, is_text, kind_of
 from gearshift.engine.config.schema import Config
 
 COMMAND_LINE = "command line"
@@ -51,12 +52,12 @@ def read_yaml(path: str) -> dict:
     """The tree of a file; an empty file is an empty tree."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+        raise ConfigError(path, "no such configuration file")
     tree = stamp(parse_yaml(file.read_bytes(), path), file.name)
     if isinstance(tree, Given) and tree.value is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections such as `ppo:`, not {shown(tree)}")
+        raise ConfigError(path, f"must hold sections such as `ppo:`, not {shown(tree)}")
     return tree
 
 
@@ -65,7 +66,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(source, f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def stamp(value: Any, origin: str) -> Any:
@@ -83,11 +84,13 @@ def split_overrides(arguments: list[str]) -> list[tuple[str, str]]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ConfigError(f"{argument}: expected --section.key VALUE")
+            raise ConfigError(argument, "expected --section.key VALUE")
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key}: has no value; write --{key} VALUE or --{key}=VALUE")
+                raise ConfigError(
+                    f"--{key}", "has no value", f"write --{key} VALUE or --{key}=VALUE"
+                )
             text = rest.pop(0)
         pairs.append((key, text))
     return pairs
@@ -121,7 +124,7 @@ def _parse_override(kind: Any, text: str, key: str) -> Any:
 def _entry(node: list, part: str, name: str) -> Any:
     """Entry `part` of a list of sections; the entry after the last one is made."""
     if int(part) > len(node):
-        raise ConfigError(f"{name}: there are {len(node)} entries, so the next is {len(node)}")
+        raise ConfigError(name, f"there are {len(node)} entries, so the next is {len(node)}")
     if int(part) == len(node):
         node.append({})
     return node[int(part)]
@@ -134,5 +137,5 @@ def _opened(node: dict, kind: Any, name: str) -> Any:
     if given is None or (isinstance(given, Given) and not given.value):
         node[part] = [] if entry_type(kind) else {}
     elif isinstance(given, Given):
-        raise ConfigError(f"{name}={shown(given)}: expected a section of keys")
+        raise ConfigError(name, "expected a section of keys", value=shown(given))
     return node[part]

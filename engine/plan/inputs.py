@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gearshift.engine.config import deepspeed as ds_config
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config, ModelConfig, RewardConfig
 from gearshift.engine.models.load import load_tokenizer
 from gearshift.engine.models.shapes import PREFIX, read_config
@@ -76,6 +77,8 @@ def _planned_critic(config: Config) -> tuple[ModelConfig, str | None]:
 def _read(name: str, model: ModelConfig, kind: str) -> Any:
     try:
         return read_config(model, kind)
+    except ConfigError as error:
+        raise error.under(name) from None
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
 

@@ -7,7 +7,8 @@ import pytest
 
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.check import check
-from gearshift.engine.config.kinds import ConfigError, described, leaves
+from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.kinds import described, leaves
 from gearshift.engine.config.load import load
 from gearshift.engine.config.schema import Config
 from gearshift.launch.docs import config as config_docs

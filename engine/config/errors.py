@@ -1,0 +1,38 @@
+"""A user's mistake, as data: which key, which value, what is wrong with it, and what helps."""
+
+from typing import Any, Self
+
+
+class ConfigError(ValueError):
+    """A mistake that a user can mend; the command ends with its one line, without a traceback.
+
+    Its text is "key=value: problem; fix", without the parts that are not given.
+    """
+
+    def __init__(self, key: str, problem: str, fix: str = "", value: Any = ...):
+        """key: a dotted key, an option, an environment variable, or "FILE, row N"; "" where only
+        the caller knows it. value: as it is to be shown, so repr(path) where quotes are wanted.
+        """
+        super().__init__(key, problem, fix, value)  # what a copy in another process is made of
+        self.key, self.problem, self.fix, self.value = key, problem, fix, value
+
+    def __str__(self) -> str:
+        return f"{self.mistake}; {self.fix}" if self.fix else self.mistake
+
+    @property
+    def mistake(self) -> str:
+        """The text without the fix."""
+        where = self.key if self.value is ... else f"{self.key}={self.value}"
+        return f"{where}: {self.problem}" if where else self.problem
+
+    def under(self, section: str) -> Self:
+        """The same mistake, its key inside a section: `path` under `actor` is `actor.path`."""
+        return self._placed(section, ".")
+
+    def at(self, place: str) -> Self:
+        """The same mistake in a file: `prompt` at `a.jsonl, row 3` is `a.jsonl, row 3: prompt`."""
+        return self._placed(place, ": ")
+
+    def _placed(self, place: str, joint: str) -> Self:
+        key = joint.join(filter(None, (place, self.key)))
+        return type(self)(key, self.problem, self.fix, self.value)
