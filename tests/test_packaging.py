@@ -169,7 +169,7 @@ def test_an_installed_wheel_works_anywhere(wheel, tmp_path):
     )
     assert status == 0, told
     shipped, ops = told.splitlines()[-2:]
-    assert shipped == str(target / "gearshift" / "ds_configs" / "actor_zero3.json")
+    assert shipped == str(target / "gearshift" / "ds_configs" / "trained_zero3.json")
     assert ops == str(target / "gearshift" / "kernels" / "ops.py")
     for room in ("engine", "kernels", "launch"):
         status, told = run("-c", f"import {room}")

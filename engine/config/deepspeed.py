@@ -107,17 +107,26 @@ def load(name_or_path: str, *, frozen: bool | None = None) -> dict[str, Any]:
 
 
 def find(name_or_path: str) -> Path:
-    """The file itself where there is one, else the shipped file of that name."""
+    """The file itself where there is one, else the shipped file of that name.
+
+    The shipped actor_X and critic_X are both trained_X.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    shipped = SHIPPED / f"{name_or_path.removesuffix('.json')}.json"
+    shipped = SHIPPED / f"{_present_name(name_or_path.removesuffix('.json'))}.json"
     if shipped.is_file():
         return shipped
     names = sorted(file.stem for file in SHIPPED.glob("*.json"))
-    near = difflib.get_close_matches(path.stem, names, n=1)
+    near = difflib.get_close_matches(_present_name(path.stem), names, n=1)
     hint = f"did you mean {near[0]}.json? " if near else ""
     raise ValueError(f"{name_or_path}: no such DeepSpeed file; {hint}There are {', '.join(names)}")
+
+
+def _present_name(name: str) -> str:
+    """trained_X for actor_X and critic_X: configurations name one file twice by its role."""
+    role, _, rest = name.partition("_")
+    return f"trained_{rest}" if role in ("actor", "critic") else name
 
 
 def offloaded(config: dict[str, Any], what: Literal["param", "optimizer"]) -> str | None:

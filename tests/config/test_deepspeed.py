@@ -17,7 +17,7 @@ def quiet():
 
 
 def test_the_names_that_defaults_and_recipes_use_are_there():
-    wanted = {"actor_zero3", "critic_zero3", "frozen_zero3_cpu", "actor_zero0", "critic_zero0"}
+    wanted = {"trained_zero3", "trained_zero0", "frozen_zero3_cpu"}
     assert wanted <= set(NAMES)
 
 
@@ -28,7 +28,7 @@ def test_name_tells_the_truth(name):
     role, stage, *options = name.split("_")
     parsed = DeepSpeedConfig(ds_config.load(name))
     zero = parsed.zero_config
-    assert role in ("actor", "critic", "frozen")
+    assert role in ("trained", "frozen")
     assert set(options) <= {"bf16", "offload", "cpu", "nvme", "split"}
     assert zero.stage == int(stage.removeprefix("zero"))
     assert parsed.bfloat16_config.enabled == ("bf16" in options)
@@ -51,9 +51,14 @@ def test_name_tells_the_truth(name):
         assert (parsed.grad_accum_dtype or "fp32") == ("bf16" if split else "fp32")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("actor")])
-def test_actor_and_critic_files_are_the_same(name):
-    assert ds_config.load(name) == ds_config.load(name.replace("actor", "critic"))
+@pytest.mark.parametrize("stage", ["zero0", "zero2_bf16", "zero2_bf16_offload", "zero3"])
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_actor_and_critic_name_the_same_file(role, stage):
+    file = ds_config.SHIPPED / f"trained_{stage}.json"
+    for ending in ("", ".json"):
+        assert ds_config.find(f"{role}_{stage}{ending}") == file
+        assert ds_config.find(f"trained_{stage}{ending}") == file
+    assert ds_config.load(f"{role}_{stage}") == ds_config.load(f"trained_{stage}")
 
 
 class Recorder(dict):
@@ -85,19 +90,29 @@ class Recorder(dict):
 def test_deepspeed_reads_every_key_we_accept():
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = Recorder(ds_config.load("actor_zero3"))
+    config = Recorder(ds_config.load("trained_zero3"))
     DeepSpeedConfig(config)
     assert ds_config.KEYS - config.asked == set()
 
 
 def test_find_prefers_a_file_over_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert ds_config.find("actor_zero3") == ds_config.find("actor_zero3.json")
-    assert ds_config.find("actor_zero3").parent == ds_config.SHIPPED
-    (tmp_path / "actor_zero3.json").write_text("{}")
-    assert ds_config.find("actor_zero3.json").resolve() == tmp_path / "actor_zero3.json"
-    with pytest.raises(ValueError, match=r"did you mean critic_zero3_bf16.json\?"):
-        ds_config.find("critic_zero3_b16.json")
+    for name in ("actor_zero3.json", "trained_zero3.json"):
+        assert ds_config.find(name).parent == ds_config.SHIPPED
+        (tmp_path / name).write_text("{}")
+        assert ds_config.find(name).resolve() == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["critic_zero3_b16.json", "actor_zero3_b16", "trained_zero3_b16"])
+def test_a_wrong_name_lists_the_files(name):
+    with pytest.raises(
+        ValueError, match=r"did you mean trained_zero3_bf16.json\? There are "
+    ) as told:
+        ds_config.find(name)
+    assert str(told.value).split("There are ")[1].split(", ") == NAMES
+    for lost in ("actor_", "trained_", "reward_zero3"):
+        with pytest.raises(ValueError, match="no such DeepSpeed file"):
+            ds_config.find(lost)
 
 
 def changed(tmp_path, base: str, **changes) -> str:
@@ -111,36 +126,36 @@ def changed(tmp_path, base: str, **changes) -> str:
     return str(path)
 
 
-ACTOR, FROZEN, ZERO0 = "actor_zero3", "frozen_zero3_cpu", "actor_zero0"
+TRAINED, FROZEN, ZERO0 = "trained_zero3", "frozen_zero3_cpu", "trained_zero0"
 
 
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
-        (ACTOR, {"gradient_cliping": 1}, "did you mean gradient_clipping"),
-        (ACTOR, {"optimizer": {"type": "AdamW"}}, "optimizer: .*actor.optimizer"),
-        (ACTOR, {"scheduler": {}}, "scheduler: .*optimizer.schedule"),
-        (ACTOR, {"activation_checkpointing": {}}, "activation_.*: .*set gradient_checkpoint"),
-        (ACTOR, {"train_batch_size": 64}, "train_batch_size: .*ppo.minibatch_size"),
-        (ACTOR, {"hybrid_engine": {"enabled": True}}, "hybrid_engine: .*rollout"),
-        (ACTOR, {"train_micro_batch_size_per_gpu": 4}, "train_micro.*=4: must be 1"),
-        (ACTOR, {"gradient_accumulation_steps": 8}, "gradient_accumulation_steps=8: must be 1"),
-        (ACTOR, {"gradient_clipping": "auto"}, "gradient_clipping=auto: write the value"),
-        (ACTOR, {"zero": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size=auto"),
-        (ACTOR, {"gradient_clipping": None}, "gradient_clipping: missing"),
-        (ACTOR, {"gradient_clipping": -1}, "gradient_clipping=-1: must be a number"),
-        (ACTOR, {"zero_optimization": None}, "zero_optimization: missing"),
-        (ACTOR, {"fp16": {"enabled": True}}, "fp16.enabled=true: .*bf16"),
-        (ACTOR, {"bf16": True}, "bf16=True: must be an object"),
-        (ACTOR, {"bf16": {"enable": True}}, "bf16.enable: no such key"),
-        (ACTOR, {"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype=fp8"),
-        (ACTOR, {"communication_data_type": "fp8"}, "communication_data_type"),
-        (ACTOR, {"gradient_allreduce_op": "sum"}, "gradient_allreduce_op=sum"),
-        (ACTOR, {"zero": {"stage": 4}}, "zero_optimization.stage=4"),
-        (ACTOR, {"zero": {"stage": True}}, "zero_optimization.stage=True"),
-        (ACTOR, {"zero": {"reduce_bucket_siz": 1}}, "did you mean reduce_bucket_size"),
-        (ACTOR, {"zero": {"reduce_bucket_size": "big"}}, "reduce_bucket_size=big: .*integer"),
-        (ACTOR, {"zero": {"offload_param": {"device": "gpu"}}}, "offload_param.device=gpu"),
+        (TRAINED, {"gradient_cliping": 1}, "did you mean gradient_clipping"),
+        (TRAINED, {"optimizer": {"type": "AdamW"}}, "optimizer: .*actor.optimizer"),
+        (TRAINED, {"scheduler": {}}, "scheduler: .*optimizer.schedule"),
+        (TRAINED, {"activation_checkpointing": {}}, "activation_.*: .*set gradient_checkpoint"),
+        (TRAINED, {"train_batch_size": 64}, "train_batch_size: .*ppo.minibatch_size"),
+        (TRAINED, {"hybrid_engine": {"enabled": True}}, "hybrid_engine: .*rollout"),
+        (TRAINED, {"train_micro_batch_size_per_gpu": 4}, "train_micro.*=4: must be 1"),
+        (TRAINED, {"gradient_accumulation_steps": 8}, "gradient_accumulation_steps=8: must be 1"),
+        (TRAINED, {"gradient_clipping": "auto"}, "gradient_clipping=auto: write the value"),
+        (TRAINED, {"zero": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size=auto"),
+        (TRAINED, {"gradient_clipping": None}, "gradient_clipping: missing"),
+        (TRAINED, {"gradient_clipping": -1}, "gradient_clipping=-1: must be a number"),
+        (TRAINED, {"zero_optimization": None}, "zero_optimization: missing"),
+        (TRAINED, {"fp16": {"enabled": True}}, "fp16.enabled=true: .*bf16"),
+        (TRAINED, {"bf16": True}, "bf16=True: must be an object"),
+        (TRAINED, {"bf16": {"enable": True}}, "bf16.enable: no such key"),
+        (TRAINED, {"data_types": {"grad_accum_dtype": "fp8"}}, "grad_accum_dtype=fp8"),
+        (TRAINED, {"communication_data_type": "fp8"}, "communication_data_type"),
+        (TRAINED, {"gradient_allreduce_op": "sum"}, "gradient_allreduce_op=sum"),
+        (TRAINED, {"zero": {"stage": 4}}, "zero_optimization.stage=4"),
+        (TRAINED, {"zero": {"stage": True}}, "zero_optimization.stage=True"),
+        (TRAINED, {"zero": {"reduce_bucket_siz": 1}}, "did you mean reduce_bucket_size"),
+        (TRAINED, {"zero": {"reduce_bucket_size": "big"}}, "reduce_bucket_size=big: .*integer"),
+        (TRAINED, {"zero": {"offload_param": {"device": "gpu"}}}, "offload_param.device=gpu"),
         (ZERO0, {"zero": {"offload_param": {"device": "cpu"}}}, "offload_param: needs stage 3"),
         (ZERO0, {"zero": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer: needs"),
         (FROZEN, {"zero": {"stage": 2}}, "stage=2: a frozen model needs stage 3 or 0"),

@@ -507,7 +507,7 @@ def test_a_run_that_is_stopped(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_settings_that_would_let_it_through_are_refused(tmp_path, changes, told):
-    settings = json.loads((ds_config.SHIPPED / "actor_zero0.json").read_text()) | changes
+    settings = json.loads((ds_config.SHIPPED / "trained_zero0.json").read_text()) | changes
     (tmp_path / "mine.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=told):
         ds_config.load(str(tmp_path / "mine.json"))

@@ -141,7 +141,7 @@ def test_more_ranks_than_prompts_divide_by(refused, monkeypatch):
     ],
 )
 def test_deepspeed_json(refused, tmp_path, changes, message):
-    settings = json.loads((ds_config.SHIPPED / "actor_zero0.json").read_text())
+    settings = json.loads((ds_config.SHIPPED / "trained_zero0.json").read_text())
     (tmp_path / "mine.json").write_text(json.dumps(settings | changes))
     refused(f"mine.json: {message}", "--actor.deepspeed", tmp_path / "mine.json")
 
