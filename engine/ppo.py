@@ -7,7 +7,6 @@ DeepSpeed nor transformers.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +15,17 @@ from torch import Tensor
 from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import Config
-from gearshift.engine.figures import (
+from gearshift.engine.guards import Guards, Piece
+from gearshift.engine.metrics import (
+    StepMetrics,
     add_throughput,
     report_experience,
     report_loss,
     report_policy,
     report_rollout,
+    report_states,
     report_streams,
 )
-from gearshift.engine.guards import Guards, Piece
-from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.objective import (
     KLController,
     estimate_advantages,
@@ -33,24 +33,9 @@ from gearshift.engine.objective import (
     shape_scores,
     token_weights,
 )
-from gearshift.engine.plan import compare as ledger
+from gearshift.engine.phase import Phase
+from gearshift.engine.roles import Actor, Critic, Roles, Trained
 from gearshift.engine.zero.residence import Residence
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Who takes part. No critic without GAE, no reference when the KL has no weight."""
-
-    actor: Any
-    critic: Any | None
-    reference: Any | None
-    rewards: Any
-    pretrain: Any | None = None  # an endless stream of text for PPO-ptx
-
-    def moved(self) -> dict[str, dict[str, float]]:
-        """By role that only scores: figures of the weights that came to the device to do it."""
-        found = self.rewards.moved()
-        return found | ({"reference": self.reference.moved()} if self.reference else {})
 
 
 class PPOTrainer:
@@ -65,7 +50,7 @@ class PPOTrainer:
         trained = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         sleepers = {name: role.sleeper for name, role in trained.items()}
         self.residence = Residence(sleepers, joint=config.ppo.update == "joint")
-        self.residence.enter("load")
+        self.residence.enter(Phase.LOAD)
 
     def step(
         self, prompts: PromptBatch, progress: Any = None
@@ -76,7 +61,7 @@ class PPOTrainer:
         metrics.add_value("episode", (self.steps_done + 1) * self.ppo.rows_per_step)
         metrics.add_value("objective/kl_coef", self.kl.coef)
         with metrics.time("step"):
-            with self._phase(metrics, "generate"):
+            with self._phase(metrics, Phase.GENERATE):
                 rollout = self.actor.generate(prompts, self.config.sampling, progress)
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
@@ -93,15 +78,15 @@ class PPOTrainer:
     def make_experience(self, rollout: Rollout, metrics: StepMetrics) -> Experience:
         """Judges the rollout and credits each token."""
         mask, ppo = rollout.response_mask, self.ppo
-        with self._phase(metrics, "rewards"):
+        with self._phase(metrics, Phase.REWARDS):
             judged = self.roles.rewards.scores(rollout, self.actor.tokenizer)
             self.guards.check_rewards(judged.failed, judged.fault, judged.usable)
-        with self._phase(metrics, "logprobs"):
+        with self._phase(metrics, Phase.LOGPROBS):
             logprobs = self._old_logprobs(rollout, metrics)
-        with self._phase(metrics, "ref"):
+        with self._phase(metrics, Phase.REFERENCE):
             reference = self.roles.reference
             ref_logprobs = reference.logprobs(rollout) if reference else logprobs
-        with self._phase(metrics, "values"):
+        with self._phase(metrics, Phase.VALUES):
             values, after = torch.zeros_like(logprobs), torch.zeros_like(judged.total)
             if self.critic:
                 values, after = self.critic.values(rollout)
@@ -138,27 +123,31 @@ class PPOTrainer:
         """The epochs of clipped updates: actor then critic, or both on every minibatch."""
         actor = self.actor if self.steps_done >= self.ppo.critic_warmup_steps else None
         if self.ppo.update == "joint":
-            with self._phase(metrics, "update_actor"):
+            with self._phase(metrics, Phase.UPDATE_ACTOR):
                 self._epochs(experience, actor, self.critic, metrics)
             return
         if actor:
-            with self._phase(metrics, "update_actor"):
+            with self._phase(metrics, Phase.UPDATE_ACTOR):
                 self._epochs(experience, actor, None, metrics)
         if self.critic:
-            with self._phase(metrics, "update_critic"):
+            with self._phase(metrics, Phase.UPDATE_CRITIC):
                 self._epochs(experience, None, self.critic, metrics)
 
     @contextmanager
-    def _phase(self, metrics: StepMetrics, name: str) -> Iterator[None]:
+    def _phase(self, metrics: StepMetrics, phase: Phase) -> Iterator[None]:
         """A phase, timed, once the states of actor and critic are where it wants them."""
         with metrics.time("swap"):
-            self.residence.enter(name)
-        with metrics.phase(name):
+            self.residence.enter(phase)
+        with metrics.phase(phase):
             yield
-        ledger.record(metrics, self.residence, name)
+        report_states(metrics, phase, self.residence.device_bytes())
 
     def _epochs(
-        self, experience: Experience, actor: Any, critic: Any, metrics: StepMetrics
+        self,
+        experience: Experience,
+        actor: Actor | None,
+        critic: Critic | None,
+        metrics: StepMetrics,
     ) -> None:
         size, ranks = self.ppo.minibatch_size, distributed.world_size()
         updates = 0  # of the actor
@@ -174,7 +163,13 @@ class PPOTrainer:
                     return
 
     def _optimize(
-        self, minibatch: Experience, actor: Any, critic: Any, metrics: StepMetrics, *, first: bool
+        self,
+        minibatch: Experience,
+        actor: Actor | None,
+        critic: Critic | None,
+        metrics: StepMetrics,
+        *,
+        first: bool,
     ) -> Tensor:
         """One optimizer step of `actor`, `critic` or both; returns report_policy's sums."""
         ppo = self.ppo
@@ -209,7 +204,7 @@ class PPOTrainer:
             self._step("critic", critic, seen["critic"], metrics)
         return drift
 
-    def _step(self, name: str, role: Any, pieces: list[Piece], metrics: StepMetrics) -> None:
+    def _step(self, name: str, role: Trained, pieces: list[Piece], metrics: StepMetrics) -> None:
         """Applies the gradients of `pieces`, or drops them where they are not finite."""
         self.guards.check_reached(name, role.unreached())
         norm = role.step()

@@ -1,10 +1,13 @@
-"""Actor and Critic: the roles that are trained, each with an engine and an optimizer.
+"""The roles: Actor and Critic, which are trained; Reference and RewardModel, which only score.
 
 A role hides DeepSpeed, the model's head and the memory it uses; its methods take and return the
-records of batch.py, [B, R] float32 tensors with exact zeros where masked.
+records of batch.py, [B, R] float32 tensors with exact zeros where masked. A frozen model whose
+DeepSpeed JSON offloads parameters is streamed (streaming/engine.py); else it is an ordinary ZeRO
+engine without an optimizer.
 """
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -15,12 +18,15 @@ from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.deepspeed import offloaded
-from gearshift.engine.config.schema import Config, SamplingConfig, TrainedConfig
+from gearshift.engine.config.schema import Config, PPOConfig, SamplingConfig, TrainedConfig
+from gearshift.engine.data.streams import TextStream
 from gearshift.engine.gearbox.gearbox import Gearbox
-from gearshift.engine.models.heads import Policy, ValueModel, verify_head
+from gearshift.engine.models.heads import Policy, ScoreModel, ValueModel, verify_head
 from gearshift.engine.models.load import place_buffers
 from gearshift.engine.models.scoring import forwards, pieces, policy_logprobs
+from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.rollout.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.streaming.engine import StreamedEngine, Traffic
 from gearshift.engine.zero.optim import build_optimizer, build_schedule
 from gearshift.engine.zero.sleep import Sleeper
 from gearshift.engine.zero.split_adamw import share_weights
@@ -219,3 +225,91 @@ class Critic(Trained):
             values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
         )
         return loss, {"values": values.detach(), "clipped": clipped}
+
+
+class Reference:
+    """The frozen policy that the KL is measured against."""
+
+    def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, settings: dict):
+        self.engine = frozen_engine(Policy(lm), settings)
+        verify_head(self.engine)
+        self.ppo, self.temperature = ppo, temperature
+        self._meter = _Meter(self.engine)
+
+    def moved(self) -> dict[str, float]:
+        """What streaming its weights took since the last call: see _Meter.read."""
+        return self._meter.read()
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """[B, R] log-probs of the responses."""
+        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+
+
+class RewardModel:
+    """A frozen sequence classifier with one label."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, settings: dict):
+        self.engine = frozen_engine(ScoreModel(model), settings)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self._meter = _Meter(self.engine)
+
+    def moved(self) -> dict[str, float]:
+        """What streaming its weights took since the last call: see _Meter.read."""
+        return self._meter.read()
+
+    @torch.no_grad()
+    def score_ids(self, sequences: list[list[int]]) -> Tensor:
+        """[B] float32 scores of token sequences; every rank must pass equally many."""
+        inputs, device = [], self.engine.device
+        for start in range(0, len(sequences), self.batch_size):
+            rows = [torch.tensor(s) for s in sequences[start : start + self.batch_size]]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            inputs.append((ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]))
+        return torch.cat(list(forwards(self.engine, inputs)))
+
+
+class _Meter:
+    """Counts between two looks at an engine's traffic."""
+
+    def __init__(self, engine: Any):
+        self._engine, self._seen = engine, Traffic()
+        self.read()
+
+    def read(self) -> dict[str, float]:
+        """Since the last call: `ratio`, bytes moved over the least; `gb`, moved by one rank.
+
+        Empty where no weights moved.
+        """
+        now = replace(getattr(self._engine, "traffic", self._seen))
+        new, self._seen = now - self._seen, now
+        return {"ratio": new.ratio, "gb": new.bytes_moved / 1e9} if new.passes else {}
+
+
+def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngine | StreamedEngine:
+    """An engine without an optimizer. settings: the role's DeepSpeed JSON."""
+    module.requires_grad_(False)
+    if offloaded(settings, "param"):
+        cuda = torch.cuda.is_available()
+        place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return StreamedEngine(module, place)
+    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    place_buffers(engine)
+    engine.eval()
+    return engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who takes part. No critic without GAE, no reference when the KL has no weight."""
+
+    actor: Actor
+    critic: Critic | None
+    reference: Reference | None
+    rewards: RewardSum
+    pretrain: TextStream | None = None  # an endless stream of text for PPO-ptx
+
+    def moved(self) -> dict[str, dict[str, float]]:
+        """By role that only scores: figures of the weights that came to the device to do it."""
+        found = self.rewards.moved()
+        return found | ({"reference": self.reference.moved()} if self.reference else {})

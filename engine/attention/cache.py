@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+CPU_CACHE_GB = 1.0
+# Of the free GPU memory; the rest is for the activations of a prefill and for the logits.
+GPU_CACHE_SHARE = 0.9
+
 
 class BlockPool:
     """Free blocks and reference counts, on the host; knows nothing of tensors."""

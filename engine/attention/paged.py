@@ -7,6 +7,7 @@ current while it runs. No mask function is registered under our name: transforme
 mask (masking_utils, "custom attention without equivalent mask creation").
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from gearshift.engine.attention import prefill
 from gearshift.engine.attention.cache import KVCache, LayerCache, LayerShape
 from gearshift.engine.attention.prefill import Rules, attend_masked
-from gearshift.engine.rollout.sampling import accepts
 from gearshift.kernels import dispatch, ops
 
 NAME = "gearshift_paged"
@@ -68,6 +68,11 @@ class Probe:
 
 
 _current: Step | Probe | None = None
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the module's forward names this argument."""
+    return argument in inspect.signature(type(module).forward).parameters
 
 
 def supports(module: nn.Module) -> str | None:

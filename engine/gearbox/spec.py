@@ -6,6 +6,9 @@ from math import prod
 
 from torch import Tensor
 
+# Staging of a shift in MB: large buckets saturate NVLink, on CPU they only leave the cache.
+BUCKET_MB = {"cuda": 256.0, "cpu": 16.0}
+
 Interval = tuple[int, int]
 
 

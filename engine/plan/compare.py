@@ -1,31 +1,11 @@
 """Planned beside measured: bytes of each phase, and the share of the GPUs' rate that was of use."""
 
-import torch
-
-from gearshift.engine.metrics import StepMetrics
+from gearshift.engine.phase import Phase
 from gearshift.engine.plan.hardware import GB, GPUS
 from gearshift.engine.plan.record import Plan
 from gearshift.engine.plan.seconds import Work, useful_flops
-from gearshift.engine.zero.residence import Residence
 
-# Where a planned phase's peak is in the figures of a step.
-MEASURED = {
-    "generate": "generate",
-    "rewards": "rewards",
-    "logprobs": "logprobs",
-    "reference": "ref",
-    "values": "values",
-    "update_actor": "update_actor",
-    "update_critic": "update_critic",
-}
 TOLERANCE = 0.05
-
-
-def record(metrics: StepMetrics, residence: Residence, phase: str) -> None:
-    """Adds states_gb/<phase>: what actor and critic hold on the device at its end, of the rank that
-    holds most, from the storages themselves."""
-    held = sum(residence.device_bytes().values()) / GB
-    metrics.add_max(f"states_gb/{phase}", torch.tensor(held, device=metrics.device))
 
 
 def compare(plan: Plan, figures: dict[str, float], *, first: bool) -> list[str]:
@@ -35,9 +15,9 @@ def compare(plan: Plan, figures: dict[str, float], *, first: bool) -> list[str]:
     CPU that holds the interpreter and freed memory, so the states at its end are, from states_gb.
     first: it is the run's first step, before which there are no moments.
     """
-    lines = []
+    lines, by_title = [], {phase.title: phase for phase in Phase}
     for phase in plan.phases:
-        key = MEASURED.get(phase.name)
+        key = by_title[phase.name]
         if plan.hardware.shared:
             measured, planned = figures.get(f"states_gb/{key}"), plan.trained_bytes(phase)
         else:

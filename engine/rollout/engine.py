@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.attention import paged
-from gearshift.engine.attention.cache import BlockPool, KVCache, LayerShape
+from gearshift.engine.attention.cache import (
+    CPU_CACHE_GB,
+    GPU_CACHE_SHARE,
+    BlockPool,
+    KVCache,
+    LayerShape,
+)
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
@@ -23,9 +29,6 @@ from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 from gearshift.engine.rollout.scheduler import Batch, Prefix, Scheduler, Sequence
 
 GB = 1e9
-CPU_CACHE_GB = 1.0
-# Of the free GPU memory; the rest is for the activations of a prefill and for the logits.
-GPU_CACHE_SHARE = 0.9
 # Longer chunks of prompts leave the CPU's caches, and decoding rows wait for them: 2 % slower.
 CPU_BATCH_TOKENS = 512
 

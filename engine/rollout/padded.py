@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gearshift.engine.attention.paged import accepts
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.linear import fast_linear
-from gearshift.engine.rollout.sampling import Completion, Ending, Request, accepts, draw
+from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What both ways to generate share: the request, the draw of a token and the end of a response."""
 
-import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -56,11 +55,6 @@ class Request:
                     f"the model {limit} positions; lower it to {limit - len(prompt)} or shorten "
                     "data.max_prompt_tokens"
                 )
-
-
-def accepts(module: nn.Module, argument: str) -> bool:
-    """Whether the module's forward names this argument."""
-    return argument in inspect.signature(type(module).forward).parameters
 
 
 class Ending:

@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
+from gearshift.engine.phase import Phase, phases
 from gearshift.engine.zero.sleep import Arena, Exchange, Sleeper
 
 Sleep = Literal["never", "gradients", "exchange", "always"]
 Place = Literal["device", "host", "freed"]
-Part = Literal["train", "yield", "wait", "stay"]
+Part = Literal["train", "give_way", "wait", "stay"]
 
 # From the most device memory to the least.
 SLEEPS: tuple[Sleep, ...] = get_args(Sleep)
@@ -27,46 +28,37 @@ class Where:
     gradients: Place
 
 
-# What a phase makes each role do: train; yield to the other one's training; or neither, in which
-# case `stay` is the role that trained last and `wait` the other.
-PARTS: dict[str, dict[str, Part]] = {
-    "load": {"actor": "wait", "critic": "stay"},
-    "generate": {"actor": "wait", "critic": "stay"},
-    "rewards": {"actor": "wait", "critic": "stay"},
-    "logprobs": {"actor": "wait", "critic": "stay"},
-    "ref": {"actor": "wait", "critic": "stay"},
-    "values": {"actor": "wait", "critic": "stay"},
-    "update_actor": {"actor": "train", "critic": "yield"},
-    "update_critic": {"actor": "yield", "critic": "train"},
-    "update_joint": {"actor": "train", "critic": "train"},
-    "save": {"actor": "wait", "critic": "stay"},
-}
+def _part(role: str, phase: Phase) -> Part:
+    """What a phase makes a role do: train; give way to the other one's training; or neither, in
+    which case the role that trained last stays and the other waits."""
+    if role in phase.trains:
+        return "train"
+    if phase.trains:
+        return "give_way"
+    return "stay" if role == "critic" else "wait"
+
 
 _HERE, _NO_BUFFERS = Where("device", "device"), Where("device", "freed")
 _AWAY = Where("host", "freed")
 GEARS: dict[Sleep, dict[Part, Where]] = {
-    "never": {"train": _HERE, "yield": _HERE, "wait": _HERE, "stay": _HERE},
-    "gradients": {"train": _HERE, "yield": _NO_BUFFERS, "wait": _NO_BUFFERS, "stay": _NO_BUFFERS},
-    "exchange": {"train": _HERE, "yield": _AWAY, "wait": _AWAY, "stay": _NO_BUFFERS},
-    "always": {"train": _HERE, "yield": _AWAY, "wait": _AWAY, "stay": _AWAY},
+    "never": {"train": _HERE, "give_way": _HERE, "wait": _HERE, "stay": _HERE},
+    "gradients": {
+        "train": _HERE,
+        "give_way": _NO_BUFFERS,
+        "wait": _NO_BUFFERS,
+        "stay": _NO_BUFFERS,
+    },
+    "exchange": {"train": _HERE, "give_way": _AWAY, "wait": _AWAY, "stay": _NO_BUFFERS},
+    "always": {"train": _HERE, "give_way": _AWAY, "wait": _AWAY, "stay": _AWAY},
 }
 
 
-def where(phase: str, sleeps: Mapping[str, Sleep]) -> dict[str, Where]:
+def where(phase: Phase, sleeps: Mapping[str, Sleep]) -> dict[str, Where]:
     """The row of a phase. sleeps: of the trained roles; a role without company always stays."""
-    parts = PARTS[phase]
-    found = {}
-    for role, sleep in sleeps.items():
-        alone = len(sleeps) == 1 and parts[role] != "train"
-        found[role] = GEARS[sleep]["stay" if alone else parts[role]]
-    return found
-
-
-def phases(*, joint: bool) -> tuple[str, ...]:
-    """The phases of a run, in their order. joint: actor and critic train on the same minibatches,
-    which the metrics call update_actor."""
-    left_out = {"update_actor", "update_critic"} if joint else {"update_joint"}
-    return tuple(phase for phase in PARTS if phase not in left_out)
+    parts = {role: _part(role, phase) for role in sleeps}
+    if len(parts) == 1 and "train" not in parts.values():
+        parts = dict.fromkeys(parts, "stay")
+    return {role: GEARS[sleeps[role]][part] for role, part in parts.items()}
 
 
 def host_bytes(
@@ -85,7 +77,7 @@ def host_bytes(
 
 
 def markdown(sleeps: Mapping[str, Sleep], *, joint: bool = False) -> str:
-    """The table of a run, for people."""
+    """The table of a run, for its documentation."""
     head = [f"{role} {what}" for role in sleeps for what in ("optimizer", "gradients")]
     lines = [f"| phase | {' | '.join(head)} |", f"|{'---|' * (len(head) + 1)}"]
     for phase in phases(joint=joint):
@@ -108,14 +100,13 @@ class Residence:
         for side, sleeper in enumerate(self.sleepers.values()):
             sleeper.side = side
 
-    def enter(self, phase: str) -> int:
+    def enter(self, phase: Phase) -> int:
         """Moves what the phase wants elsewhere; returns the bytes moved, both ways together.
 
         Safe to repeat: after a fault on the way, what had moved is where it should be and the rest
         where it was.
         """
-        both = self.joint and phase == "update_actor"
-        row = where("update_joint" if both else phase, self.sleeps)
+        row = where(phase.of_run(joint=self.joint), self.sleeps)
         for role, place in row.items():
             if place.gradients == "freed":
                 self.sleepers[role].free_gradients()

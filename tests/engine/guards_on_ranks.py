@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.run import GuardConfig
+from gearshift.engine.config.schema import GuardConfig
 from gearshift.engine.zero.unreached import GradientWatch
 from tests.engine.test_guards import same, state
 from tests.tiny import run as tiny_run

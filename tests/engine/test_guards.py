@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gearshift.engine.config import deepspeed as ds_config
-from gearshift.engine.config.run import GuardConfig
+from gearshift.engine.config.schema import GuardConfig
 from gearshift.engine.guards import Alarm, Guards, GuardStop, is_due
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.rewards.total import RewardError

@@ -17,11 +17,11 @@ from gearshift.engine.checkpoint.export import export
 from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import RewardConfig
-from gearshift.engine.frozen import RewardModel
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models.heads import HeadOptions
 from gearshift.engine.models.load import load_model, load_tokenizer
 from gearshift.engine.objective import token_weights
+from gearshift.engine.roles import RewardModel
 from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 

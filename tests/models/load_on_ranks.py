@@ -19,9 +19,9 @@ from gearshift.engine.checkpoint.export import whole_weights
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.models.heads import HeadOptions, Policy, verify_head
 from gearshift.engine.models.load import load_model
+from gearshift.engine.roles import frozen_engine
 
 
 def anonymous_bytes() -> int:

@@ -20,13 +20,13 @@ import torch
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.models.heads import Policy, ScoreModel, verify_head
 from gearshift.engine.models.load import load_config, load_model, room_for
 from gearshift.engine.models.scoring import forwards
 from gearshift.engine.models.shapes import shape_of
 from gearshift.engine.plan import bytes as memory_model
 from gearshift.engine.plan.bytes import Zero
+from gearshift.engine.roles import frozen_engine
 from gearshift.kernels import ops
 from tests.plan.memory_on_ranks import live_bytes
 

@@ -39,7 +39,7 @@ def main(out: Path, model: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     error = max(float((scores(engine, "policy", 3) - expected).abs().max()) for _ in range(3))
     row = {
-        "whole": sum(shard.nbytes for guest in engine.guests for shard in guest.shards),
+        "whole": sum(part.nbytes for guest in engine.guests for part in guest.parts),
         "limit": LIMIT,
         "peak": watch.stop(),
         "read": engine.store.bytes_read,

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.frozen import frozen_engine
 from gearshift.engine.models import load as models
 from gearshift.engine.models.heads import Policy, ScoreModel
+from gearshift.engine.roles import frozen_engine
 from gearshift.engine.streaming.lockstep import Lockstep
 from tests.tiny import models as tiny
 from tests.tiny import on_ranks
@@ -182,11 +182,11 @@ def test_a_spill_returns_what_was_written(folder):
         store.begin(10_000)
         pairs = list(zip(spilled.parameters(), held.parameters(), strict=True))
         for ours, theirs in pairs:
-            shards = [ours.stored[1]]
+            parts = [ours.stored[1]]
             assert ours.stored[0] is store and not ours.ds_tensor.numel()
-            (read,) = store.read(shards)
+            (read,) = store.read(parts)
             assert torch.equal(read, theirs.ds_tensor.data)
-            store.copied(shards)
+            store.copied(parts)
         assert store.bytes_read == sum(ours.stored[1].nbytes for ours, _ in pairs)
 
 

@@ -19,6 +19,7 @@ from gearshift.engine.checkpoint.export import whole_weights
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.metrics import StepMetrics
+from gearshift.engine.phase import Phase
 from tests.tiny import run as tiny_run
 
 SPLIT = {"name": "split_adamw"}
@@ -104,7 +105,7 @@ def run(config) -> dict:
     }
     timeless = ("timing_s/", "memory_gb/", "throughput/", "states_gb/", "perf/")
     figures = [{k: v for k, v in f.items() if not k.startswith(timeless)} for f in figures]
-    trainer.residence.enter("generate")
+    trainer.residence.enter(Phase.GENERATE)
     state = [
         t.clone() for sleeper in trainer.residence.sleepers.values() for _, t in sleeper.tensors()
     ]

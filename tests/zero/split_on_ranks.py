@@ -8,6 +8,7 @@ DeepSpeed its second copy), `exact.<stage>`, `resume.<stage>`, or `ppo`, which r
 
 import gc
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,17 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import OptimizerConfig
+from gearshift.engine.zero import layout
+from gearshift.engine.zero import state as zero_state
 from gearshift.engine.zero.optim import build_optimizer
-from gearshift.engine.zero.split_adamw import master_weights, share_weights
+from gearshift.engine.zero.split_adamw import share_weights
 from gearshift.kernels.adamw import join_master
 from tests.tiny import run as tiny_run
 
@@ -94,7 +99,7 @@ def state_bytes(name: str, stage: int = 3, share: bool = True) -> float:
     before = held()
     made = engine(name, stage, 256, share)
     train(made, 256, range(1))
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in made.module.parameters())
+    count = sum(layout.whole_shape(p).numel() for p in made.module.parameters())
     return (held() - before) * dist.get_world_size() / count
 
 
@@ -102,7 +107,7 @@ def exact(stage: int) -> dict:
     """The master after 20 clipped steps beside float32 AdamW given the same gradients."""
     made, seen = engine("split_fp32", stage, 40), []
     masters = {}
-    for parameter in _flat(made.optimizer):
+    for parameter in (group.master for group in layout.groups(made.optimizer)):
         masters[parameter] = nn.Parameter(parameter.detach().float())
     train(made, 40, range(20), seen)
     optimizers = {}
@@ -119,43 +124,60 @@ def exact(stage: int) -> dict:
         torch.equal(join_master(parameter.detach(), state[parameter]["low"]), master.detach())
         for parameter, master in masters.items()
     ]
-    whole = master_weights(made.module, made.optimizer)
-    nearest = [
-        torch.equal(whole[name].bfloat16(), weight) for name, weight in _weights(made) if whole
-    ]
+    whole = masters_of(made)
+    nearest = [torch.equal(whole[name].bfloat16(), weight) for name, weight in _weights(made)]
     clipped = made.get_global_grad_norm() > 1.0
     return {"equal": equal, "nearest": nearest, "clipped": bool(clipped)}
 
 
-def _flat(zero) -> list:
-    return (
-        getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
-    )
+def masters_of(made) -> dict[str, torch.Tensor]:
+    """The exact float32 weights, flat, by name: what a checkpoint saves of all ranks, joined."""
+    views, places = zero_state.tensors(made)
+    mine = {}
+    for name, (start, count) in places.items():
+        values = views[f"weights/{name}"].float()
+        if f"low/{name}" in views:
+            values = join_master(views[f"weights/{name}"], views[f"low/{name}"])
+        mine[name] = (slice(start, start + count), values)
+    whole = {name: torch.zeros(math.prod(s)) for name, s in zero_state.shapes(made).items()}
+    for rank in distributed.all_gather_objects(mine):
+        for name, (span, values) in rank.items():
+            whole[name][span] = values
+    return whole
 
 
 def _weights(made):
     for name, parameter in made.module.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            yield name, parameter.detach().clone()
+        with layout.gathered(parameter):
+            yield name, parameter.detach().flatten().clone()
 
 
 def resume(stage: int, out: Path) -> dict:
     """Six steps, and three saved, loaded into a fresh engine, and three more."""
-    folder = str(out / f"checkpoint{stage}")
+    rank = distributed.rank()
     whole = engine("split_bf16", stage, 40)
     train(whole, 40, range(3))
-    whole.save_checkpoint(folder, tag="three")
+    views, places = zero_state.tensors(whole)
+    copies = {name: view.clone() for name, view in views.items()}
+    save_file(copies, out / f"{stage}.rank{rank}.safetensors", {"notes": json.dumps(places)})
+    counters = zero_state.counters(whole, schedule(whole))
+    distributed.barrier()
     train(whole, 40, range(3, 6))
     other = engine("split_bf16", stage, 40)
     train(other, 40, range(7, 8))  # what it must forget
-    other.load_checkpoint(folder, tag="three")
+    files = sorted(out.glob(f"{stage}.rank*.safetensors"))
+    zero_state.load(other, schedule(other), counters, files)
     train(other, 40, range(3, 6))
-    ours, theirs = (master_weights(e.module, e.optimizer) for e in (whole, other))
+    ours, theirs = masters_of(whole), masters_of(other)
     equal = [torch.equal(ours[name], theirs[name]) for name in ours]
     states = [s for s in other.optimizer.optimizer.state.values()]
     dtypes = {str(v.dtype) for s in states for v in s.values() if torch.is_tensor(v)}
     moved = [not torch.equal(v, v.bfloat16().float()) for v in ours.values()]
     return {"equal": equal, "moved": moved, "dtypes": sorted(dtypes)}
+
+
+def schedule(made) -> LambdaLR:
+    return LambdaLR(made.optimizer.optimizer, lambda step: 1.0)
 
 
 def ppo(models: Path) -> dict:
@@ -169,20 +191,14 @@ def ppo(models: Path) -> dict:
     )
     trainer = tiny_run.trainer(config)
     zeros = {"actor": trainer.actor.engine, "critic": trainer.critic.engine}
-    before = {name: master_weights(e.module, e.optimizer) for name, e in zeros.items()}
+    before = {name: masters_of(made) for name, made in zeros.items()}
     figures = [trainer.step(tiny_run.prompts(config.ppo, step))[0] for step in range(2)]
     result = {}
     for name, made in zeros.items():
-        after = master_weights(made.module, made.optimizer)
+        after = masters_of(made)
         moved = [(after[key] - before[name][key]).abs().max().item() for key in after]
-        shared = [
-            master.data_ptr() == weight.data_ptr()
-            for master, weight in zip(
-                made.optimizer.fp32_partitioned_groups_flat,
-                made.optimizer.fp16_partitioned_groups_flat,
-                strict=True,
-            )
-        ]
+        groups = layout.groups(made.optimizer)
+        shared = [group.master.data_ptr() == group.weights.data_ptr() for group in groups]
         result[name] = {"moved": moved, "shared": shared}
     return result | {"ratio": figures[-1]["rollout/ratio_first_max"]}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gearshift.engine.phase import Phase, phases
 from gearshift.engine.zero import residence, sleep
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run
@@ -44,7 +45,7 @@ def test_who_sleeps_holds_nothing_but_weights(case, how):
     rollout, grows from the loaded models on as it does in the resident run: there is no copy."""
     found = on_two_ranks()[case]
     for phase, seen in found[how]["seen"].items():
-        row = residence.where(phase, {"actor": how, "critic": how})
+        row = residence.where(Phase(phase), {"actor": how, "critic": how})
         for role, place in row.items():
             held = {what for what, size in seen["roles"].items() if what.startswith(role) and size}
             states = {what for what in held if "weights" not in what}
@@ -59,9 +60,11 @@ def test_who_sleeps_holds_nothing_but_weights(case, how):
 
 def test_joint_updates_keep_both_awake():
     sleeps = {"actor": "always", "critic": "always"}
-    assert all(p.optimizer == "device" for p in residence.where("update_joint", sleeps).values())
-    assert "update_joint" in residence.phases(joint=True)
-    assert "update_critic" not in residence.phases(joint=True)
+    assert all(
+        p.optimizer == "device" for p in residence.where(Phase.UPDATE_JOINT, sleeps).values()
+    )
+    assert Phase.UPDATE_JOINT in phases(joint=True)
+    assert Phase.UPDATE_CRITIC not in phases(joint=True)
 
 
 def test_host_memory_holds_one_role_where_they_exchange():
@@ -107,7 +110,7 @@ def test_a_sleeping_state_can_be_read_and_written(trained):
     with torch.no_grad():
         for _, tensor in actor.tensors():
             tensor.mul_(2)
-    trained.residence.enter("update_actor")
+    trained.residence.enter(Phase.UPDATE_ACTOR)
     assert actor.awake
     after = states(trained)
     count = len(actor.sizes())
@@ -129,12 +132,12 @@ def test_a_fault_on_the_way_loses_nothing(trained, monkeypatch, broken):
 
     monkeypatch.setattr(sleep.Exchange, "_copy", failing)
     with pytest.raises(RuntimeError, match="no memory"):
-        trained.residence.enter("update_actor")
+        trained.residence.enter(Phase.UPDATE_ACTOR)
     assert all(map(torch.equal, states(trained), before))
-    trained.residence.enter("update_actor")
+    trained.residence.enter(Phase.UPDATE_ACTOR)
     assert trained.residence.sleepers["actor"].awake
     assert all(map(torch.equal, states(trained), before))
-    trained.residence.enter("update_critic")
+    trained.residence.enter(Phase.UPDATE_CRITIC)
     assert all(map(torch.equal, states(trained), before))
 
 
@@ -157,8 +160,8 @@ def test_replaced_states_are_found(trained):
         state["exp_avg"] = torch.full_like(state["exp_avg"], 3.0)
     held = trained.residence.device_bytes()
     assert held["actor moments"] > 0  # the new ones are on the device
-    trained.residence.enter("generate")
+    trained.residence.enter(Phase.GENERATE)
     assert "actor moments" not in trained.residence.device_bytes()
-    trained.residence.enter("update_actor")
+    trained.residence.enter(Phase.UPDATE_ACTOR)
     moments = [s["exp_avg"] for s in inner.state.values()]
     assert all((m == 3.0).all() for m in moments) and actor.awake

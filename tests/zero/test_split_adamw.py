@@ -3,9 +3,7 @@
 python -m pytest tests/zero/test_split_adamw.py
 """
 
-import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from torch import nn
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import OptimizerConfig
 from gearshift.engine.zero.optim import build_optimizer
-from gearshift.engine.zero.split_adamw import SplitAdamW, _joined
+from gearshift.engine.zero.split_adamw import SplitAdamW
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run
 
@@ -57,7 +55,7 @@ def test_masters_are_float32_adamw_of_the_same_clipped_gradients(ranks, stage):
     for rank in ranks:
         found = rank[f"exact.{stage}"]
         assert found["clipped"] and found["equal"] == [True, True]
-    assert ranks[0][f"exact.{stage}"]["nearest"] == [True] * 8
+        assert found["nearest"] == [True] * 8
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -75,43 +73,6 @@ def test_ppo_trains_with_it(ranks):
         assert found[role]["shared"] and all(found[role]["shared"])
         # Four updates of at most about lr each, which would not move a bfloat16 weight of 1.
         assert all(0 < moved < 1e-5 for moved in found[role]["moved"])
-
-
-def optimizer(moments=torch.float32, values=4):
-    weight = nn.Parameter(torch.ones(values).bfloat16())
-    weight.grad = torch.ones_like(weight)
-    made = SplitAdamW([weight], lr=1e-6, betas=(0.9, 0.95), eps=1e-8, moments=moments)
-    made.step()
-    return made
-
-
-def test_state_keeps_its_dtypes_through_load():
-    made, other = optimizer(), optimizer()
-    made.step()
-    other.load_state_dict(copy.deepcopy(made.state_dict()))
-    (ours,), (theirs,) = made.state.values(), other.state.values()
-    assert ours.keys() == theirs.keys() and theirs["step"] == 2
-    for name in ("low", "exp_avg", "exp_avg_sq"):
-        assert ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
-
-
-def test_low_bits_of_a_sleeping_role_meet_its_weights():
-    """The host stands in for a GPU's host, the meta device for the GPU."""
-    weight = torch.empty(4, dtype=torch.bfloat16, device="meta")
-    state = {weight: {"low": torch.zeros(4, dtype=torch.int16)}}
-    zero = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    assert _joined(zero, weight, 1, 2).device.type == "meta"
-
-
-def test_foreign_states_are_refused():
-    with pytest.raises(ValueError, match=r"optimizer.moments: the saved ones are torch.float32"):
-        optimizer(torch.bfloat16).load_state_dict(optimizer().state_dict())
-    weight = nn.Parameter(torch.ones(4))
-    weight.grad = torch.ones(4)
-    adamw = torch.optim.AdamW([weight])
-    adamw.step()
-    with pytest.raises(ValueError, match="has no low bits"):
-        optimizer().load_state_dict(adamw.state_dict())
 
 
 def test_weights_must_be_bfloat16():
