@@ -16,30 +16,25 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from gearshift.launch.bench.step import write_json
+from gearshift.launch.bench import job
+from gearshift.launch.bench.record import write_json
+from gearshift.launch.bench.table import show
 
 if TYPE_CHECKING:
     from gearshift.launch.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", required=True, help="the recipe to measure")
+    job.add_arguments(parser, required=True)
     parser.add_argument("--saves", type=int, default=3, help="checkpoints of each kind (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(overrides=[])
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the JSON; raises ValueError for the user's mistakes."""
-    if args.saves < 1:
-        raise ValueError(f"--saves={args.saves}: at least 1")
+    job.check_counts(args, "saves")
     result = measure(args.config, args.overrides, args.saves)
     if int(os.environ["RANK"]) == 0:
-        Console(highlight=False).print(table(result))
+        print_table(result)
         write_json(args.json, result)
     return 0
 
@@ -51,18 +46,13 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
     """
     from gearshift.engine.cluster import distributed
     from gearshift.engine.config import load as config_load
-    from gearshift.launch.train import open_session
 
-    own = ["--run.resume", "none", "--run.trackers", "[]"]
-    resolved = config_load.load(recipe, [*overrides, *own])
-    folder = Path(resolved.config.run.dir)
+    folder = Path(config_load.load(recipe, overrides).config.run.dir)
     if folder.exists():
         raise ValueError(
             f"run.dir={str(folder)!r}: exists; name a new folder on the disk to measure"
         )
-    session = open_session(resolved)
-    from gearshift.launch.session import environment
-
+    session = job.open_job(recipe, overrides)
     step(session)  # warms up, and makes the optimizers' states
     try:
         turns = [turn(session, folder, number) for number in range(saves)]
@@ -73,9 +63,8 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
     middle = {name: median(found[name] for found in turns) for name in turns[0]}
     trained = parameters(session)
-    about = {"recipe": recipe, "overrides": overrides, "environment": environment()}
     sizes = {"bytes": size, "parameters": trained, "bytes_per_parameter": size / trained}
-    return about | sizes | middle | {"saves": saves}
+    return job.describe(recipe, overrides) | sizes | middle | {"saves": saves}
 
 
 def turn(session: "Session", folder: Path, number: int) -> dict[str, float]:
@@ -115,7 +104,7 @@ def step(session: "Session") -> float:
     """Seconds of one PPO step."""
     from gearshift.engine.cluster import distributed
 
-    prompts = session.streams["prompts"].next_batch().to(session.device)
+    prompts = job.next_prompts(session)
     distributed.barrier()
     start = time.perf_counter()
     session.trainer.step(prompts)
@@ -144,11 +133,8 @@ def parameters(session: "Session") -> int:
     return sum(prod(shape) for role in roles for shape in zero_state.shapes(role.engine).values())
 
 
-def table(result: dict[str, Any]) -> Table:
+def print_table(result: dict[str, Any]) -> None:
     """A row per figure."""
-    made = Table(title=f"Checkpoints of {Path(result['recipe']).name}")
-    made.add_column("what")
-    made.add_column("figure", justify="right")
     rate = result["bytes"] / result["write_s"] / 1e6
     beside = result["step_beside_s"] - result["step_s"]
     rows = {
@@ -162,9 +148,8 @@ def table(result: dict[str, Any]) -> Table:
         "still to wait after that step, s": f"{result['wait_after_step_s']:.3f}",
         "ranks; median of": f"{result['environment']['ranks']}; {result['saves']}",
     }
-    for name, value in rows.items():
-        made.add_row(name, value)
-    return made
+    title = f"Checkpoints of {Path(result['recipe']).name}"
+    show(title, ["what", "figure"], list(map(list, rows.items())), [], left=1)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ hits them alike; the least of `--repeats` counts. End tokens are off: lengths ar
 """
 
 import argparse
-import json
-import random
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -17,17 +14,28 @@ from unittest import mock
 
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config import assets
-from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.launch.bench import ranks
+from gearshift.launch.bench.record import write_json
+from gearshift.launch.bench.workload import (
+    NO_TOKEN,
+    Timing,
+    Workload,
+    engine_run,
+    figures_of,
+    generate_run,
+    load,
+    make_engine,
+    make_workload,
+    measure,
+    show_sides,
+)
 
 PEERS = ("hf", "batch", "zero3", "deepspeed")
-NO_TOKEN = -1  # as an end token: never sampled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,30 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What every side is asked for."""
-
-    prompts: list[list[int]]
-    limits: list[int]
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.limits)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Of a run, or the least of several; cpu_s is of the whole process, all threads."""
-
-    wall_s: float
-    cpu_s: float
-
-    def least(self, other: "Timing") -> "Timing":
-        """The smaller of each: what others on the machine added to least."""
-        return Timing(wall_s=min(self.wall_s, other.wall_s), cpu_s=min(self.cpu_s, other.cpu_s))
-
-
-@dataclass(frozen=True, kw_only=True)
 class EngineFigures:
     """What only the engine can be asked. Seconds are wall time of the fastest run."""
 
@@ -96,9 +80,7 @@ class EngineFigures:
 
 def main(args: argparse.Namespace) -> int:
     if args.ranks > 1:
-        from gearshift.launch.bench import zero3 as bench_zero3
-
-        return bench_zero3.start_ranks(args)
+        return ranks.start("gearshift.launch.bench.zero3", args)
     partitioned = sorted({"zero3", "deepspeed"} & set(args.peers))
     if partitioned:
         raise ValueError(f"--peers {' '.join(partitioned)}: needs --ranks of at least 2")
@@ -108,8 +90,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(args.model, getattr(torch, args.dtype)).to(device).eval()
     work = make_workload(args, model.config.get_text_config().vocab_size)
-    config = RolloutConfig(max_sequences=args.slots)
-    engine = RolloutEngine(model, config, eos_token_ids=[NO_TOKEN], pad_token_id=0, device=device)
+    engine = make_engine(model, RolloutConfig(max_sequences=args.slots), device)
     sides = {"gearshift": lambda: engine_run(engine, work)}
     if "hf" in args.peers:
         sides["transformers generate"] = lambda: generate_run(model, work)
@@ -118,65 +99,9 @@ def main(args: argparse.Namespace) -> int:
     timings = measure(sides, args.repeats)
     figures = measure_engine(engine, work)
     show(work, timings, figures)
-    if args.json:
-        report = {
-            "arguments": {k: str(v) for k, v in vars(args).items()},
-            "tokens": work.tokens,
-            "threads": torch.get_num_threads(),
-            "sides": {name: asdict(timing) for name, timing in timings.items()},
-            "engine": asdict(figures),
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    engine_figures = {"threads": torch.get_num_threads(), "engine": asdict(figures)}
+    write_json(args.json, figures_of(args, work, timings) | engine_figures)
     return 0
-
-
-def load(path: str | None, dtype: torch.dtype) -> nn.Module:
-    """The model at `path`; without one, a random Llama of SmolLM2-135M's shape."""
-    if path is None:
-        shape = transformers.LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-        return transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
-    place = Path(assets.resolve(path))
-    options = {"gguf_file": place.name} if place.suffix == ".gguf" else {}
-    folder = place.parent if options else place
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-
-
-def make_workload(args: argparse.Namespace, vocabulary: int) -> Workload:
-    """Random prompts of --prompt/8 to --prompt tokens; the first response is always a longest."""
-    chooser = random.Random(0)
-    lengths = [chooser.randint(max(1, args.prompt // 8), args.prompt) for _ in range(args.batch)]
-    limits = [args.new] * args.batch
-    if args.ragged:
-        drawn = (4 + int(chooser.expovariate(4 / args.new)) for _ in limits[1:])
-        limits = [args.new, *(min(args.new, n) for n in drawn)]
-    prompts = [[chooser.randrange(vocabulary) for _ in range(n)] for n in lengths]
-    return Workload(prompts=prompts, limits=limits)
-
-
-def measure(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, Timing]:
-    """The least wall and the least CPU time of `repeats` runs of each side, in turns."""
-    best: dict[str, Timing] = {}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            timing = Timing(wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu)
-            best[name] = timing.least(best.get(name, timing))
-    return best
-
-
-def engine_run(engine: RolloutEngine, work: Workload) -> None:
-    sampling = SamplingConfig(max_new_tokens=max(work.limits))
-    engine.generate(work.prompts, sampling, list(range(len(work.prompts))), limits=work.limits)
 
 
 def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
@@ -252,44 +177,6 @@ def _now() -> float:
     return time.perf_counter()
 
 
-class RowLimits(transformers.StoppingCriteria):
-    """Ends each row of a padded batch at its own length."""
-
-    def __init__(self, limits: list[int], width: int):
-        self.limits, self.width = torch.tensor(limits), width
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return (input_ids.shape[1] - self.width >= self.limits).to(input_ids.device)
-
-
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and their mask, both [B, P] int64."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-
-
-def generate_run(model: nn.Module, work: Workload, *, synced: bool = False) -> None:
-    """One left-padded batch through `generate`, until its longest response ends.
-
-    synced: until that of all ranks, which ZeRO-3 needs: its gathers are collectives.
-    """
-    ids, mask = padded(work.prompts, model.device)
-    model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=max(work.limits),
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=None,
-        pad_token_id=0,
-        stopping_criteria=[RowLimits(work.limits, ids.shape[1])],
-        synced_gpus=synced,
-    )
-
-
 def continuous_run(model: nn.Module, work: Workload) -> None:
     """The same requests through transformers' continuous batching, with a cache of their size."""
     name = "page_size" if "page_size" in _batching_options() else "block_size"
@@ -315,25 +202,13 @@ def _batching_options() -> set[str]:
 
 
 def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> None:
-    table = Table("side", "tokens/s", "wall s", "CPU s", "gearshift is faster by (wall, CPU)")
-    ours = timings["gearshift"]
-    for name, timing in timings.items():
-        factors = f"{timing.wall_s / ours.wall_s:.2f}x, {timing.cpu_s / ours.cpu_s:.2f}x"
-        table.add_row(
-            name,
-            f"{work.tokens / timing.wall_s:.1f}",
-            f"{timing.wall_s:.2f}",
-            f"{timing.cpu_s:.2f}",
-            factors if timing is not ours else "",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{len(work.prompts)} prompts, {work.tokens} tokens; prefill "
-        f"{figures.prefill_tokens_per_s:.0f} tokens/s, {decode_text(figures)}, "
+    title = f"{len(work.prompts)} prompts, {work.tokens} tokens"
+    engine = (
+        f"prefill {figures.prefill_tokens_per_s:.0f} tokens/s, {decode_text(figures)}, "
         f"KV cache {figures.kv_bytes / 1e6:.1f} MB, {figures.slots} slots, "
         f"graphs captured in {figures.capture_s:.1f} s"
     )
+    show_sides(title, work, timings, [engine])
 
 
 def decode_text(figures: EngineFigures) -> str:

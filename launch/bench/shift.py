@@ -9,26 +9,23 @@ GatheredParameters over the whole model. Starts its own ranks unless a launcher 
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.distributed import ranks_per_node
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox.gearbox import Gearbox
+from gearshift.launch.bench import ranks
+from gearshift.launch.bench.record import write_json
+from gearshift.launch.bench.table import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,23 +53,10 @@ def main(args: argparse.Namespace) -> int:
     if args.nodes < 1 or args.ranks % args.nodes:
         raise ValueError(f"--nodes {args.nodes}: must divide the {args.ranks} ranks")
     if args.ranks > 1 and "RANK" not in os.environ:
-        return _start_ranks(args)
+        return ranks.start("gearshift.launch.bench.shift", args)
     if args.nodes > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks // args.nodes)
     return _measure(args)
-
-
-def _start_ranks(args: argparse.Namespace) -> int:
-    """The same command on `--ranks` processes of this machine."""
-    options = {key: value for key, value in vars(args).items() if value is not None}
-    words = [word for key, value in options.items() for word in (_flag(key), str(value))]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
-    command = [sys.executable, *launcher, "-m", "gearshift.launch.bench.shift", *words]
-    return subprocess.run(command, check=False).returncode
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _measure(args: argparse.Namespace) -> int:
@@ -105,15 +89,13 @@ def _measure(args: argparse.Namespace) -> int:
     }
     if distributed.is_main():
         _print_table(result)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
     dist.destroy_process_group()
     return 0
 
 
 def _partitioned_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """A causal LM in ZeRO-3 partitions, without an optimizer, and its engine."""
-    import deepspeed
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     dtype = getattr(torch, args.dtype)
@@ -131,12 +113,7 @@ def _partitioned_model(args: argparse.Namespace) -> tuple[Any, Any]:
             num_key_value_heads=max(1, heads // 4),
         )
         model = LlamaForCausalLM(config).to(dtype)
-    settings = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": args.dtype == "bfloat16"},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine = ranks.partition(model, args.dtype, stage3_param_persistence_threshold=0)
     return engine, model
 
 
@@ -210,32 +187,31 @@ def _row(name: str, figures: list[dict], minimum: int) -> dict:
 
 
 def _print_table(result: dict) -> None:
-    console = Console(highlight=False)
     megabytes = result["model_bytes"] / 2**20
-    console.print(
+    title = (
         f"gear shift of {megabytes:.0f} MB on {result['ranks']} ranks, tp {result['tp']}, "
         f"staging {result['bucket_bytes'] / 2**20:.0f} MB, {result['device']}"
     )
-    table = Table(box=SIMPLE)
-    table.add_column("", no_wrap=True)
-    for heading in ("there", "back", "received", "/ least", "staging", "held"):
-        table.add_column(heading, justify="right")
+    rows = []
     for row in result["rows"]:
         ratio = row["received_over_minimum"]
-        table.add_row(
-            row["route"],
-            f"{1e3 * row['shift_s']:.1f}",
-            f"{1e3 * row['back_s']:.1f}",
-            f"{row['received_bytes'] / result['ranks'] / 2**20:.1f}",
-            "-" if ratio is None else f"{ratio:.3f}",
-            f"{row['staging_bytes'] / 2**20:.1f}",
-            f"{row['held_bytes'] / 2**20:.1f}",
+        rows.append(
+            [
+                row["route"],
+                f"{1e3 * row['shift_s']:.1f}",
+                f"{1e3 * row['back_s']:.1f}",
+                f"{row['received_bytes'] / result['ranks'] / 2**20:.1f}",
+                "-" if ratio is None else f"{ratio:.3f}",
+                f"{row['staging_bytes'] / 2**20:.1f}",
+                f"{row['held_bytes'] / 2**20:.1f}",
+            ]
         )
-    console.print(table)
-    console.print(
+    note = (
         "there, back: ms, median, slowest rank. received: MB, mean of the ranks; least: what an "
         "exact transfer receives. staging, held: MB, largest rank."
     )
+    columns = ["", "there", "back", "received", "/ least", "staging", "held"]
+    show(title, columns, rows, [note], left=1)
 
 
 if __name__ == "__main__":

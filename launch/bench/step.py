@@ -8,7 +8,6 @@ that count. `--vs-trl` instead measures a tiny model against TRL's PPO trainer (
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -20,18 +19,17 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from rich.console import Console
-from rich.table import Table
+from gearshift.launch.bench import job
+from gearshift.launch.bench.record import write_json
+from gearshift.launch.bench.table import show
 
 if TYPE_CHECKING:
     from gearshift.launch.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="the recipe to measure")
+    job.add_arguments(parser, required=False)
     parser.add_argument("--steps", type=int, default=3, help="steps that count (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     peer = parser.add_argument_group("against TRL")
     peer.add_argument("--vs-trl", action="store_true", help="measure a tiny model with both")
     peer.add_argument(
@@ -40,55 +38,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peer.add_argument("--repeats", type=int, default=2, help="processes of each, in turns")
     peer.add_argument("--peer-batch", type=int, default=8, help="rows TRL generates at a time")
     peer.add_argument("--peer-python", default=sys.executable, help="interpreter that has trl")
-    parser.set_defaults(overrides=[])
 
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the JSON; raises ValueError for the user's mistakes."""
-    for name in ("steps", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}={getattr(args, name)}: at least 1")
+    job.check_counts(args, "steps", "repeats")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json={args.json}: its folder does not exist; make it")
     if args.vs_trl:
-        from gearshift.launch.bench import versus as bench_versus
+        from gearshift.launch.bench import versus
 
-        return bench_versus.main(args)
+        return versus.main(args)
     if args.config is None:
         raise ValueError("--config: missing; give the recipe to measure, or --vs-trl")
     result = measure(args.config, args.overrides, args.steps)
     if int(os.environ["RANK"]) == 0:
-        Console(highlight=False).print(table(result))
-        print(notes(result))
+        print_table(result)
         write_json(args.json, result)
     return 0
 
 
-def write_json(path: str | None, result: dict[str, Any]) -> None:
-    if path:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
-
-
 def measure(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
     """Runs 1 + `steps` PPO steps; the figures of the later ones. A collective over the ranks."""
-    from gearshift.engine.config import load as config_load
-    from gearshift.launch.train import open_session
-
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--run.dir", folder, "--run.resume", "none", "--run.trackers", "[]"]
-        session = open_session(config_load.load(recipe, [*overrides, *own]))
-        from gearshift.launch.session import environment
-
+        session = job.open_job(recipe, overrides, dir=folder)
         built_gb = resident_gb(session.device)
         with cpu_times():
             figures = [one_step(session) for _ in range(1 + steps)][1:]
-    about = {"recipe": recipe, "overrides": overrides, "environment": environment()}
-    return about | summary(figures, built_gb)
+    return job.describe(recipe, overrides) | summary(figures, built_gb)
 
 
 def one_step(session: "Session") -> dict[str, float]:
-    prompts = session.streams["prompts"].next_batch().to(session.device)
-    return session.trainer.step(prompts)[0]
+    return session.trainer.step(job.next_prompts(session))[0]
 
 
 def resident_gb(device: Any) -> float:
@@ -162,33 +143,23 @@ def _phases(figures: dict[str, float]) -> list[str]:
     return sorted(ran, key=PHASES.index)
 
 
-def table(result: dict[str, Any]) -> Table:
+def print_table(result: dict[str, Any]) -> None:
     """A row per phase, then the step."""
     step = result["step"]
-    made = Table(title=f"One PPO step of {Path(result['recipe']).name}")
-    made.add_column("phase")
-    for name in ("s", "CPU s", "share", "peak GB", "growth GB"):
-        made.add_column(name, justify="right")
-    for name, phase in result["phases"].items():
-        made.add_row(name, *_cells(phase, step["seconds"]))
-    made.add_section()
-    made.add_row("step", *_cells(step, step["seconds"]), style="bold")
-    return made
-
-
-def notes(result: dict[str, Any]) -> str:
-    """What the table leaves out."""
-    step = result["step"]
     each = step["cpu_seconds_of_each"]
-    return "\n".join(
-        [
-            f"ranks {result['environment']['ranks']}, median of {len(each)} steps after a warm-up, "
-            f"CPU s of a step {min(each):.2f} to {max(each):.2f}",
-            f"tokens/s {step['tokens_per_s']:,.0f} over the step, "
-            f"{step['generated_tokens_per_s']:,.0f} generated in generate",
-            f"growth is above the {result['built_gb']:.3f} GB in use when the models are built",
-        ]
-    )
+    rows = [
+        [name, *_cells(figures, step["seconds"])]
+        for name, figures in [*result["phases"].items(), ("step", step)]
+    ]
+    notes = [
+        f"ranks {result['environment']['ranks']}, median of {len(each)} steps after a warm-up, "
+        f"CPU s of a step {min(each):.2f} to {max(each):.2f}",
+        f"tokens/s {step['tokens_per_s']:,.0f} over the step, "
+        f"{step['generated_tokens_per_s']:,.0f} generated in generate",
+        f"growth is above the {result['built_gb']:.3f} GB in use when the models are built",
+    ]
+    columns = ["phase", "s", "CPU s", "share", "peak GB", "growth GB"]
+    show(f"One PPO step of {Path(result['recipe']).name}", columns, rows, notes, left=1)
 
 
 def _cells(figures: dict[str, float], whole: float) -> list[str]:

@@ -9,27 +9,34 @@ theirs, theirs, ours. Compared are, as medians over the processes,
     growth   peak resident memory of a step, above what is resident when the models are built and
              one forward of a few tokens is done (VmHWM, reset when the step begins, less VmRSS)
     CPU s    process time of a step, user and system
+
+TRL's side is this file, too, run by an interpreter that has gearshift and trl:
+
+    python -m gearshift.launch.bench.versus --check         why it cannot run; nothing if it can
+    python -m gearshift.launch.bench.versus FOLDER OUT      the task in FOLDER, its figures as JSON
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from gearshift.launch.bench.step import write_json
-from gearshift.launch.bench.trl import PEER
+from gearshift.launch.bench import job
+from gearshift.launch.bench.record import write_json
+from gearshift.launch.bench.table import show
 from gearshift.launch.train import quiet_libraries
 
-_SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+PEER = "trl 1.12.0"  # the last release with a PPO trainer
+FIGURES = {"growth_gb": "growth GB", "cpu_seconds": "CPU s"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +58,8 @@ class Task:
     def __post_init__(self):
         if self.peer_batch < 1:
             raise ValueError(f"--peer-batch {self.peer_batch}: at least 1")
-        if self.vocab < 2 * len(_SPECIAL):
-            raise ValueError(f"--vocab {self.vocab}: at least {2 * len(_SPECIAL)}")
+        if self.vocab < 2 * len(job.SPECIAL):
+            raise ValueError(f"--vocab {self.vocab}: at least {2 * len(job.SPECIAL)}")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -62,12 +69,12 @@ def main(args: argparse.Namespace) -> int:
     size = {"steps": args.steps, "peer_batch": args.peer_batch}
     tasks = [Task(vocab=vocab, **size) for vocab in args.vocab]
     quiet_libraries()
-    missing = ask([args.peer_python, "-m", "gearshift.launch.bench.trl", "--check"]).strip()
-    if missing:
-        print(f"skipped: {args.peer_python}: {missing}")
+    lacking = ask([args.peer_python, "-m", __name__, "--check"]).strip()
+    if lacking:
+        print(f"skipped: {args.peer_python}: {lacking}")
         return 0
     result = {"peer": PEER, "tasks": [compare(task, args) for task in tasks]}
-    Console(highlight=False).print(table(result))
+    print_table(result)
     write_json(args.json, result)
     return 0
 
@@ -80,10 +87,8 @@ def compare(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         for turn in range(args.repeats):
             for side in ("ours", "trl") if turn % 2 == 0 else ("trl", "ours"):
                 runs[side].append(run(side, task, Path(folder), args))
-    ratios = {
-        name: _median(runs["ours"], name) / _median(runs["trl"], name)
-        for name in ("growth_gb", "cpu_seconds")
-    }
+    ours, theirs = ({n: median(r[n] for r in rows) for n in FIGURES} for rows in runs.values())
+    ratios = {name: ours[name] / theirs[name] for name in FIGURES}
     return {"task": asdict(task), "overrides": args.overrides, "ratio": ratios} | runs
 
 
@@ -96,7 +101,7 @@ def run(side: str, task: Task, folder: Path, args: argparse.Namespace) -> dict[s
         ask([*command, "--json", str(out), *args.overrides])
         measured = json.loads(out.read_text())["step"]
     else:
-        ask([args.peer_python, "-m", "gearshift.launch.bench.trl", str(folder), str(out)])
+        ask([args.peer_python, "-m", __name__, str(folder), str(out)])
         measured = json.loads(out.read_text())
     expected = task.rows * task.response_tokens
     assert measured["generated_tokens"] == expected, f"{side}: {measured['generated_tokens']}"
@@ -104,7 +109,7 @@ def run(side: str, task: Task, folder: Path, args: argparse.Namespace) -> dict[s
 
 
 def ask(command: list[str]) -> str:
-    """What a process prints; a failed one raises with the end of what it said."""
+    """What a process prints; a failed one raises with the end of its output."""
     # torch alone would start a thread per core; the peer says on import that it is experimental.
     settings = {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
@@ -115,30 +120,39 @@ def ask(command: list[str]) -> str:
     return done.stdout
 
 
+def print_table(result: dict[str, Any]) -> None:
+    """Two rows per vocabulary: memory growth and CPU time, with the range over the processes."""
+    rows = []
+    for entry in result["tasks"]:
+        for name, label in FIGURES.items():
+            seen = [[r[name] for r in entry[side]] for side in ("ours", "trl")]
+            cells = [f"{median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in seen]
+            vocabulary = f"{entry['task']['vocab']:,}"
+            rows.append([vocabulary, label, *cells, f"{entry['ratio'][name]:.2f}"])
+    columns = ["vocabulary", "figure", "Gearshift", "TRL", "ratio"]
+    show(f"One PPO step against {result['peer']}", columns, rows, ["medians (least to most)"])
+
+
+# The task of both sides
+
+
 def write_task(task: Task, folder: Path) -> None:
     """Models, tokenizer, prompts, our recipe and task.json for the peer."""
     _write_models(task, folder)
-    import random
-
-    draw = random.Random(task.seed)
-    prompts = [
-        [draw.randrange(len(_SPECIAL), task.vocab) for _ in range(task.prompt_tokens)]
-        for _ in range(2 * task.rows)
-    ]
-    lines = [json.dumps({"prompt": " ".join(f"w{i}" for i in ids)}) for ids in prompts]
-    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "task.json").write_text(json.dumps(asdict(task) | {"prompts": prompts}))
-    (folder / "recipe.yaml").write_text(json.dumps(recipe(task, folder), indent=2) + "\n")
+    prompts = job.random_prompts(2 * task.rows, task.prompt_tokens, task.vocab, task.seed)
+    job.write_prompts(folder / "prompts.jsonl", prompts)
+    write_json(folder / "task.json", asdict(task) | {"prompts": prompts})
+    write_json(folder / "recipe.yaml", recipe(task, folder))  # JSON is YAML
 
 
 def recipe(task: Task, folder: Path) -> dict[str, Any]:
-    """Ours; JSON is YAML. Without ZeRO, as one process has nothing to partition over."""
+    """Ours. Without ZeRO, as one process has nothing to partition over."""
     reward = {"name": "reward", "kind": "model", "path": str(folder / "reward")}
     reward |= {"batch_size": task.score_batch, "deepspeed": "frozen_zero3.json"}
     return {
         "run": {"seed": task.seed, "threads": 1},
-        "actor": {"path": str(folder / "policy"), "deepspeed": "actor_zero0.json"},
-        "critic": {"path": str(folder / "reward"), "deepspeed": "critic_zero0.json"},
+        "actor": {"path": str(folder / "policy"), "deepspeed": "trained_zero0.json"},
+        "critic": {"path": str(folder / "reward"), "deepspeed": "trained_zero0.json"},
         "reference": {"deepspeed": "frozen_zero3.json"},
         "rewards": [reward],
         "data": {
@@ -157,11 +171,7 @@ def recipe(task: Task, folder: Path) -> dict[str, Any]:
 
 def _write_models(task: Task, folder: Path) -> None:
     import torch
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        LlamaForSequenceClassification,
-    )
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
     config = LlamaConfig(
         vocab_size=task.vocab,
@@ -178,56 +188,143 @@ def _write_models(task: Task, folder: Path) -> None:
     )
     torch.manual_seed(task.seed)
     policy = LlamaForCausalLM(config)
-    _never_sample_special(policy)
-    policy.save_pretrained(folder / "policy")
-    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-    tokenizer = _tokenizer(task.vocab)
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(folder / name)
-
-
-def _never_sample_special(policy: Any) -> None:
-    """One channel that is positive in every hidden state, and a head that reads it for them."""
-    import torch
-
     with torch.no_grad():
+        # One channel is positive in every hidden state, and the head keeps special tokens from
+        # being sampled by it.
         policy.model.embed_tokens.weight[:, 0] = 0.2
         policy.lm_head.weight[:, 0] = 0
-        policy.lm_head.weight[: len(_SPECIAL)] = 0
-        policy.lm_head.weight[: len(_SPECIAL), 0] = -100
+        policy.lm_head.weight[: len(job.SPECIAL)] = 0
+        policy.lm_head.weight[: len(job.SPECIAL), 0] = -100
+    policy.save_pretrained(folder / "policy")
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        job.write_tokenizer(folder / name, task.vocab)
 
 
-def _tokenizer(vocab: int) -> Any:
-    """A word w<i> for every id but the special ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = _SPECIAL + [f"w{i}" for i in range(len(_SPECIAL), vocab)]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = zip(("pad_token", "bos_token", "eos_token", "unk_token"), _SPECIAL, strict=True)
-    return PreTrainedTokenizerFast(tokenizer_object=core, **dict(names))
+# TRL's side
 
 
-def table(result: dict[str, Any]) -> Table:
-    """Two rows per vocabulary: memory growth and CPU time, with the range over the processes."""
-    made = Table(title=f"One PPO step against {result['peer']}", caption="medians (least to most)")
-    made.add_column("vocabulary", justify="right")
-    made.add_column("figure")
-    for name in ("Gearshift", "TRL", "ratio"):
-        made.add_column(name, justify="right")
-    for entry in result["tasks"]:
-        for name, label in (("growth_gb", "growth GB"), ("cpu_seconds", "CPU s")):
-            cells = [_cell(entry[side], name) for side in ("ours", "trl")]
-            ratio = f"{entry['ratio'][name]:.2f}"
-            made.add_row(f"{entry['task']['vocab']:,}", label, *cells, ratio)
-    return made
+def missing() -> str | None:
+    """What to install, or None."""
+    advice = f"pip install {PEER.replace(' ', '==')}"
+    if importlib.util.find_spec("trl") is None:
+        return f"trl is not installed; {advice}"
+    if importlib.util.find_spec("trl.experimental.ppo") is None:
+        return f"trl {version('trl')} has no PPO trainer; {advice}"
+    return None
 
 
-def _median(runs: list[dict], name: str) -> float:
-    return median(run[name] for run in runs)
+def peer(argv: list[str]) -> int:
+    """--check, or FOLDER OUT: one step to warm up, then the task's steps."""
+    if argv == ["--check"]:
+        print(missing() or "", end="")
+        return 0
+    import torch
+
+    from gearshift.engine.metrics import peak_memory, reset_peak_memory
+
+    folder, out = map(Path, argv)
+    task = json.loads((folder / "task.json").read_text())
+    device = torch.device("cpu")
+    clock = _clock(device)
+    trainer = _trainer(task, folder, clock)
+    with torch.no_grad():
+        trainer.policy_model(torch.arange(4, 7)[None])
+    reset_peak_memory(device)
+    built_gb = peak_memory(device)
+    trainer.train()
+    cpu, seconds, peaks = zip(*clock.steps[1:], strict=True)
+    ended = sum(logs["val/num_eos_tokens"] for logs in clock.logs)
+    assert ended == 0, "an end token was sampled: the sides did not do the same work"
+    figures = {
+        "version": version("trl"),
+        "cpu_seconds": median(cpu),
+        "cpu_seconds_of_each": cpu,
+        "seconds": median(seconds),
+        "peak_gb": median(peaks),
+        "growth_gb": median(peaks) - built_gb,
+        "generated_tokens": task["rows"] * task["response_tokens"],
+    }
+    write_json(out, figures)
+    return 0
 
 
-def _cell(runs: list[dict], name: str) -> str:
-    values = [run[name] for run in runs]
-    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def _clock(device: Any) -> Any:
+    """A callback with `steps`: (CPU seconds, seconds, peak GB) of each; and `logs`."""
+    from transformers import TrainerCallback
+
+    from gearshift.engine.metrics import peak_memory, reset_peak_memory
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.steps, self.logs = [], []
+
+        def on_train_begin(self, *_, **__):
+            reset_peak_memory(device)
+            self._begin = time.process_time(), time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            cpu, wall = self._begin
+            seconds = time.process_time() - cpu, time.perf_counter() - wall
+            self.steps.append((*seconds, peak_memory(device)))
+            self.on_train_begin()
+
+        def on_log(self, args, state, control, logs, **_):
+            self.logs.append(logs)
+
+    return Clock()
+
+
+def _trainer(task: dict, folder: Path, clock: Any) -> Any:
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    def policy():
+        return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype="float32")
+
+    def scorer():
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder / "reward", num_labels=1, dtype="float32"
+        )
+
+    arguments = PPOConfig(
+        output_dir=str(folder / "trl"),
+        seed=task["seed"],
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        per_device_train_batch_size=task["micro_batch"],
+        gradient_accumulation_steps=task["rows"] // task["micro_batch"],
+        local_rollout_forward_batch_size=task["peer_batch"],
+        total_episodes=task["rows"] * (1 + task["steps"]),
+        response_length=task["response_tokens"],
+        temperature=1.0,
+        learning_rate=1e-6,
+        cliprange_value=0.2,
+        vf_coef=1.0,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        num_sample_generations=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return PPOTrainer(
+        args=arguments,
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy", padding_side="left"),
+        model=policy(),
+        ref_model=policy(),
+        reward_model=scorer(),
+        value_model=scorer(),
+        train_dataset=Dataset.from_dict({"input_ids": task["prompts"]}),
+        callbacks=[clock],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(peer(sys.argv[1:]))

@@ -13,7 +13,7 @@ PARTS = {
     "generation": ("gearshift.launch.bench.generation", "tokens per second of the rollout engine"),
     "checkpoint": ("gearshift.launch.bench.checkpoint", "seconds and bytes of a checkpoint"),
     "shift": ("gearshift.launch.bench.shift", "bytes and seconds of a change of gear"),
-    "kernels": ("gearshift.launch.bench.kernels", "the fused kernels against plain PyTorch"),
+    "kernels": ("gearshift.launch.bench.ops.run", "the fused kernels against plain PyTorch"),
 }
 
 

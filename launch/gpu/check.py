@@ -11,7 +11,6 @@ job failed or ran out of time, 2 there is no GPU or an argument is wrong.
 import argparse
 import dataclasses
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -149,14 +148,14 @@ def run_jobs(
     jobs: list[Job], out: Path, environment: dict[str, str], cwd: Path
 ) -> list[dict[str, Any]]:
     """All jobs, whatever becomes of each; gpu-check.json is up to date after every one."""
-    from gearshift.launch.bench.ops.timing import machine
+    from gearshift.launch.bench.record import machine, write_json
 
     report: dict[str, Any] = {"machine": machine(_device()), "jobs": []}
     for job in jobs:
         print(f"== {job.name}", flush=True)
         report["jobs"].append(run_job(job, out, environment, cwd))
         report["machine_after"] = machine(_device())
-        (out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_json(out / "gpu-check.json", report)
     return report["jobs"]
 
 

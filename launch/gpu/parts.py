@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from gearshift.kernels.checks.case import Case, Size, verify
 from gearshift.kernels.checks.self_check import CASES, SMALL
 from gearshift.launch.bench.ops.case import attempt
 from gearshift.launch.bench.ops.shapes import SHAPES
-from gearshift.launch.bench.ops.timing import machine
+from gearshift.launch.bench.record import machine, write_json
 from gearshift.launch.bench.table import plain_lines
 
 # Query heads, key-value heads, head size: Llama 3, Qwen2.5 7B, 1.5B and 0.5B, SmolLM2, Llama 2,
@@ -93,7 +92,7 @@ def correctness(wanted: list[Check], device: torch.device, file: Path) -> int:
         row |= {"dtype": str(check.dtype).removeprefix("torch."), "errors": errors}
         row |= {"problem": failure or problem, "seconds": round(time.perf_counter() - started, 2)}
         report["checks"].append(row)
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(file, report)
     _print_checks(report["checks"])
     return int(any(row["problem"] for row in report["checks"]))
 
@@ -122,8 +121,8 @@ def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> in
     import transformers
 
     from gearshift.engine.config.schema import RolloutConfig
-    from gearshift.engine.rollout.engine import RolloutEngine
     from gearshift.launch.bench import generation as bench
+    from gearshift.launch.bench import workload
 
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,20 +130,14 @@ def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> in
     with device:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     prompts = torch.randint(config.vocab_size, (batch, prompt)).tolist()
-    work = bench.Workload(prompts=prompts, limits=[new] * batch)
-    engine = RolloutEngine(
-        model,
-        RolloutConfig(max_sequences=batch),
-        eos_token_ids=[bench.NO_TOKEN],
-        pad_token_id=0,
-        device=device,
-    )
+    work = workload.Workload(prompts=prompts, limits=[new] * batch)
+    engine = workload.make_engine(model, RolloutConfig(max_sequences=batch), device)
     sides = {
-        "gearshift": lambda: bench.engine_run(engine, work),
-        "transformers generate": lambda: bench.generate_run(model, work),
+        "gearshift": lambda: workload.engine_run(engine, work),
+        "transformers generate": lambda: workload.generate_run(model, work),
     }
     before = machine(device)
-    timings = bench.measure(sides, repeats=2)
+    timings = workload.measure(sides, repeats=2)
     figures = bench.measure_engine(engine, work)
     bench.show(work, timings, figures)
     report = {
@@ -157,7 +150,7 @@ def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> in
         "sides": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
         "engine": dataclasses.asdict(figures),
     }
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(file, report)
     return 0
 
 

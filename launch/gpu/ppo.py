@@ -1,14 +1,13 @@
 """One PPO step of four full-parameter models on this machine: does the promise hold?
 
 Actor, critic, reference and reward of one shape, with random weights, through the real main job and
-its recipe; only files, batch and lengths are changed. Writes memory and seconds by phase, planned
-and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for 7B. A run that --limit-s
-cuts short is reported as far as it came, with exit status 1.
+its recipe; only files, batch, lengths and the critic's warm-up are changed. Writes memory and
+seconds by phase, planned and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for
+7B. A run that --limit-s cuts short is reported as far as it came, with exit status 1.
 """
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from gearshift.engine.models.shapes import published
-from gearshift.launch.bench.ops.timing import machine
+from gearshift.launch.bench.job import random_prompts, write_prompts, write_tokenizer
+from gearshift.launch.bench.record import machine, write_json
 from gearshift.launch.bench.table import plain_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,25 +62,6 @@ def _shards(module: torch.nn.Module, device: torch.device) -> Iterator[dict[str,
         yield shard
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A token per word, `w4` to `w3999`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, WORDS))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
-
-
-def write_prompts(path: Path, count: int, length: int) -> None:
-    """Prompts of `length` tokens each."""
-    draw = random.Random(0)
-    texts = (" ".join(f"w{draw.randrange(4, WORDS)}" for _ in range(length)) for _ in range(count))
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-
-
 def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.device) -> list[str]:
     """The files of a run in `folder`; returns the overrides of the recipe that name them.
 
@@ -92,8 +73,8 @@ def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.d
     config.num_labels = 1
     write_model(folder / "reward", config, AutoModelForSequenceClassification, device)
     for name in ("policy", "reward"):
-        write_tokenizer(folder / name)
-    write_prompts(folder / "prompts.jsonl", rows, prompt)
+        write_tokenizer(folder / name, WORDS)
+    write_prompts(folder / "prompts.jsonl", random_prompts(rows, prompt, WORDS))
     changes = {
         "run.dir": folder / "run",
         "run.export": "false",
@@ -103,6 +84,7 @@ def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.d
         "rewards.0.path": folder / "reward",
         "data.sources.0.path": folder / "prompts.jsonl",
         "data.max_prompt_tokens": prompt,
+        "ppo.critic_warmup_steps": 0,  # the first step is to have every phase
     }
     return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
 
@@ -181,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         "timed_out": timed_out,
     }
     report = {"machine": machine(device), **work, "recipe": RECIPE.name, "steps": steps}
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.json, report)
     if timed_out:
         print(f"cut short: {len(steps)} of {args.steps} steps in {args.limit_s:.0f} s")
     return int(timed_out)

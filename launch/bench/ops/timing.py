@@ -5,11 +5,10 @@ import functools
 import gc
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -125,33 +124,3 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Ceiling:
     a, b = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     product = min(repetitions(functools.partial(torch.mm, a, b), device))
     return Ceiling(1e3 * bytes_moved / copy, 1e3 * 2 * side**3 / product)
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: the device, its clocks as they are now, the versions."""
-    facts: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
-    if device.type != "cuda":
-        return facts | {"threads": torch.get_num_threads()}
-    import triton
-
-    properties = torch.cuda.get_device_properties(device)
-    facts |= {
-        "device": properties.name,
-        "capability": f"sm_{properties.major}{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-    }
-    return facts | {"clocks": clocks()}
-
-
-def clocks() -> dict[str, str] | None:
-    """The GPU's clocks, temperature and power limit from nvidia-smi; None where that is missing."""
-    fields = ["clocks.sm", "clocks.mem", "temperature.gpu", "power.limit"]
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    first = done.stdout.splitlines()[0]
-    return dict(zip(fields, (value.strip() for value in first.split(",")), strict=True))

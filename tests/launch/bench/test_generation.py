@@ -12,6 +12,7 @@ from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.graphs import DecodeGraphs
 from gearshift.launch.bench import generation as bench
+from gearshift.launch.bench import workload
 from tests.tiny import models as tiny
 
 
@@ -31,11 +32,14 @@ SIZES = ("--batch", 6, "--prompt", 16, "--new", 9, "--ragged", "--repeats", 1)
 
 def test_every_side_is_asked_for_the_same_tokens(model, monkeypatch):
     args = parse("--model", model, *SIZES)
-    lm, work = bench.load(args.model, bench.torch.float32).eval(), bench.make_workload(args, 32)
+    lm, work = (
+        workload.load(args.model, bench.torch.float32).eval(),
+        workload.make_workload(args, 32),
+    )
     assert work.limits[0] == max(work.limits) == 9 and len(set(work.limits)) > 2
     lengths = []
     hook = lm.register_forward_hook(lambda m, a, out: lengths.append(out.logits.shape[0]))
-    bench.generate_run(lm, work)
+    workload.generate_run(lm, work)
     hook.remove()
     assert lengths == [6] * 9  # one padded batch, until its longest response ends
 
@@ -58,16 +62,16 @@ LIMITS = [9, 2, 4, 9, 3, 1]
 @pytest.fixture(params=[False, True], ids=["eager", "graphs"])
 def engine(model, request):
     """Graphs run eagerly here, from the same padded steps: see rollout/test_graphs.py."""
-    lm = bench.load(str(model), bench.torch.float32).eval()
+    lm = workload.load(str(model), bench.torch.float32).eval()
     config = RolloutConfig(max_sequences=8)
-    made = RolloutEngine(lm, config, eos_token_ids=[bench.NO_TOKEN], pad_token_id=0)
+    made = RolloutEngine(lm, config, eos_token_ids=[workload.NO_TOKEN], pad_token_id=0)
     made._use_graphs = request.param
     return made
 
 
 def work_of(limits=LIMITS, prompt=5):
     prompts = [[3 + number] * prompt for number in range(len(limits))]
-    return bench.Workload(prompts=prompts, limits=list(limits))
+    return workload.Workload(prompts=prompts, limits=list(limits))
 
 
 def test_decode_steps_are_counted_with_and_without_graphs(engine):

@@ -17,9 +17,9 @@ from gearshift.kernels import ops
 from gearshift.kernels.checks.case import Size, errors_of
 from gearshift.kernels.checks.self_check import CASES
 from gearshift.launch import cli
-from gearshift.launch.bench import kernels as bench_kernels
 from gearshift.launch.bench import table as bench_table
 from gearshift.launch.bench.ops import case as bench_case
+from gearshift.launch.bench.ops import run as bench_kernels
 from gearshift.launch.bench.ops import timing as bench_timing
 from gearshift.launch.bench.ops.peers import missing, peers_of
 from gearshift.launch.bench.ops.shapes import FLOORS, SHAPES, Floor, parse_shape
@@ -217,7 +217,7 @@ check = runpy.run_path(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
     environment = check["bootstrap"](pathlib.Path(folder))
     from gearshift.kernels import dispatch
-    from gearshift.launch import bench_shapes
+    from gearshift.launch.bench.ops import shapes
     assert dispatch.__file__.startswith(folder)
     assert "kernels" not in sys.modules
     print(environment["PYTHONPATH"].split(os.pathsep)[0] == folder)
@@ -225,7 +225,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def test_gpu_check_needs_no_installation(tmp_path):
-    script = ROOT / "launch" / "gpu_check.py"
+    script = ROOT / "launch" / "gpu" / "check.py"
     done = subprocess.run(
         [sys.executable, "-I", "-c", BOOTSTRAP, script],
         cwd=tmp_path,
@@ -238,7 +238,7 @@ def test_gpu_check_needs_no_installation(tmp_path):
 
 
 def test_wheels_are_checked_before_anything_runs(tmp_path):
-    check = runpy.run_path(str(ROOT / "launch" / "gpu_check.py"))
+    check = runpy.run_path(str(ROOT / "launch" / "gpu" / "check.py"))
     with pytest.raises(ValueError, match="there is no .whl file in it"):
         check["_install"](tmp_path, tmp_path / "target")
 

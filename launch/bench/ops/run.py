@@ -7,7 +7,6 @@ the fewest operations at the rate of a matrix product, both measured here. Sides
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gearshift.launch.bench.ops.peers import PEER_NAMES
 from gearshift.launch.bench.ops.roofline import roofline
 from gearshift.launch.bench.ops.shapes import FLOORS, SHAPES, parse_shape
 from gearshift.launch.bench.ops.timing import DRIFT, Ceiling
+from gearshift.launch.bench.record import machine, write_json
 from gearshift.launch.bench.table import show
 
 COLUMNS = [
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = _settings(args, device)
     seed = settings[0].generator.initial_seed()
-    report: dict[str, Any] = {"seed": seed, "machine": bench_timing.machine(device)}
+    report: dict[str, Any] = {"seed": seed, "machine": machine(device)}
     if device.type == "cpu":
         print("no GPU: CPU time of the PyTorch backend; this says nothing of the Triton kernels")
     ceiling = bench_timing.calibrate(device, settings[0].dtype)
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     for setting in settings:
         rows += _shape(setting, args, ceiling, report, rows)
     later = bench_timing.calibrate(device, settings[0].dtype)
-    report |= {"ceiling_after": later._asdict(), "machine_after": bench_timing.machine(device)}
+    report |= {"ceiling_after": later._asdict(), "machine_after": machine(device)}
     _write(args, report, rows)
     if args.svg:
         args.svg.write_text(roofline(rows, ceiling, report["machine"]["device"]))
@@ -157,6 +157,4 @@ def _ratio(row: Row, rows: list[Row]) -> str:
 
 
 def _write(args: argparse.Namespace, report: dict[str, Any], rows: list[Row]) -> None:
-    if args.json:
-        whole = report | {"rows": [row.as_json() for row in rows]}
-        args.json.write_text(json.dumps(whole, indent=1) + "\n")
+    write_json(args.json, report | {"rows": [row.as_json() for row in rows]})

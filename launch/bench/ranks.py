@@ -1,0 +1,36 @@
+"""What benches on several ranks share: starting them, and a model in ZeRO-3 partitions."""
+
+import argparse
+import subprocess
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def start(module: str, args: argparse.Namespace) -> int:
+    """Runs `module` with the same arguments on `args.ranks` processes; returns their status."""
+    words = []
+    for key, value in vars(args).items():
+        if value is None or value is False or value == []:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+    return subprocess.run([sys.executable, *launcher, "-m", module, *words]).returncode
+
+
+def partition(model: nn.Module, dtype: str, **zero: int) -> Any:
+    """A DeepSpeed engine at stage 3 around `model`, without an optimizer.
+
+    dtype: float32 or bfloat16. zero: further keys of zero_optimization.
+    """
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3} | zero,
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine
