@@ -12,7 +12,7 @@ import torch
 from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.interrupt import REASONS, Interrupt
-from gearshift.engine.config.run import RunConfig
+from gearshift.engine.config.schema import RunConfig
 from gearshift.engine.guards import GuardStop
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.launch.console import Console

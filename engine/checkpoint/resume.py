@@ -10,7 +10,7 @@ from typing import Any
 from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
-from gearshift.engine.config.run import RESUME_MAY_CHANGE, RESUME_MUST_MATCH, RunConfig
+from gearshift.engine.config.schema import RESUME_MAY_CHANGE, RESUME_MUST_MATCH, RunConfig
 
 # Of a DeepSpeed JSON: where states lie may change, what is computed may not.
 DEEPSPEED_MUST_MATCH = ("gradient_clipping", "bf16", "data_types", "prescale_gradients")

@@ -2,11 +2,11 @@
 
 import re
 
-from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.schema import Config, RewardConfig
-from gearshift.engine.log.trackers import PACKAGES
+from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.config.schema import Config, PPOConfig
 
 ROLES = ("actor", "critic", "reference")
+TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package
 
 
 def check(config: Config, world_size: int = 1) -> list[str]:
@@ -15,108 +15,59 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     world_size: ranks of the run; what is counted over all ranks must divide by it.
     """
     _check_present(config)
-    for index, reward in enumerate(config.rewards):
-        _check_reward(reward, f"rewards.{index}")
     _check_names(config)
-    _check_critic(config)
-    _check_kl(config)
-    _check_pretrain(config)
+    _check_ppo(config.ppo)
+    problem = f"needed because ppo.ptx_coef={config.ppo.ptx_coef}"
+    wrong = config.ppo.ptx_coef and not config.pretrain.sources
+    refuse_if(wrong, "pretrain.sources", problem, "give texts, or ppo.ptx_coef=0", "[]")
     _check_world(config, world_size)
-    if config.sampling.temperature == 0:
-        raise ConfigError(
-            "sampling.temperature",
-            "greedy responses teach PPO nothing",
-            "use a value above 0, as 1",
-            value=0,
-        )
+    problem, fix = "greedy responses teach PPO nothing", "use a value above 0, as 1"
+    refuse_if(config.sampling.temperature == 0, "sampling.temperature", problem, fix, 0)
     return _warnings(config)
 
 
 def _check_present(config: Config) -> None:
-    if config.actor.path is None:
-        raise ConfigError(
-            "actor.path", "give a Hugging Face directory, hub id or .gguf file", value="null"
-        )
-    if not config.rewards:
-        raise ConfigError(
-            "rewards",
-            "at least one is needed, as --rewards.0.function my_rewards.py:score",
-            value="[]",
-        )
-    if not config.data.sources:
-        raise ConfigError(
-            "data.sources",
-            "at least one is needed, as --data.sources.0.path prompts.jsonl",
-            value="[]",
-        )
+    problem = "give a Hugging Face directory, hub id or .gguf file"
+    refuse_if(config.actor.path is None, "actor.path", problem, value="null")
+    problem = "at least one is needed, as --rewards.0.function my_rewards.py:score"
+    refuse_if(not config.rewards, "rewards", problem, value="[]")
+    problem = "at least one is needed, as --data.sources.0.path prompts.jsonl"
+    refuse_if(not config.data.sources, "data.sources", problem, value="[]")
     for section in ("data", "pretrain"):
         for index, source in enumerate(getattr(config, section).sources):
-            if not source.path:
-                raise ConfigError(
-                    f"{section}.sources.{index}.path", "give a file, folder or hub id"
-                )
-
-
-def _check_reward(reward: RewardConfig, key: str) -> None:
-    needed = {"function": "function", "http": "urls", "model": "path"}[reward.kind]
-    if not getattr(reward, needed):
-        raise ConfigError(f"{key}.{needed}", f"needed because {key}.kind={reward.kind}")
+            key = f"{section}.sources.{index}.path"
+            refuse_if(not source.path, key, "give a file, folder or hub id")
+    for index, reward in enumerate(config.rewards):
+        needed = {"function": "function", "http": "urls", "model": "path"}[reward.kind]
+        problem = f"needed because rewards.{index}.kind={reward.kind}"
+        refuse_if(not getattr(reward, needed), f"rewards.{index}.{needed}", problem)
 
 
 def _check_names(config: Config) -> None:
     names = [reward.name for reward in config.rewards]
     for index, name in enumerate(names):
-        if name in names[:index]:
-            raise ConfigError(
-                f"rewards.{index}.name",
-                "used before",
-                "each reward needs a name of its own",
-                value=name,
-            )
-        if name in ROLES or not re.fullmatch(r"[\w.-]+", name):
-            # It names a file, ds_<name>.json, beside those of the roles.
-            raise ConfigError(
-                f"rewards.{index}.name",
-                f"must be letters, digits, '_', '.' or '-', and none of {', '.join(ROLES)}",
-                value=name,
-            )
+        key, fix = f"rewards.{index}.name", "each reward needs a name of its own"
+        refuse_if(name in names[:index], key, "used before", fix, name)
+        # It names a file, ds_<name>.json, beside those of the roles.
+        wrong = name in ROLES or not re.fullmatch(r"[\w.-]+", name)
+        problem = f"must be letters, digits, '_', '.' or '-', and none of {', '.join(ROLES)}"
+        refuse_if(wrong, key, problem, value=name)
     for name in config.run.trackers:
-        if name not in PACKAGES:
-            raise ConfigError("run.trackers", f"expected any of {', '.join(PACKAGES)}", value=name)
+        problem = f"expected any of {', '.join(TRACKERS)}"
+        refuse_if(name not in TRACKERS, "run.trackers", problem, value=name)
 
 
-def _check_critic(config: Config) -> None:
-    ppo = config.ppo
-    if ppo.estimator == "gae":
-        return
-    reason = f"needs a critic, which ppo.estimator={ppo.estimator} has not"
-    if ppo.critic_warmup_steps:
-        raise ConfigError(
-            "ppo.critic_warmup_steps", reason, "use gae, or 0", value=ppo.critic_warmup_steps
-        )
-    if ppo.bootstrap_truncated:
-        raise ConfigError("ppo.bootstrap_truncated", reason, "use gae, or false", value="true")
-    if ppo.update == "joint":
-        raise ConfigError("ppo.update", reason, "use gae, or separate", value="joint")
-
-
-def _check_kl(config: Config) -> None:
-    ppo = config.ppo
-    if ppo.kl_in == "loss" and ppo.kl_coef and ppo.kl_estimator == "k1":
-        # The gradient of log pi - log ref is the score function, whose expectation is zero.
-        raise ConfigError(
-            "ppo.kl_estimator", "has no gradient on average in a loss", "use k2 or k3", value="k1"
-        )
-
-
-def _check_pretrain(config: Config) -> None:
-    if config.ppo.ptx_coef and not config.pretrain.sources:
-        raise ConfigError(
-            "pretrain.sources",
-            f"needed because ppo.ptx_coef={config.ppo.ptx_coef}",
-            "give texts, or ppo.ptx_coef=0",
-            value="[]",
-        )
+def _check_ppo(ppo: PPOConfig) -> None:
+    if ppo.estimator != "gae":
+        problem = f"needs a critic, which ppo.estimator={ppo.estimator} has not"
+        steps, cut = ppo.critic_warmup_steps, ppo.bootstrap_truncated
+        refuse_if(steps, "ppo.critic_warmup_steps", problem, "use gae, or 0", steps)
+        refuse_if(cut, "ppo.bootstrap_truncated", problem, "use gae, or false", "true")
+        refuse_if(ppo.update == "joint", "ppo.update", problem, "use gae, or separate", "joint")
+    # The gradient of log pi - log ref is the score function, whose expectation is zero.
+    wrong = ppo.kl_in == "loss" and ppo.kl_coef and ppo.kl_estimator == "k1"
+    problem = "has no gradient on average in a loss"
+    refuse_if(wrong, "ppo.kl_estimator", problem, "use k2 or k3", "k1")
 
 
 def _check_world(config: Config, world_size: int) -> None:
@@ -126,9 +77,9 @@ def _check_world(config: Config, world_size: int) -> None:
     }
     if config.ppo.ptx_coef:
         counts["pretrain.rows"] = config.pretrain.rows
+    problem = f"must be a multiple of the {world_size} ranks"
     for key, count in counts.items():
-        if count % world_size:
-            raise ConfigError(key, f"must be a multiple of the {world_size} ranks", value=count)
+        refuse_if(count % world_size, key, problem, value=count)
 
 
 def _warnings(config: Config) -> list[str]:

@@ -36,3 +36,9 @@ class ConfigError(ValueError):
     def _placed(self, place: str, joint: str) -> Self:
         key = joint.join(filter(None, (place, self.key)))
         return type(self)(key, self.problem, self.fix, self.value)
+
+
+def refuse_if(wrong: Any, key: str, problem: str, fix: str = "", value: Any = ...) -> None:
+    """One line of a list of rules: raises ConfigError where `wrong` is true."""
+    if wrong:
+        raise ConfigError(key, problem, fix, value)

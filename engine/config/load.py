@@ -1,29 +1,30 @@
-"""YAML file + dotted overrides -> Config, and where each value came from.
+"""YAML file + dotted overrides -> Config, where each value came from, and all of it as YAML again.
 
 Precedence: default < file < command line. Relative paths in a file are relative to the current
 directory, not to the file's.
 """
 
-import difflib
 import math
 import re
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import yaml
 
 from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.kinds import (
+from gearshift.engine.config.keys import (
     alternatives,
     described,
     entry_type,
     is_text,
+    kind_of,
+    shown,
     unknown_key,
 )
 from gearshift.engine.config.schema import Config
-from gearshift.engine.config.tree import Given, insert, read_yaml, shown, split_overrides
-
-DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -43,118 +44,159 @@ def load(path: str | None, overrides: list[str]) -> Resolved:
     overrides: `--key value` or `--key=value`; an entry of a list is `--rewards.0.weight 2`, a whole
     list is YAML: `--run.trackers "[tensorboard]"`. Raises ConfigError.
     """
-    tree = read_yaml(path) if path is not None else {}
-    for key, text in split_overrides(overrides):
-        insert(tree, key, text)
-    origin: dict[str, str] = {}
-    return Resolved(_section(Config, tree, "", origin), origin)
+    tree = _read(path) if path is not None else {}
+    typed = _split(overrides)
+    for key, text in typed:
+        _insert(tree, key, text)
+    config = Config(**tree)
+
+    def origin(key: str) -> str:
+        if not _is_given(tree, key):
+            return "default"
+        on_command_line = any(f"{key}.".startswith(f"{start}.") for start, _ in typed)
+        return "command line" if on_command_line or path is None else Path(path).name
+
+    return Resolved(config, {key: origin(key) for key, _ in _values(config)})
 
 
-def _section(kind: type, node: Any, key: str, origin: dict[str, str]) -> Any:
-    node = {} if isinstance(node, Given) and node.value is None else node
-    if not isinstance(node, dict):
-        raise ConfigError(key, "expected a section of keys", value=shown(node))
-    known = {entry.name: entry for entry in fields(kind)}
-    for name in node:
-        if name not in known:
-            raise unknown_key(_join(key, name))
-    values = {
-        name: _value(entry, node.get(name, MISSING), _join(key, name), origin)
-        for name, entry in known.items()
-    }
+def _is_given(tree: Any, key: str) -> bool:
+    *sections, last = key.split(".")
+    for part in sections:
+        tree = (tree[int(part)] if isinstance(tree, list) else tree.get(part)) or {}
+    return last in tree
+
+
+def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its full key, in the order of the schema."""
+    for entry in fields(config):
+        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from _values(value, f"{key}.")
+        elif entry_type(entry.type) and value:
+            for index, item in enumerate(value):
+                yield from _values(item, f"{key}.{index}.")
+        else:
+            yield key, value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one section."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                problem = f"{name} is given twice; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: str) -> dict:
+    """The sections of a file; an empty file has none."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(path, "no such configuration file")
+    tree = _parse(file.read_bytes(), path)
+    if not isinstance(tree, dict | None):
+        raise ConfigError(path, f"must hold sections such as `ppo:`, not {shown(tree)}")
+    return tree or {}
+
+
+def _parse(text: str | bytes, source: str) -> Any:
+    """One YAML document; ConfigError names `source`, the line and the problem."""
     try:
-        return kind(**values)
-    except ConfigError as error:  # a bound: it names its field, we add the section
-        raise error.under(key) from None
+        return _own(yaml.load(text, _Loader))
+    except yaml.YAMLError as error:
+        raise ConfigError(source, f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _value(entry: Field, node: Any, key: str, origin: dict[str, str]) -> Any:
-    if is_dataclass(entry.type):
-        return _section(entry.type, {} if node is MISSING else node, key, origin)
-    if node is MISSING:
-        origin[key] = DEFAULT
-        return entry.default if entry.default is not MISSING else entry.default_factory()
-    if entry_type(entry.type) and not isinstance(node, Given):
-        return _entries(entry.type, node, key, origin)
-    if not isinstance(node, Given):
-        raise ConfigError(key, f"expected {described(entry.type)}", value=shown(node))
-    origin[key] = node.origin
-    if entry_type(entry.type) and not node.value:  # `rewards:` or `rewards: []`
-        return []
-    return _leaf(entry.type, node.value, key)
+def _own(value: Any) -> Any:
+    """A copy whose keys are text, and where an anchor's places do not share what overrides fill."""
+    if isinstance(value, dict):
+        return {str(key): _own(entry) for key, entry in value.items()}
+    return [_own(entry) for entry in value] if isinstance(value, list) else value
 
 
-def _entries(kind: Any, node: Any, key: str, origin: dict[str, str]) -> list:
-    if not isinstance(node, list):
-        raise ConfigError(key, f"expected {described(kind)}", value=shown(node))
-    return [_section(entry_type(kind), item, f"{key}.{i}", origin) for i, item in enumerate(node)]
+def _split(arguments: list[str]) -> list[tuple[str, str]]:
+    """["--ppo.kl_coef", "0.1", "--run.steps=5"] -> [("ppo.kl_coef", "0.1"), ("run.steps", "5")]."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument == "--":
+            raise ConfigError(argument, "expected --section.key VALUE")
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                fix = f"write --{key} VALUE or --{key}=VALUE"
+                raise ConfigError(f"--{key}", "has no value", fix)
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs
 
 
-def _leaf(kind: Any, value: Any, key: str) -> Any:
-    for option in alternatives(kind):
-        fitting = _fit(option, value)
-        if fitting is not MISSING:
-            return fitting
-    raise ConfigError(key, f"expected {described(kind)}", _hint(kind, value), shown(value))
+def _insert(tree: dict, key: str, text: str) -> None:
+    """Puts one override into the tree, in place of what was given there."""
+    parts = key.split(".")
+    kinds = list(accumulate(parts, kind_of, initial=Config))
+    if kinds[-1] is None:
+        raise unknown_key(Config, key)
+    node: Any = tree
+    for depth, part in enumerate(parts[:-1], start=1):
+        node = _inside(node, part, kinds[depth], ".".join(parts[:depth]))
+    value = _override(kinds[-1], text, key)
+    if is_dataclass(kinds[-1]) and not isinstance(value, dict):
+        if value is not None:
+            raise ConfigError(key, f"expected {described(kinds[-1])}", value=shown(value))
+        value = {}
+    node[_slot(node, parts[-1], key)] = value
 
 
-def _fit(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`, or MISSING when it is none."""
-    if get_origin(kind) is Literal:
-        return value if value in get_args(kind) else MISSING
-    if get_origin(kind) is list:
-        whole = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        return value if whole and not entry_type(kind) else MISSING
-    if kind is float:
-        return _number(value)
-    exact = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    return value if exact else MISSING
+def _override(kind: Any, text: str, key: str) -> Any:
+    # Text stays what the user typed: `--run.resume none`, or a system prompt with a colon.
+    if not is_text(kind):
+        return _parse(text, f"--{key}")
+    return None if text == "null" and type(None) in alternatives(kind) else text
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            value = float(value)  # YAML 1.1 reads 1e-6, which has no point, as text
-        except ValueError:
-            return MISSING
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return MISSING
-    return float(value)
+def _inside(node: dict | list, part: str, kind: Any, name: str) -> Any:
+    """The section or list `name` inside `node`, made when nothing was given there."""
+    slot, wanted = _slot(node, part, name), list if entry_type(kind) else dict
+    if not (node[slot] if isinstance(node, list) else node.get(part)):
+        node[slot] = wanted()
+    if not isinstance(node[slot], wanted):
+        raise ConfigError(name, f"expected {described(kind)}", value=shown(node[slot]))
+    return node[slot]
 
 
-def _hint(kind: Any, value: Any) -> str:
-    if get_origin(kind) is Literal and isinstance(value, str):
-        near = difflib.get_close_matches(value, get_args(kind), n=1)
-        return f"did you mean {near[0]}?" if near else ""
-    # YAML reads `off` and `no` as false, and 7 as a number.
-    return "put it in quotes" if is_text(kind) and isinstance(value, (bool, int, float)) else ""
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
+def _slot(node: dict | list, part: str, name: str) -> str | int:
+    """Where `part` is in `node`; the entry after a list's last one is made."""
+    if isinstance(node, dict):
+        return part
+    if int(part) > len(node):
+        raise ConfigError(name, f"there are {len(node)} entries, so the next is {len(node)}")
+    node += [{}] if int(part) == len(node) else []
+    return int(part)
 
 
 def dump(resolved: Resolved) -> str:
     """YAML of every value, its origin as a comment; `load` reads it back to an equal Config."""
-    lines = ["# Every value of this run, and where it came from."]
-    _dump_section(resolved.config, "", "", resolved.origin, lines)
+    lines, before = ["# Every value of this run, and where it came from."], []
+    for key, value in _values(resolved.config):
+        *sections, name = key.split(".")
+        indent = "  " * len(sections)
+        for depth in range(len(sections)):
+            if sections[: depth + 1] == before[: depth + 1]:
+                continue
+            if sections[depth].isdecimal():
+                indent = f"{indent[2:]}- "
+            else:
+                lines.append(f"{'  ' * depth}{sections[depth]}:")
+        text = f"{indent}{name}: {_scalar(value)}"
+        lines.append(f"{text:<47} # {resolved.origin[key]}")
+        before = sections
     return "\n".join(lines) + "\n"
-
-
-def _dump_section(config: Any, key: str, indent: str, origin: dict, lines: list[str]) -> None:
-    for entry in fields(config):
-        value, name = getattr(config, entry.name), _join(key, entry.name)
-        if is_dataclass(value):
-            lines.append(f"{indent}{entry.name}:")
-            _dump_section(value, name, f"{indent}  ", origin, lines)
-        elif entry_type(entry.type) and value:
-            lines.append(f"{indent}{entry.name}:")
-            for i, item in enumerate(value):
-                start = len(lines)
-                _dump_section(item, f"{name}.{i}", f"{indent}    ", origin, lines)
-                lines[start] = f"{indent}  - {lines[start].lstrip()}"
-        else:
-            lines.append(f"{f'{indent}{entry.name}: {_scalar(value)}':<47} # {origin[name]}")
 
 
 def _scalar(value: Any) -> str:

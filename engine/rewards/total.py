@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gearshift.engine.batch import Rollout
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.run import GuardConfig
-from gearshift.engine.config.schema import RewardConfig
+from gearshift.engine.config.schema import GuardConfig, RewardConfig
 from gearshift.engine.rewards.functions import FunctionReward, checked_scores
 from gearshift.engine.rewards.http import HttpReward
 from gearshift.engine.rewards.text import (

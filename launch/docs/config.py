@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gearshift.engine.config.kinds import described, entry_type
+from gearshift.engine.config.keys import BOUNDS, bare, described, entry_type
 from gearshift.engine.config.schema import Config
 
 HEAD = """\
@@ -42,13 +42,14 @@ def document(kind: type = Config) -> str:
 def _section(kind: type, key: str) -> list[str]:
     rows, nested = [], []
     for entry in fields(kind):
-        inner = entry.type if is_dataclass(entry.type) else entry_type(entry.type)
+        kind = bare(entry.type)
+        inner = kind if is_dataclass(kind) else entry_type(kind)
         if inner is None:
             rows.append(_row(entry))
             continue
         name = f"{key}.{entry.name}" if key else entry.name
-        name += "" if is_dataclass(entry.type) else ".N"
-        text = entry.metadata["text"]
+        name += "" if is_dataclass(kind) else ".N"
+        text = entry.metadata["description"]
         nested += [f"## {name}", "", f"{text[0].upper()}{text[1:]}.", ""]
         nested += _section(inner, name)
     head = ["| key | default | type | meaning |", "|---|---|---|---|"]
@@ -57,7 +58,7 @@ def _section(kind: type, key: str) -> list[str]:
 
 def _row(entry: Field) -> str:
     cells = [f"`{entry.name}`", f"`{_default(entry)}`", described(entry.type) + _bounds(entry)]
-    return f"| {' | '.join([*cells, entry.metadata['text']])} |"
+    return f"| {' | '.join([*cells, entry.metadata['description']])} |"
 
 
 def _default(entry: Field) -> str:
@@ -68,13 +69,8 @@ def _default(entry: Field) -> str:
 
 
 def _bounds(entry: Field) -> str:
-    signs = {"above": "above", "least": "at least", "most": "at most"}
-    found = [
-        f"{word} {entry.metadata[name]}"
-        for name, word in signs.items()
-        if entry.metadata.get(name) is not None
-    ]
-    return f", {', '.join(found)}" if found else ""
+    told = entry.metadata
+    return "".join(f", {word} {told[name]}" for name, word in BOUNDS.items() if name in told)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from gearshift.engine.checkpoint import resume, store
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.interrupt import REASONS, Interrupt, agree_on_deadline, parse_deadline
-from gearshift.engine.config.run import RunConfig
+from gearshift.engine.config.schema import RunConfig
 
 
 def made(folder: Path, step: int, **summary) -> Path:

@@ -8,7 +8,7 @@ import pytest
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.check import check
 from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.kinds import described, leaves
+from gearshift.engine.config.keys import described, leaves
 from gearshift.engine.config.load import load
 from gearshift.engine.config.schema import Config
 from gearshift.launch.docs import config as config_docs
@@ -59,7 +59,7 @@ def test_every_leaf_has_an_origin(yaml_file):
     path = yaml_file("rewards: [{name: a}]\ndata: {sources: [{path: x}]}\n")
     found = load(path, ["--pretrain.sources.0.path", "y"]).origin
     sections = {"rewards", "data.sources", "pretrain.sources"}
-    assert set(found) == {key for key, _ in leaves()} - sections
+    assert set(found) == {key for key, _ in leaves(Config)} - sections
 
 
 @pytest.mark.parametrize(
@@ -274,9 +274,9 @@ def test_the_page_is_up_to_date():
 
 def test_every_key_is_documented():
     page = config_docs.document()
-    for key, entry in leaves():
+    for key, entry in leaves(Config):
         if described(entry.type).startswith("a list of sections"):
             continue
-        assert entry.metadata["text"], key
+        assert entry.metadata["description"], key
         assert f"| `{key.split('.')[-1]}` |" in page
     assert "| `lr` | `1e-06` | a number, at least 0 | peak learning rate |" in page
