@@ -4,6 +4,21 @@ B rows on this rank, P prompt tokens (left-padded), R response tokens (right-pad
 Column t of any [B, R] tensor belongs to response token t: its log-prob, the value of the state
 before it, the reward after it. One `response_mask`, made by the sampler from what it sampled; the
 end token is part of the response. Every row has at least one live response token.
+
+Two prompts (5 6 and 7), and responses "8 9 <end>" and "8" that was cut by length (. is padding, T a
+True and - a False of a mask):
+
+    PromptBatch   prompt_ids        5 6     prompt_mask        T T
+                                    . 7                        - T
+    Rollout       response_ids      8 9 2   response_mask      T T T   finished  T
+                                    8 . .                      T - -             -
+                  rollout_logprobs  -0.7 -1.2 -0.1
+                                    -0.7  0    0
+    Experience    logprobs          as rollout_logprobs, from the training path
+                  values            V(5 6)  V(5 6 8)  V(5 6 8 9)
+                                    V(7)    0         0
+                  scores            1.0 for the first row, which a reward gives after token 2;
+                                    -1.0 for the second, after token 8
 """
 
 from collections.abc import Iterator
@@ -21,8 +36,8 @@ AS_READ = "prompt as read"
 class PromptBatch:
     """This rank's prompts.
 
-    row_ids number the responses of a whole run over all ranks; they seed the sampler and deal rows
-    to minibatches, so that neither depends on the world size.
+    row_ids number the responses of a whole run over all ranks. The sampler's seeds and the deal of
+    rows to minibatches follow from them, so that neither depends on the world size.
     """
 
     prompt_ids: Tensor  # [B, P] int64, left-padded

@@ -47,7 +47,7 @@ class Saver:
             about=about,
             tell=console.warn,
         )
-        self.interrupt = Interrupt(deadline, speaks=distributed.is_main())
+        self.interrupt = Interrupt(deadline, announce=distributed.is_main())
         self.ended: str | None = None
         self._saved_at = self._stepped_at = time.monotonic()
 

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         missing = watchdog.blame()
         if missing:
-            watchdog.tell(missing)
+            watchdog.report_fault(missing)
             return 1
         time.sleep(_OTHERS_SPEAK_FIRST_S)
         raise

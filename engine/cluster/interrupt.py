@@ -15,15 +15,16 @@ REASONS = ("", "run.save_by", *SIGNALS)
 
 
 class Interrupt:
-    """Remembers that the run is to end after the step that is under way.
+    """Knows whether the run should end after the step that is under way.
 
-    Between `listen` and `restore`, the first of SIGNALS asks for that; a second SIGINT raises
-    KeyboardInterrupt at once. deadline: Unix time by which the last step must have ended, or None.
-    speaks: whether this rank says that it heard.
+    Between `listen` and `restore`, a signal out of SIGNALS asks for that, and so does the deadline;
+    a second SIGINT raises KeyboardInterrupt at once. deadline: Unix time by which the last step
+    must have ended, or None.
+    announce: whether this rank prints that it was asked.
     """
 
-    def __init__(self, deadline: float | None, *, speaks: bool):
-        self.deadline, self.speaks = deadline, speaks
+    def __init__(self, deadline: float | None, *, announce: bool):
+        self.deadline, self.announce = deadline, announce
         self._asked = 0
         self._before: dict[int, object] = {}
 
@@ -49,7 +50,7 @@ class Interrupt:
         name = signal.Signals(number).name
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
-        if self.speaks and not self._asked:
+        if self.announce and not self._asked:
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
         self._asked = max(self._asked, REASONS.index(name))

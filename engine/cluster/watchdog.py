@@ -1,8 +1,8 @@
 """A rank that dies or stalls ends the others, and is named.
 
 Without it the others wait in a collective until its timeout, which names the collective, not who
-was missing. Every rank tells what it is doing to a store that rank 0 holds and reads what the
-others told; a rank that stands still for longer than `timeout` is to blame.
+was missing. Every rank writes what it is doing to a store that rank 0 holds and reads what the
+others wrote; a rank that stands still for longer than `timeout` is to blame.
 """
 
 import faulthandler
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from gearshift.engine.cluster import distributed, progress
 
 _FAULT = 1  # exit status
-_LEFT = "left"  # the phase of a rank that ends in good order, or tells its own error
+_LEFT = "left"  # the phase of a rank that ends in good order, or has printed its own error
 _RANKS_PER_SECOND = 64  # how many ranks' worth of beats each rank reads; more ranks: more rarely
 # A rank whose connection broke looks so many intervals for the one that is gone.
 _LOOKS = 6
@@ -32,7 +32,7 @@ _LOOKS = 6
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank told last."""
+    """What a rank announced last."""
 
     rank: int
     host: str
@@ -41,7 +41,7 @@ class Beat:
     phase: str
     phases: int  # of progress.py: this and the next stand still while the rank waits or hangs
     beats: int
-    told: int  # stands still when the whole process does
+    announced: int  # how often; stands still when the whole process does
     at: str  # where the main thread was
 
     @property
@@ -61,7 +61,7 @@ class Beat:
         except psutil.NoSuchProcess:
             return True
 
-    def found(self, what: str) -> str:
+    def described(self, what: str) -> str:
         who = f"rank {self.rank} (pid {self.pid} on {self.host})"
         return f"{who} {what}; it was in {self.phase}, at {self.at}"
 
@@ -69,12 +69,12 @@ class Beat:
 @dataclass
 class _Seen:
     beat: Beat
-    told: float  # when `beat.told` last changed, and
+    announced: float  # when `beat.announced` last changed, and
     moved: float  # when `beat.reached` did, by this process's monotonic clock
 
 
 class Watchdog:
-    """Two daemon threads of each rank: one talks to the store and may block, the other judges.
+    """Two daemon threads of each rank: one reads and writes the store and may block, one judges.
 
     timeout: seconds that a rank may stand still. folder: of the run; the stacks of all ranks go to
     its logs/rank_00000.txt when the run is ended. World-collective to make.
@@ -83,23 +83,24 @@ class Watchdog:
     def __init__(self, timeout: float, folder: Path):
         self.timeout, self.folder = timeout, folder
         self.interval = min(max(1.0, distributed.world_size() / _RANKS_PER_SECOND), timeout / 10)
-        self._told, self._parent = 0, os.getppid()
+        self._count, self._parent = 0, os.getppid()
         self._seen: dict[int, _Seen] = {}
-        self._looked = 0.0  # when all beats were last read
+        self._read_at = 0.0  # when all beats were last read
         self._blaming, self._gone = threading.Event(), threading.Event()
         self._store = _open_store()
-        self._tell()
-        distributed.barrier()  # everybody has told once
-        self._look()
-        tasks = (self._talk, self._judge)
+        self._announce()
+        distributed.barrier()  # everybody has announced once
+        self._read_all()
+        tasks = (self._exchange, self._judge)
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self._threads:
             thread.start()
 
     def leave(self, *, failing: bool = False) -> None:
-        """Nobody shall blame this rank: it has told its error (failing), or all leave together.
+        """Ends the watching of this rank, so that no other rank reports it as lost.
 
-        World-collective unless failing.
+        failing: this rank ends alone, with an error that it has printed. Otherwise all ranks call
+        this together, at the end of the run: then it is a collective.
         """
         self._blaming.set()
         self._gone.set()
@@ -110,7 +111,7 @@ class Watchdog:
             distributed.barrier()  # rank 0 must not take the store away while another reads it
             return
         with suppress(dist.DistError, RuntimeError):
-            self._tell()
+            self._announce()
         if distributed.world_size() > 1:
             time.sleep(2 * self.interval)  # until the others have read it
 
@@ -126,45 +127,51 @@ class Watchdog:
         while time.monotonic() < deadline:
             dead = self._dead()
             if dead:
-                return dead.found("died")
+                return dead.described("died")
             time.sleep(self.interval / 4)
-        silent = [b for b in self._others() if b.told == before[b.rank].told and b.phase != _LEFT]
-        return silent[0].found("is gone") if silent else None
+        silent = [
+            b
+            for b in self._others()
+            if b.announced == before[b.rank].announced and b.phase != _LEFT
+        ]
+        return silent[0].described("is gone") if silent else None
 
     def _others(self) -> list[Beat]:
         mine = distributed.rank()
         return [seen.beat for rank, seen in sorted(self._seen.items()) if rank != mine]
 
     def _dead(self) -> Beat | None:
-        """A rank of this machine that ended without a word, as far as the last reading tells."""
+        """A rank of this machine that ended without announcing it, by the last reading."""
         dead = next((b for b in self._others() if b.phase != _LEFT and b.dead()), None)
         if dead is None or dead.rank == 0:  # with rank 0 its store is gone: no reading will come
             return dead
         since = time.monotonic()
-        while self._looked < since and time.monotonic() < since + 3 * self.interval:
+        while self._read_at < since and time.monotonic() < since + 3 * self.interval:
             time.sleep(self.interval / 10)
         return dead if self._seen[dead.rank].beat.phase != _LEFT else None
 
-    def _talk(self) -> None:
-        with suppress(dist.DistError, RuntimeError):  # rank 0 is gone; what it told last is known
+    def _exchange(self) -> None:
+        with suppress(
+            dist.DistError, RuntimeError
+        ):  # rank 0 is gone; what it announced last is known
             while not self._gone.wait(self.interval):
-                self._tell()
-                self._look()
+                self._announce()
+                self._read_all()
 
-    def _tell(self) -> None:
-        self._told += 1
-        mine = [*_here(), os.getpid(), *progress.current(), self._told]
+    def _announce(self) -> None:
+        self._count += 1
+        mine = [*_here(), os.getpid(), *progress.current(), self._count]
         self._store.set(_key(distributed.rank()), json.dumps([*mine, progress.main_thread_at()]))
 
-    def _look(self) -> None:
+    def _read_all(self) -> None:
         texts = self._store.multi_get([_key(rank) for rank in range(distributed.world_size())])
         now = time.monotonic()
         for rank, text in enumerate(texts):
             beat, old = Beat(rank, *json.loads(text)), self._seen.get(rank)
-            told = old.told if old and old.beat.told == beat.told else now
+            announced = old.announced if old and old.beat.announced == beat.announced else now
             moved = old.moved if old and old.beat.reached == beat.reached else now
-            self._seen[rank] = _Seen(beat, told, moved)
-        self._looked = now
+            self._seen[rank] = _Seen(beat, announced, moved)
+        self._read_at = now
 
     def _judge(self) -> None:
         looked = time.monotonic()
@@ -181,29 +188,29 @@ class Watchdog:
         """Why the run must end, if it must."""
         dead = self._dead()
         if dead:
-            return dead.found("died")
+            return dead.described("died")
         now = time.monotonic()
         seen = [self._seen[rank] for rank in sorted(self._seen)]
         # Rank 0 first: while it is silent nothing is known of the others.
-        silent = [s.beat for s in seen if now - s.told > self.timeout]
+        silent = [s.beat for s in seen if now - s.announced > self.timeout]
         if silent:
-            return self._silenced(silent[0])
+            return self._unanswering(silent[0])
         if any(now - s.moved <= self.timeout for s in seen):
             return None
         last = min(seen, key=lambda s: s.beat.reached)  # the others wait for it
-        if now - last.told > _LOOKS * self.interval / 2:
-            return self._silenced(last.beat)
-        return last.beat.found(f"made no progress for {self.timeout:g} s")
+        if now - last.announced > _LOOKS * self.interval / 2:
+            return self._unanswering(last.beat)
+        return last.beat.described(f"made no progress for {self.timeout:g} s")
 
     def _begin_anew(self, now: float) -> None:
         """This process was stopped and goes on, as a suspended job does: so may all have been."""
         for seen in list(self._seen.values()):
-            seen.told = seen.moved = now
+            seen.announced = seen.moved = now
 
-    def _silenced(self, beat: Beat) -> str:
+    def _unanswering(self, beat: Beat) -> str:
         if beat.here and not beat.dead():
             os.kill(beat.pid, signal.SIGKILL)  # stopped: deaf to its launcher's SIGTERM
-        return beat.found(f"did not answer for {self.timeout:g} s")
+        return beat.described(f"did not answer for {self.timeout:g} s")
 
     def _end(self, verdict: str) -> None:
         logs = self.folder / "logs"
@@ -212,12 +219,14 @@ class Watchdog:
             log.write(f"{verdict}\n")
             log.flush()
             faulthandler.dump_traceback(log, all_threads=True)
-        tell(f"{verdict}. Stacks are in {logs}; raise run.hang_timeout_s if it was only slow")
+        report_fault(
+            f"{verdict}. Stacks are in {logs}; raise run.hang_timeout_s if it was only slow"
+        )
         time.sleep(2 * self.interval)  # the launcher ends all when the first leaves: let them write
         os._exit(_FAULT)
 
     def _follow_launcher(self) -> None:
-        """A launcher that was killed leaves its ranks alone: they stop as if it had told them.
+        """A launcher that was killed leaves its ranks alone: they stop as if it had asked them to.
 
         A shell that ends is none: what it left in the background goes on.
         """
@@ -235,7 +244,7 @@ def _here() -> tuple[str, str]:
     return socket.gethostname(), ""
 
 
-def tell(message: str) -> None:
+def report_fault(message: str) -> None:
     """One line on stderr."""
     print(f"gearshift: fault (rank {distributed.rank()}): {message}", file=sys.stderr, flush=True)
 

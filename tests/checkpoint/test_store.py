@@ -319,7 +319,7 @@ def test_a_deadline_that_one_rank_knows_is_every_rank_s(monkeypatch):
 
 def test_signals_ask_once_and_a_second_interrupt_ends_at_once(capfd):
     before = {name: signal.getsignal(getattr(signal, name)) for name in REASONS[2:]}
-    interrupt = Interrupt(None, speaks=True)
+    interrupt = Interrupt(None, announce=True)
     interrupt.listen()
     try:
         assert interrupt.reason(1e9) == 0
@@ -336,6 +336,6 @@ def test_signals_ask_once_and_a_second_interrupt_ends_at_once(capfd):
 
 
 def test_a_step_that_would_end_too_late_is_not_begun():
-    soon = Interrupt(datetime.now().timestamp() + 60, speaks=False)
+    soon = Interrupt(datetime.now().timestamp() + 60, announce=False)
     assert soon.reason(30) == 0
     assert REASONS[soon.reason(90)] == "run.save_by"

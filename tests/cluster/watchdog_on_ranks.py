@@ -74,5 +74,5 @@ if __name__ == "__main__":
         main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
     except RuntimeError:
         found = watchdog.blame()
-        watchdog.tell(found or "nobody")
+        watchdog.report_fault(found or "nobody")
         os._exit(1)
