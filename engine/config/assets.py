@@ -7,6 +7,8 @@ import difflib
 import os
 from pathlib import Path
 
+from gearshift.engine.config.errors import ConfigError, refuse_if
+
 PREFIX = "asset:"
 
 # The files of every asset, its main file first.
@@ -25,27 +27,25 @@ def cache_dir() -> Path:
 def asset_path(name: str, file: str | None = None) -> Path:
     """The path of an asset's main file, or of another of its files.
 
-    Raises ValueError when there is no such asset or file, or when it was not fetched.
+    Raises ConfigError when there is no such asset or file, or when it was not fetched.
     """
     require_known(name)
     file = file or FILES[name][0]
-    if file not in FILES[name]:
-        raise ValueError(
-            f"{PREFIX}{name}/{file}: no such file; the asset has {', '.join(FILES[name])}"
-        )
+    fix = f"the asset has {', '.join(FILES[name])}"
+    refuse_if(file not in FILES[name], f"{PREFIX}{name}/{file}", "no such file", fix)
     path = cache_dir() / name / file
-    if not path.is_file():
-        raise ValueError(f"{PREFIX}{name}: {path} is not there; run: gearshift fetch {name}")
+    problem, fix = f"{path} is not there", f"run: gearshift fetch {name}"
+    refuse_if(not path.is_file(), f"{PREFIX}{name}", problem, fix)
     return path
 
 
 def require_known(name: str) -> None:
-    """Raises ValueError, with the nearest name, unless `name` is an asset's."""
+    """Raises ConfigError, with the nearest name, unless `name` is an asset's."""
     if name in FILES:
         return
     near = difflib.get_close_matches(name, FILES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"{name}: no such asset; {hint}There are {', '.join(FILES)}")
+    raise ConfigError(name, "no such asset", f"{hint}There are {', '.join(FILES)}")
 
 
 def resolve(path: str) -> str:

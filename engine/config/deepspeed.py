@@ -13,6 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from gearshift.engine.config.errors import ConfigError, refuse_if
+
 # Sibling of engine/, in a checkout and in an installed package alike.
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -55,6 +59,7 @@ KEYS = {
     "wall_clock_breakdown",
 }
 GRAD_DTYPES = ("fp32", "bf16")
+NO_GRADIENTS = ("a frozen model has no gradients", "remove it")
 
 OURS = {
     "activation_checkpointing": "set gradient_checkpointing of the role in the run's YAML instead",
@@ -88,7 +93,7 @@ def load(name_or_path: str, *, frozen: bool | None = None) -> dict[str, Any]:
     """A validated DeepSpeed configuration: a file, or a name in ds_configs/ with or without .json.
 
     frozen: whether the model is never trained; None: whether the file's name begins with `frozen_`.
-    Raises ValueError naming the file, the key, the value and the fix.
+    Raises ConfigError naming the file, the key, the value and the fix.
     """
     path = find(name_or_path)
     frozen = path.name.startswith("frozen_") if frozen is None else frozen
@@ -101,8 +106,8 @@ def load(name_or_path: str, *, frozen: bool | None = None) -> dict[str, Any]:
         if not frozen:
             _check_gradients(config)
         _check_by_deepspeed(config)
-    except ValueError as error:  # the checks name the key, we add the file
-        raise ValueError(f"{path.name}: {error}") from None
+    except ConfigError as error:  # the checks name the key, we add the file
+        raise error.at(path.name) from None
     return config
 
 
@@ -120,7 +125,8 @@ def find(name_or_path: str) -> Path:
     names = sorted(file.stem for file in SHIPPED.glob("*.json"))
     near = difflib.get_close_matches(_present_name(path.stem), names, n=1)
     hint = f"did you mean {near[0]}.json? " if near else ""
-    raise ValueError(f"{name_or_path}: no such DeepSpeed file; {hint}There are {', '.join(names)}")
+    fix = f"{hint}There are {', '.join(names)}"
+    raise ConfigError(name_or_path, "no such DeepSpeed file", fix)
 
 
 def _present_name(name: str) -> str:
@@ -136,121 +142,110 @@ def offloaded(config: dict[str, Any], what: Literal["param", "optimizer"]) -> st
 
 
 def check_nvme(config: dict[str, Any]) -> None:
-    """Raises ValueError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
+    """Raises ConfigError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
     for what in ("param", "optimizer"):
         if offloaded(config, what) != "nvme":
             continue
         folder = config["zero_optimization"][f"offload_{what}"].get("nvme_path")
         if folder is None or not Path(folder).is_dir():
-            raise ValueError(
-                f"zero_optimization.offload_{what}.nvme_path={folder}: no such folder; copy the "
-                "JSON, set the path of a mounted NVMe disk, and name the copy in `deepspeed`"
+            raise ConfigError(
+                f"zero_optimization.offload_{what}.nvme_path",
+                "no such folder",
+                "copy the JSON, set the path of a mounted NVMe disk, and name the copy in "
+                "`deepspeed`",
+                value=folder,
             )
 
 
 def _read(path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for index, (key, _) in enumerate(pairs):
-            if key in dict(pairs[:index]):
-                raise ValueError(f"{path.name}: {key} is given twice; keep one of them")
+            twice = key in dict(pairs[:index])
+            refuse_if(twice, path.name, f"{key} is given twice", "keep one of them")
         return dict(pairs)
 
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold one JSON object")
+        raise ConfigError(str(path), f"not JSON: {error}") from None
+    refuse_if(not isinstance(config, dict), str(path), "must hold one JSON object")
     return config
 
 
 def _check_keys(config: dict[str, Any], frozen: bool) -> None:
     for key, value in config.items():
-        if key in OURS:
-            raise ValueError(f"{key}: not read from a DeepSpeed JSON here; {OURS[key]}")
-        if key not in KEYS:
-            raise ValueError(f"{key}: no such key{_nearest(key, KEYS)}")
-        if key in SECTIONS and not isinstance(value, dict):
-            raise ValueError(f"{key}={value}: must be an object, as {{...}}")
-        if frozen and key in GRADIENT_KEYS:
-            raise ValueError(f"{key}: a frozen model has no gradients; remove it")
+        refuse_if(key in OURS, key, "not read from a DeepSpeed JSON here", OURS.get(key, ""))
+        refuse_if(key not in KEYS, key, "no such key", _nearest(key, KEYS))
+        wrong = key in SECTIONS and not isinstance(value, dict)
+        refuse_if(wrong, key, "must be an object, as {...}", value=value)
+        refuse_if(frozen and key in GRADIENT_KEYS, key, *NO_GRADIENTS)
     for key, value in _leaves(config):
-        if value == "auto":
-            raise ValueError(f"{key}=auto: write the value; nothing fills it in")
+        refuse_if(value == "auto", key, "write the value", "nothing fills it in", value)
     fixes = {"zero_optimization": '{"stage": 3}', "gradient_clipping": "1.0, or to 0 for none"}
     for key in ["zero_optimization", *ONE] + ([] if frozen else ["gradient_clipping"]):
-        if key not in config:
-            raise ValueError(f"{key}: missing; set it to {fixes.get(key, 1)}")
+        refuse_if(key not in config, key, "missing", f"set it to {fixes.get(key, 1)}")
 
 
 def _check_batch(config: dict[str, Any]) -> None:
+    fix = (
+        "the training loop accumulates by itself, see ppo.micro_batch_size and ppo.minibatch_size "
+        "in the run's YAML"
+    )
     for key in ONE:
-        if config[key] != 1:
-            raise ValueError(
-                f"{key}={config[key]}: must be 1; the training loop accumulates by itself, see "
-                "ppo.micro_batch_size and ppo.minibatch_size in the run's YAML"
-            )
+        refuse_if(config[key] != 1, key, "must be 1", fix, config[key])
 
 
 def _check_precision(config: dict[str, Any]) -> None:
-    if config.get("fp16", {}).get("enabled"):
-        raise ValueError(
-            "fp16.enabled=true: its loss scaling skips optimizer steps and its range is too small "
-            "for log-prob ratios; use bf16, or neither for fp32"
-        )
+    problem = (
+        "its loss scaling skips optimizer steps and its range is too small for log-prob ratios"
+    )
+    wrong = config.get("fp16", {}).get("enabled")
+    refuse_if(wrong, "fp16.enabled", problem, "use bf16, or neither for fp32", "true")
     accumulation = config.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    if accumulation not in GRAD_DTYPES:
-        raise ValueError(f"data_types.grad_accum_dtype={accumulation}: must be fp32 or bf16")
-    if config.get("bf16", {}).get("check_grad_overflow") is False:
-        raise ValueError(
-            "bf16.check_grad_overflow=false: gradients that are not finite would reach the "
-            "weights; remove it"
-        )
+    key, wrong = "data_types.grad_accum_dtype", accumulation not in GRAD_DTYPES
+    refuse_if(wrong, key, "must be fp32 or bf16", value=accumulation)
+    wrong = config.get("bf16", {}).get("check_grad_overflow") is False
+    problem = "gradients that are not finite would reach the weights"
+    refuse_if(wrong, "bf16.check_grad_overflow", problem, "remove it", "false")
 
 
 def _check_gradients(config: dict[str, Any]) -> None:
     clip = config["gradient_clipping"]
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0:
-        raise ValueError(f"gradient_clipping={clip}: must be a number, 0 for none")
-    if config["zero_optimization"].get("compute_grad_norm") is False:
-        raise ValueError(
-            "zero_optimization.compute_grad_norm=false: the norm tells whether the gradients are "
-            "finite; remove it"
-        )
+    wrong = isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0
+    refuse_if(wrong, "gradient_clipping", "must be a number, 0 for none", value=clip)
+    wrong = config["zero_optimization"].get("compute_grad_norm") is False
+    problem = "the norm tells whether the gradients are finite"
+    refuse_if(wrong, "zero_optimization.compute_grad_norm", problem, "remove it", "false")
     reduction = config.get("gradient_allreduce_op", "mean")
-    if reduction != "mean":
-        raise ValueError(
-            f"gradient_allreduce_op={reduction}: must be mean, which the loss is scaled for"
-        )
+    problem = "must be mean, which the loss is scaled for"
+    refuse_if(reduction != "mean", "gradient_allreduce_op", problem, value=reduction)
 
 
 def _check_zero(zero: dict[str, Any], frozen: bool) -> None:
-    stage = zero.get("stage")
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_optimization.stage={stage}: must be 0, 1, 2 or 3")
-    if frozen and stage in (1, 2):
-        raise ValueError(f"zero_optimization.stage={stage}: a frozen model needs stage 3 or 0")
-    if "offload_param" in zero and stage < 3:
-        raise ValueError(f"zero_optimization.offload_param: needs stage 3, not {stage}; remove it")
-    if "offload_optimizer" in zero and stage == 0:
-        raise ValueError("zero_optimization.offload_optimizer: needs stage 1, 2 or 3; remove it")
+    key, stage = "zero_optimization.stage", zero.get("stage")
+    wrong = type(stage) is not int or stage not in (0, 1, 2, 3)
+    refuse_if(wrong, key, "must be 0, 1, 2 or 3", value=stage)
+    wrong = frozen and stage in (1, 2)
+    refuse_if(wrong, key, "a frozen model needs stage 3 or 0", value=stage)
+    key, wrong = "zero_optimization.offload_param", "offload_param" in zero and stage < 3
+    refuse_if(wrong, key, f"needs stage 3, not {stage}", "remove it")
+    key, wrong = "zero_optimization.offload_optimizer", "offload_optimizer" in zero and stage == 0
+    refuse_if(wrong, key, "needs stage 1, 2 or 3", "remove it")
     for key in GRADIENT_ZERO_KEYS:
-        if frozen and key in zero:
-            raise ValueError(f"zero_optimization.{key}: a frozen model has no gradients; remove it")
+        refuse_if(frozen and key in zero, f"zero_optimization.{key}", *NO_GRADIENTS)
 
 
 def _check_by_deepspeed(config: dict[str, Any]) -> None:
     """DeepSpeed's own parser: types and names inside every section."""
     with _silence():  # its import warns of a missing GPU, which reading a file does not need
         from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-    from pydantic import ValidationError
 
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
-        raise ValueError(_told(error.title, error.errors()[0])) from None
-    except (DeepSpeedConfigError, AssertionError, TypeError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise _told(error.title, error.errors()[0]) from None
+    except (DeepSpeedConfigError, AssertionError, TypeError, ValueError) as error:
+        raise ConfigError("", " ".join(str(error).split())) from None
 
 
 @contextmanager
@@ -263,7 +258,7 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _told(model: str, problem: dict[str, Any]) -> str:
+def _told(model: str, problem: dict[str, Any]) -> ConfigError:
     """pydantic's first problem in one line. model: the section's class in DeepSpeed."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -271,11 +266,11 @@ def _told(model: str, problem: dict[str, Any]) -> str:
     section = {"DeepSpeedZeroConfig": "zero_optimization", "DeepSpeedBF16Config": "bf16"}
     key = ".".join([section.get(model, model), *map(str, problem["loc"])])
     if problem["type"] != "extra_forbidden":
-        return f"{key}={problem['input']}: {problem['msg']}"
+        return ConfigError(key, problem["msg"], value=problem["input"])
     if model != DeepSpeedZeroConfig.__name__ or len(problem["loc"]) > 1:
-        return f"{key}: no such key; remove it"
+        return ConfigError(key, "no such key", "remove it")
     names = {entry.alias or name for name, entry in known.items()}
-    return f"{key}: no such key{_nearest(problem['loc'][0], names)}"
+    return ConfigError(key, "no such key", _nearest(problem["loc"][0], names))
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -289,4 +284,4 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _nearest(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {near[0]}?" if near else "; remove it"
+    return f"did you mean {near[0]}?" if near else "remove it"

@@ -160,7 +160,7 @@ def _override(kind: Any, text: str, key: str) -> Any:
     return None if text == "null" and type(None) in alternatives(kind) else text
 
 
-def _inside(node: dict | list, part: str, kind: Any, name: str) -> Any:
+def _inside(node: Any, part: str, kind: Any, name: str) -> Any:
     """The section or list `name` inside `node`, made when nothing was given there."""
     slot, wanted = _slot(node, part, name), list if entry_type(kind) else dict
     if not (node[slot] if isinstance(node, list) else node.get(part)):
@@ -182,7 +182,7 @@ def _slot(node: dict | list, part: str, name: str) -> str | int:
 
 def dump(resolved: Resolved) -> str:
     """YAML of every value, its origin as a comment; `load` reads it back to an equal Config."""
-    lines, before = ["# Every value of this run, and where it came from."], []
+    lines, before = ["# Every value of this run, and where it came from."], list[str]()
     for key, value in _values(resolved.config):
         *sections, name = key.split(".")
         indent = "  " * len(sections)
