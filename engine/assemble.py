@@ -18,7 +18,7 @@ from gearshift.engine.ppo import Roles
 from gearshift.engine.rewards.text import check_system_turn, same_tokenizer
 from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.roles import Actor, Critic
-from gearshift.engine.streaming.shards import Store
+from gearshift.engine.streaming.store import Store
 from gearshift.engine.zero.optim import check_optimizer
 
 

@@ -136,7 +136,7 @@ class Actor(Trained):
                 rollout = generate_responses(self.sampler, prompts, sampling, seed, group, progress)
             finally:
                 self.sampler.rest()
-        self.idle_seconds = self.gearbox.meet()
+        self.idle_seconds = self.gearbox.wait_for_groups()
         return rollout
 
     @property

@@ -19,8 +19,8 @@ MOST_FUNCTION_LINES = {"engine": 60, "launch": 60, "kernels": 120}
 # A room is a folder of engine/, a file that stands in engine/ itself, or one of the other two
 # folders. It imports from rooms that stand left of it, never from its neighbours between two bars.
 ORDER = """
-    kernels | config cluster | batch phase | data rewards attention zero gearbox objective |
-    rollout streaming | models | metrics guards log | roles | ppo |
+    kernels | config cluster | batch phase | data rewards attention zero objective |
+    gearbox | rollout streaming | models | metrics guards log | roles | ppo |
     assemble checkpoint | plan | launch
 """
 LEVELS = [group.split() for group in ORDER.split("|")]
@@ -29,9 +29,15 @@ DEBTS = {("assemble", "plan")}
 
 # Who may know DeepSpeed, at module level or inside a function.
 DEEPSPEED = {"config", "cluster", "zero", "gearbox", "streaming", "models", "roles"}
-DEEPSPEED |= {"checkpoint"}
 # Its logger's level, its version, and what a benchmark compares with.
 LAUNCH_WITH_DEEPSPEED = re.compile(r"train|session|bench/.*")
+# Its fields of a parameter and of an optimizer, which one file reads. `ds_opt_adam` is no part of
+# them: DeepSpeedCPUAdam's own arithmetic.
+PRIVATE = re.compile(
+    r"ds_(?!opt_adam$)\w+|\w*(fp16|fp32|bf16|bit16)_\w*groups\w*|\w*_hp_\w+|[lh]p_fragment\w*|"
+    r"\w*grad_partition\w*|ipg_buckets|final_location|partition_numel|real_dp_process_group"
+)
+LAYOUT = ROOT / "engine" / "zero" / "layout.py"
 KERNELS_MAY_IMPORT = {"torch", "triton", "gearshift"}
 
 
@@ -141,6 +147,26 @@ def test_only_some_files_know_deepspeed():
         inside = path.relative_to(ROOT / "launch").with_suffix("").as_posix()
         assert LAUNCH_WITH_DEEPSPEED.fullmatch(inside), name(path)
     assert not any(path.is_relative_to(ROOT / "kernels") for path in knowing)
+
+
+def attributes(path: Path) -> set[str]:
+    """Names of attributes that a file reads or writes, also by getattr and its like."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Call) and re.fullmatch(r"\w+attr", getattr(node.func, "id", "")):
+            found |= {a.value for a in node.args[1:2] if isinstance(a, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_one_file_reads_the_private_fields_of_deepspeed(path):
+    private = set(filter(PRIVATE.fullmatch, attributes(path)))
+    if path == LAYOUT:
+        assert private >= {"ds_tensor", "fp16_groups", "_hp_mapping", "ipg_buckets"}
+    else:
+        assert not private, f"{name(path)}: ask zero/layout.py instead of reading {private}"
 
 
 def test_the_loop_knows_neither_deepspeed_nor_transformers():

@@ -8,6 +8,7 @@ from torch import nn
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
+from gearshift.engine.zero.layout import gathered
 
 
 def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
@@ -27,13 +28,10 @@ def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
 @torch.no_grad()
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and persistent buffer on rank 0's host memory; empty on other ranks."""
-    from deepspeed import zero
-
     kept: dict[str, torch.Tensor] = {}
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        partitioned = hasattr(parameter, "ds_tensor")
-        with zero.GatheredParameters([parameter], enabled=partitioned):
+        with gathered(parameter):
             if distributed.is_main():
                 kept[name] = parameter.detach().to("cpu", copy=True)
         beat()

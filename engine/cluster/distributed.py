@@ -216,15 +216,6 @@ def global_max(value: Tensor) -> Tensor:
     return largest
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
-    """[n, ...] on every rank, the same shape on each -> [world size * n, ...], in rank order."""
-    if world_size() == 1:
-        return rows
-    gathered = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
-
-
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> Sequence[Any]:
     """Small Python objects of every rank, in rank order."""
     size = dist.get_world_size(group) if dist.is_initialized() else 1

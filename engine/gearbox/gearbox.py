@@ -16,10 +16,15 @@ from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox import transfer as reshard
 from gearshift.engine.gearbox.module import Rank, copy_buffers, localize, meta_twin
 from gearshift.engine.gearbox.slicing import plan_tensor_parallel
-from gearshift.engine.gearbox.transfer import Topology, Traffic
-
-# Staging of a shift in MB: large buckets saturate NVLink, on CPU they only leave the cache.
-_BUCKET_MB = {"cuda": 256.0, "cpu": 16.0}
+from gearshift.engine.gearbox.spec import BUCKET_MB
+from gearshift.engine.gearbox.transfer import ShiftCost, Topology
+from gearshift.engine.zero.layout import (
+    is_on_disk,
+    is_partitioned,
+    partition,
+    ranks_of,
+    whole_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Gearbox:
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.route, self.stats = route, ShiftStats()
         self._source, self._resident = hf_module, config.weights == "resident"
-        self.budget = int((config.shift_bucket_mb or _BUCKET_MB[self.device.type]) * 2**20)
+        self.budget = int((config.shift_bucket_mb or BUCKET_MB[self.device.type]) * 2**20)
         node_size = ranks_per_node()
         check_partitions(hf_module)
         self.tp_size = config.tp or smallest_tp(hf_module, node_size, self.device)
@@ -88,7 +93,7 @@ class Gearbox:
             if self._aliased or not self._resident:
                 self._release()
 
-    def meet(self) -> float:
+    def wait_for_groups(self) -> float:
         """Waits until every TP group has generated; returns the seconds this one was idle.
 
         World-collective.
@@ -102,33 +107,33 @@ class Gearbox:
     def _shift(self) -> None:
         start = time.perf_counter()
         if self._aliased:
-            traffic = self._alias()
+            cost = self._alias()
         else:
             self._allocate()
-            traffic = self._fill()
+            cost = self._fill()
         copy_buffers(self.module, self._source, self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         shard_bytes = 0 if self._aliased else sum(s.parameter.nbytes for s in self._shards)
         self.stats = ShiftStats(
             seconds=time.perf_counter() - start,
-            bytes_received=traffic.received,
+            bytes_received=cost.received,
             bytes_minimum=self._bytes_minimum,
-            peak_staging_bytes=traffic.peak_staging,
+            peak_staging_bytes=cost.peak_staging,
             shard_bytes=shard_bytes,
         )
 
-    def _alias(self) -> Traffic:
+    def _alias(self) -> ShiftCost:
         for shard in self._shards:
-            shard.parameter.data = reshard.partition(shard).view(shard.spec.shape)
-        return Traffic()
+            shard.parameter.data = partition(shard.source).view(shard.spec.shape)
+        return ShiftCost()
 
     def _allocate(self) -> None:
         for shard in self._shards:
             if shard.parameter.shape != shard.spec.local_shape:
                 shard.parameter.data = shard.parameter.new_empty(shard.spec.local_shape)
 
-    def _fill(self) -> Traffic:
+    def _fill(self) -> ShiftCost:
         if not self._partitioned:
             return reshard.local_shift(self._shards, self.budget)
         if self.route == "all_gather":
@@ -140,7 +145,7 @@ class Gearbox:
             shard.parameter.data = shard.parameter.new_empty(0)
 
     def _on_device(self) -> bool:
-        return all(reshard.partition(shard).device == self.device for shard in self._shards)
+        return all(partition(shard.source).device == self.device for shard in self._shards)
 
 
 def check_tp(tp: int, node_size: int) -> None:
@@ -154,19 +159,19 @@ def check_tp(tp: int, node_size: int) -> None:
 def check_partitions(module: nn.Module) -> None:
     """Raises ValueError where ZeRO-3 keeps a parameter in a form that shifts cannot read."""
     for name, parameter in module.named_parameters():
-        if not hasattr(parameter, "ds_tensor"):
+        if not is_partitioned(parameter):
             continue
-        if parameter.ds_tensor.final_location == "nvme":
+        if is_on_disk(parameter):
             raise ValueError(
                 "zero_optimization.offload_param.device=nvme: the actor's weights must be in "
                 "memory to generate; use cpu or none"
             )
-        if parameter.ds_tensor.dtype != parameter.dtype:
+        if partition(parameter).dtype != parameter.dtype:
             raise ValueError(
-                f"{name} is kept as {parameter.ds_tensor.dtype}: quantized ZeRO++ weights cannot "
+                f"{name} is kept as {partition(parameter).dtype}: quantized ZeRO++ weights cannot "
                 "be read for generation; unset zero_quantized_weights"
             )
-        if dist.get_world_size(parameter.ds_process_group) != world_size():
+        if ranks_of(parameter) != world_size():
             raise ValueError(
                 f"{name} is partitioned over a part of the ranks: generation needs parameters "
                 "partitioned over all of them"
@@ -180,7 +185,7 @@ def smallest_tp(module: nn.Module, node_size: int, device: torch.device) -> int:
     """
     if device.type == "cpu" or world_size() == 1:
         return 1
-    weights = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in module.parameters())
+    weights = sum(whole_shape(p).numel() * p.element_size() for p in module.parameters())
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.tensor(torch.cuda.mem_get_info(device)[0] + cached, device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)

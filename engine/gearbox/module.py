@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.gearbox.slicing import HeadCut, TPPlan
 from gearshift.engine.gearbox.spec import Spec
+from gearshift.engine.zero.layout import whole_shape
 
 # Both take (output, input, group=None), flat; the old name warns where the new one exists.
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -99,7 +100,7 @@ def _bind_parameters(twin, source, plan: TPPlan, rank: Rank, device) -> list[Sha
     shards: dict[tuple, Shard] = {}
     for name, _ in list(twin.named_parameters(remove_duplicate=False)):
         original, specs = sources[name], plan.specs[name]
-        shape = tuple(getattr(original, "ds_shape", original.shape))
+        shape = tuple(whole_shape(original))
         if shape != specs[0].shape:
             raise ValueError(
                 f"{name}: the model has shape {shape}, its config says {specs[0].shape}; "

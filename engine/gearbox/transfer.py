@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gearshift.engine.gearbox.module import Shard, all_gather_flat
+from gearshift.engine.zero.layout import partition
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Topology:
 
 
 @dataclass
-class Traffic:
+class ShiftCost:
     """Bytes that came from other ranks, and the most that staging tensors held at once."""
 
     received: int = 0
@@ -62,14 +63,8 @@ class Segment:
 
     def span(self, rank: int) -> tuple[int, int]:
         """The range in the whole flat parameter that this is on `rank`, padding left out."""
-        numel, base = self.shard.spec.numel, rank * partition(self.shard).numel()
+        numel, base = self.shard.spec.numel, rank * partition(self.shard.source).numel()
         return min(base + self.start, numel), min(base + self.stop, numel)
-
-
-def partition(shard: Shard) -> Tensor:
-    """This rank's flat part of the training parameter: all of it below ZeRO-3."""
-    source = shard.source
-    return source.ds_tensor.data if hasattr(source, "ds_tensor") else source.data.reshape(-1)
 
 
 def filled(shard: Shard, start: int, stop: int) -> Tensor:
@@ -102,7 +97,7 @@ def make_buckets(shards: list[Shard], budget: int, copies: int) -> Iterator[Buck
         segments: list[Segment] = []
         count = 0
         for shard in (shard for shard in shards if shard.source.dtype == dtype):
-            start, numel = 0, partition(shard).numel()
+            start, numel = 0, partition(shard.source).numel()
             while start < numel:
                 stop = min(numel, start + capacity - count)
                 segments.append(Segment(shard, start, stop, count))
@@ -115,41 +110,44 @@ def make_buckets(shards: list[Shard], budget: int, copies: int) -> Iterator[Buck
             yield Bucket(tuple(segments), count, dtype)
 
 
-def local_shift(shards: list[Shard], budget: int) -> Traffic:
+def local_shift(shards: list[Shard], budget: int) -> ShiftCost:
     """Cuts shards out of parameters that are whole on this rank, on any device."""
-    traffic = Traffic()
+    cost = ShiftCost()
     for bucket in make_buckets(shards, budget, copies=1):
         for segment in bucket.segments:
             start, stop = segment.span(0)
-            chunk, out = partition(segment.shard)[start:stop], filled(segment.shard, start, stop)
+            chunk, out = (
+                partition(segment.shard.source)[start:stop],
+                filled(segment.shard, start, stop),
+            )
             if chunk.device != out.device:
                 chunk = chunk.to(out.device)
-                traffic.stage(chunk)
+                cost.stage(chunk)
             segment.shard.spec.extract(chunk, start, out)
-    return traffic
+    return cost
 
 
-def all_gather_shift(shards: list[Shard], topology: Topology, budget: int) -> Traffic:
+def all_gather_shift(shards: list[Shard], topology: Topology, budget: int) -> ShiftCost:
     """The plain route: every rank receives everything and keeps its shards. World-collective."""
-    traffic = Traffic()
+    cost = ShiftCost()
     for bucket in make_buckets(shards, budget, copies=topology.world + 1):
         own = _pack(bucket)
         gathered = own.new_empty(topology.world * bucket.count)
         all_gather_flat(gathered, own)
-        traffic.stage(own, gathered)
-        traffic.received += gathered.nbytes - own.nbytes
+        cost.stage(own, gathered)
+        cost.received += gathered.nbytes - own.nbytes
         parts = gathered.view(topology.world, bucket.count)
         for segment in bucket.segments:
             for rank in range(topology.world):
                 start, stop = segment.span(rank)
                 chunk = parts[rank, segment.offset : segment.offset + stop - start]
                 segment.shard.spec.extract(chunk, start, filled(segment.shard, start, stop))
-    return traffic
+    return cost
 
 
-def exact_shift(shards: list[Shard], topology: Topology, budget: int) -> Traffic:
+def exact_shift(shards: list[Shard], topology: Topology, budget: int) -> ShiftCost:
     """The lean route: every rank receives its shards only. World-collective."""
-    traffic = Traffic()
+    cost = ShiftCost()
     # Own part, gathered rail, and, where all of it goes to every rank, what is sent and received.
     copies = 1 + (topology.nodes if topology.nodes > 1 else 0) + 2 * topology.world
     for bucket in make_buckets(shards, budget, copies):
@@ -158,14 +156,14 @@ def exact_shift(shards: list[Shard], topology: Topology, budget: int) -> Traffic
         if topology.nodes > 1:
             held = own.new_empty(topology.nodes * bucket.count)
             all_gather_flat(held, own, group=topology.rail_group)
-            traffic.received += held.nbytes - own.nbytes
+            cost.received += held.nbytes - own.nbytes
             held = held.view(topology.nodes, bucket.count)
         _keep_own(bucket, held, topology)
         if topology.node_size > 1:
-            _exchange(bucket, held, own, topology, traffic)
+            _exchange(bucket, held, own, topology, cost)
         else:
-            traffic.stage(own, held)
-    return traffic
+            cost.stage(own, held)
+    return cost
 
 
 def minimum_bytes(shards: list[Shard], topology: Topology) -> int:
@@ -173,7 +171,7 @@ def minimum_bytes(shards: list[Shard], topology: Topology) -> int:
     its shards still lack. On one node this is the bound for any route."""
     total = 0
     for shard in shards:
-        whole = Segment(shard, 0, partition(shard).numel(), 0)
+        whole = Segment(shard, 0, partition(shard.source).numel(), 0)
         for rank in range(topology.world):
             start, stop = whole.span(rank)
             on_rail = rank % topology.node_size == topology.local
@@ -185,7 +183,7 @@ def minimum_bytes(shards: list[Shard], topology: Topology) -> int:
 def _pack(bucket: Bucket) -> Tensor:
     """This rank's part of a bucket on the shards' device; a view where one range is all of it."""
     device = bucket.segments[0].shard.parameter.device
-    parts = [partition(s.shard)[s.start : s.stop] for s in bucket.segments]
+    parts = [partition(s.shard.source)[s.start : s.stop] for s in bucket.segments]
     if len(parts) == 1:
         return parts[0].to(device)
     packed = torch.empty(bucket.count, dtype=bucket.dtype, device=device)
@@ -213,7 +211,7 @@ def _keep_own(bucket: Bucket, held: Tensor, topology: Topology) -> None:
 
 
 def _exchange(
-    bucket: Bucket, held: Tensor, own: Tensor, topology: Topology, traffic: Traffic
+    bucket: Bucket, held: Tensor, own: Tensor, topology: Topology, cost: ShiftCost
 ) -> None:
     """Sends to every other rank of the node what its shards need of `held`, and receives so."""
     send_counts, receive_counts = [0] * topology.node_size, [0] * topology.node_size
@@ -241,8 +239,8 @@ def _exchange(
         incoming, outgoing, receive_counts, send_counts, group=topology.node_group
     )
     rail = [held] if topology.nodes > 1 else []
-    traffic.stage(own, *rail, outgoing, incoming)
-    traffic.received += incoming.nbytes
+    cost.stage(own, *rail, outgoing, incoming)
+    cost.received += incoming.nbytes
     position = 0
     for other in others:
         for segment, _, start, stop in _chunks(bucket, topology, other):

@@ -5,14 +5,14 @@ size, V vocabulary. The language head is never a module call: its weight goes to
 log-probs in chunks, so no [B, T, V] tensor exists.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gearshift.engine.zero.layout import gathered
 from gearshift.kernels import ops
 
 
@@ -48,44 +48,6 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -
         use_cache=False,
     )
     return output.last_hidden_state
-
-
-@contextmanager
-def gathered(*parameters: nn.Parameter | None) -> Iterator[None]:
-    """Whole parameters inside an engine's forward, whatever the ZeRO stage."""
-    absent = [p for p in parameters if p is not None and _is_partitioned(p)]
-    if all(_holds_all(p) for p in absent):
-        with _in_place(absent):
-            yield
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters(absent):
-        yield
-
-
-def _holds_all(parameter: nn.Parameter) -> bool:
-    """Whether this rank's partition is the whole parameter, on the device it is used on."""
-    part = parameter.ds_tensor
-    return part.numel() >= parameter.ds_numel and part.device == parameter.device
-
-
-@contextmanager
-def _in_place(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """At one rank: views of the partitions, where DeepSpeed would gather into a copy."""
-    for parameter in parameters:
-        whole = parameter.ds_tensor.detach()[: parameter.ds_numel]
-        parameter.data = whole.view(parameter.ds_shape)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    status = getattr(parameter, "ds_status", None)
-    return status is not None and status.name != "AVAILABLE"
 
 
 class Policy(nn.Module):

@@ -30,7 +30,8 @@ from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.files import CheckpointFiles
 from gearshift.engine.models.gguf import as_directory
-from gearshift.engine.streaming.shards import Store, partitioning, place, room_of
+from gearshift.engine.streaming.store import Store, partitioning, place, room_of
+from gearshift.engine.zero import layout
 
 logger = logging.getLogger("gearshift")
 
@@ -318,7 +319,7 @@ def _load_with_transformers(
     loaded = dict(module.named_parameters())
     for name in fresh:
         if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
-            _zero(loaded[name])
+            layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
     if missing or info["mismatched_keys"]:
         raise ValueError(
@@ -326,10 +327,3 @@ def _load_with_transformers(
             f"{(missing + [str(k) for k in info['mismatched_keys']])[:3]}"
         )
     return module
-
-
-def _zero(parameter: nn.Parameter) -> None:
-    if hasattr(parameter, "ds_tensor"):
-        parameter.ds_tensor.zero_()
-    else:
-        parameter.data.zero_()

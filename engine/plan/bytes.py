@@ -10,7 +10,7 @@ from typing import Any
 
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.models.shapes import Shape
-from gearshift.engine.streaming.shards import SLOTS
+from gearshift.engine.streaming.store import SLOTS
 from gearshift.kernels.head.projection import CUDA_LOGITS_BYTES
 
 

@@ -23,7 +23,7 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.streaming import units
 from gearshift.engine.streaming.lockstep import Lockstep
-from gearshift.engine.streaming.shards import Shard, take_over, unit_bytes
+from gearshift.engine.streaming.store import RankPart, take_over, unit_bytes
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class _Guest:
     """A unit's weights and where they are in a pass."""
 
     unit: units.Unit
-    shards: list[Shard]
+    parts: list[RankPart]
     present: bool = False
     came: bool = False  # in this pass
     called: bool = False  # in this pass: somebody needed it
@@ -55,7 +55,7 @@ class _Guest:
 
     @property
     def nbytes(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass
@@ -80,14 +80,14 @@ class Traffic:
 class _Coming:
     """A unit on its way to the device."""
 
-    whole: list[Tensor] = field(default_factory=list)  # [world size * part] of each parameter
+    whole: list[Tensor] = field(default_factory=list)  # [world size * count] of each parameter
     works: list[Any] = field(default_factory=list)
 
 
 class StreamedEngine:
     """Stands where a DeepSpeed engine would; a call is one forward without gradients.
 
-    module: partitioned by ZeRO-3, its partitions in a store (shards.py), which are taken over.
+    module: partitioned by ZeRO-3, its partitions in a store (store.py), which are taken over.
     Collective: every rank makes as many passes, of one micro-batch or more, and its forwards use
     the units in the same order; inside a unit, as the experts of a layer, they may differ.
     """
@@ -98,10 +98,10 @@ class StreamedEngine:
         self._stream: Any = None  # of the pass
         self._lockstep: Lockstep | None = None
         self._ahead: dict[int, _Coming] = {}
-        self.store, shards = take_over(module)
-        self.guests = [_Guest(u, [shards[p] for p in u.parameters]) for u in units.cut(module)]
+        self.store, parts = take_over(module)
+        self.guests = [_Guest(u, [parts[p] for p in u.parameters]) for u in units.cut(module)]
         self._home = {p: guest for guest in self.guests for p in guest.unit.parameters}
-        self.store.begin(max(unit_bytes(guest.shards) for guest in self.guests))
+        self.store.begin(max(unit_bytes(guest.parts) for guest in self.guests))
         self.traffic = Traffic()
         module.to(device)  # buffers; the parameters have no data
         self._hook()
@@ -132,7 +132,8 @@ class StreamedEngine:
 
     @contextmanager
     def _setting(self) -> Iterator[None]:
-        """What a thread starts without."""
+        """What holds in the thread that makes the pass, for the threads of its calls: no gradients,
+        and on CUDA the same current stream. Both are settings of a thread."""
         with torch.no_grad(), torch.cuda.stream(self._stream) if self._copies else nullcontext():
             yield
 
@@ -187,32 +188,32 @@ class StreamedEngine:
             work.wait()
         if self._copies:
             self._stream.wait_stream(self._copies)
-        for p, shard, whole in zip(guest.unit.parameters, guest.shards, coming.whole, strict=True):
-            p.data = whole[: shard.numel].view(shard.shape)
+        for p, part, whole in zip(guest.unit.parameters, guest.parts, coming.whole, strict=True):
+            p.data = whole[: part.numel].view(part.shape)
         guest.present = guest.came = True
         following = [g for g in self.guests[index + 1 :] if not (g.came or g.idle)][:2]
         if following and following[0].unit.index not in self._ahead:
             self._ahead[following[0].unit.index] = self._send(following[0])
         if len(following) > 1:
-            self.store.ahead(following[1].shards)  # a disk takes longer than the way to the device
+            self.store.ahead(following[1].parts)  # a disk takes longer than the way to the device
         beat()
 
     def _send(self, guest: _Guest) -> _Coming:
         """Copies this rank's part to the device and gathers the others'; on CUDA, in background."""
         coming, size, rank = _Coming(), distributed.world_size(), distributed.rank()
-        for shard in guest.shards:
-            whole = torch.empty(shard.part * size, dtype=shard.dtype, device=self.device)
+        for part in guest.parts:
+            whole = torch.empty(part.count * size, dtype=part.dtype, device=self.device)
             coming.whole.append(whole)
-        values = self.store.read(guest.shards)
+        values = self.store.read(guest.parts)
         if self._copies:
             self._copies.wait_stream(self._stream)
         with torch.cuda.stream(self._copies) if self._copies else nullcontext():
-            for shard, value, whole in zip(guest.shards, values, coming.whole, strict=True):
-                mine = whole.narrow(0, rank * shard.part, shard.part)
+            for part, value, whole in zip(guest.parts, values, coming.whole, strict=True):
+                mine = whole.narrow(0, rank * part.count, part.count)
                 mine.copy_(value, non_blocking=True)
                 if size > 1:
                     work = dist.all_gather_into_tensor(whole, mine, async_op=True)
                     coming.works.append(work)
-            self.store.copied(guest.shards)
+            self.store.copied(guest.parts)
         self.traffic.bytes_moved += guest.nbytes
         return coming

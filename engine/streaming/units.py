@@ -22,7 +22,8 @@ class Unit:
 
 
 def cut(module: nn.Module) -> list[Unit]:
-    """The units of a module, in order; each parameter is in one, tied ones too."""
+    """The units of a module, in order. Each parameter is in one unit, that of the first module that
+    uses it: where others use it as well (tied embeddings), the unit stays to the end of a pass."""
     units: list[Unit] = []
     home: dict[nn.Parameter, Unit] = {}
     for user, parameters in _places(module):
@@ -32,7 +33,7 @@ def cut(module: nn.Module) -> list[Unit]:
             units[index].kept = True
             units[index].modules.append(user)
         if new:
-            # Parameters beside submodules are in use while those run.
+            # What a module owns beside its submodules it may use before and after each of them.
             beside = any(user.children()) and len(new) != len(list(user.parameters()))
             units.append(Unit(len(units), new, [user], kept=beside))
             home |= dict.fromkeys(new, units[-1])

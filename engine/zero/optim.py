@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.schema import OptimizerConfig
+from gearshift.engine.zero.layout import whole_shape
 from gearshift.engine.zero.split_adamw import MOMENTS, SplitAdamW
 
 
@@ -20,8 +21,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
     """
     check_optimizer(config, ds_config)
     trainable = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if len(_shape(p)) > 1]
-    vectors = [p for p in trainable if len(_shape(p)) <= 1]
+    matrices = [p for p in trainable if len(whole_shape(p)) > 1]
+    vectors = [p for p in trainable if len(whole_shape(p)) <= 1]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -80,7 +81,3 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, steps: int) ->
         return 1.0
 
     return LambdaLR(optimizer, factor)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

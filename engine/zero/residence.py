@@ -6,23 +6,23 @@ the gradient buffers, may leave it meanwhile; `sleep` of a role says how far.
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from gearshift.engine.phase import Phase, phases
 from gearshift.engine.zero.sleep import Arena, Exchange, Sleeper
 
-Sleep = Literal["never", "gradients", "exchange", "always"]
+Sleep = Literal["never", "gradients", "exchange", "always"]  # from the most device memory
 Place = Literal["device", "host", "freed"]
 Part = Literal["train", "give_way", "wait", "stay"]
-
-# From the most device memory to the least.
-SLEEPS: tuple[Sleep, ...] = get_args(Sleep)
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """optimizer: master weights (or their low bits) and moments. gradients: the buffers of
-    gradients and of their reduction, which hold nothing between two updates and are not copied."""
+    """Where the state of one role is in a phase.
+
+    optimizer: master weights (or their low bits) and moments. gradients: the buffers in which
+    gradients add up and are reduced; between two updates they hold nothing, so they are freed.
+    """
 
     optimizer: Place
     gradients: Place

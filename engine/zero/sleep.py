@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine.zero import layout
 from gearshift.engine.zero.pinned import Block
 from gearshift.engine.zero.split_adamw import SplitAdamW
 
 _ALIGNMENT = 512  # bytes: tensors start where any dtype may, as in torch's own allocators
-_MASTERS = (  # DeepSpeed's names for the flat tensors that the optimizer steps on
-    "fp32_partitioned_groups_flat",  # ZeRO-3
-    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
-    "fp32_groups_flat_partition",  # bf16 without ZeRO, gradients accumulated in fp32
-    "fp32_groups_flat",  # bf16 without ZeRO
-)
 
 
 class Arena:
@@ -33,7 +28,7 @@ class Arena:
     def __init__(self, size: int, *, pinned: bool):
         """size: bytes."""
         self._block, self.pinned = Block(size, pinned=pinned), pinned
-        self.stacks: tuple[list[int], list[int]] = ([], [])  # bytes of each piece
+        self.stacks: tuple[list[int], list[int]] = ([], [])  # bytes of each tensor
 
     @property
     def memory(self) -> Tensor:
@@ -44,7 +39,7 @@ class Arena:
         return self.memory.numel() - sum(map(sum, self.stacks))
 
     def next_place(self, side: int, like: Tensor) -> Tensor:
-        """Where the next piece of a side would lie, as a tensor; not taken before push."""
+        """Where the next tensor of a side would lie, a view of the arena; not taken before push."""
         size, used = padded(like.nbytes), sum(self.stacks[side])
         assert size <= self.room, "the arena was made too small"
         start = used if side == 0 else self.memory.numel() - used - size
@@ -74,7 +69,7 @@ class Sleeper:
         self.device = torch.empty(0, device=engine.device).device  # "cuda" becomes "cuda:0"
         self.asleep: list[Tensor] = []  # in the order of the arena's stack
         self._zero = engine.optimizer
-        self._inner = getattr(self._zero, "optimizer", self._zero)
+        self._inner = layout.inner_optimizer(self._zero)
 
     @property
     def awake(self) -> bool:
@@ -83,9 +78,7 @@ class Sleeper:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(what, tensor) of all that may leave: the master weights where they are no weights of the
         model, and the optimizer's state of each."""
-        weights = self._weight_storages()
-        masters = self._masters()
-        yield from (("master", m) for m in masters if m.numel() and _storage(m) not in weights)
+        yield from (("master", master) for master in self._masters() if master.numel())
         for state in self._inner.state.values():
             for name, value in state.items():
                 if torch.is_tensor(value) and value.numel() > 1:
@@ -93,28 +86,22 @@ class Sleeper:
 
     def sizes(self) -> list[int]:
         """Bytes that each of `tensors` takes in the arena once the first update has made all."""
-        weights, sizes = self._weight_storages(), []
-        for flat in self._masters() or self._parameters():
-            if self._masters() and _storage(flat) not in weights:
-                sizes.append(padded(flat.nbytes))
+        sizes = [padded(master.nbytes) for master in self._masters()]
+        for master in (group.master for group in layout.groups(self._zero)):
             if isinstance(self._inner, SplitAdamW):
-                moment = self._inner.moments.itemsize * flat.numel()
-                sizes += [padded(2 * flat.numel()), padded(moment), padded(moment)]
+                moment = self._inner.moments.itemsize * master.numel()
+                sizes += [padded(2 * master.numel()), padded(moment), padded(moment)]
             else:
-                sizes += [padded(flat.nbytes)] * 2
+                sizes += [padded(master.nbytes)] * 2
         return sizes
 
     def relink(self) -> None:
-        """ZeRO-1 and 2 keep views of the flat tensors by parameter: of what they were before."""
-        if not hasattr(self._zero, "_hp_optimizer_states_linked"):
-            return
-        self._zero._link_all_hp_params()
-        if self._zero._hp_optimizer_states_linked:
-            self._zero._hp_optimizer_states_linked = False
-            self._zero._lazy_init_hp_params_optimizer_state()
+        """Tells DeepSpeed that tensors have changed their places."""
+        layout.relink(self._zero)
 
     def fetch_strays(self) -> None:
-        """What a checkpoint put on the host, beside sleeping master weights, comes along."""
+        """Brings moments to the device that are on the host outside the arena, of a role that is
+        awake: loading a checkpoint makes them where the master weights are, which may be asleep."""
         for state in self._inner.state.values():
             for value in state.values():
                 if torch.is_tensor(value) and value.device != self.device and not self.asleep:
@@ -122,15 +109,15 @@ class Sleeper:
 
     def free_gradients(self) -> None:
         """Gives the gradient buffers' memory back; views of them stay valid for make_gradients."""
-        for buffer in (*self._gradients(), *self._buckets()):
+        for buffer in (*layout.gradient_buffers(self._zero), *layout.reduce_buckets(self._zero)):
             buffer.untyped_storage().resize_(0)
 
     def make_gradients(self) -> None:
         """Zeros, as DeepSpeed makes them: a parameter without a gradient is not written."""
-        for buffer in self._gradients():
+        for buffer in layout.gradient_buffers(self._zero):
             if _regrown(buffer):
                 buffer.zero_()
-        for buffer in self._buckets():
+        for buffer in layout.reduce_buckets(self._zero):
             _regrown(buffer)
 
     def device_bytes(self) -> dict[str, int]:
@@ -145,11 +132,13 @@ class Sleeper:
                 found[what] = found.get(what, 0) + storage.nbytes()
 
         for parameter in self.engine.module.parameters():
-            partition = getattr(parameter, "ds_tensor", None)
-            if partition is not None and partition.final_location not in ("cpu", "nvme"):
-                add("weights", partition)
-            add("weights" if partition is None else "small weights, whole", parameter)
-        for buffer in self._buckets():
+            if not layout.is_partitioned(parameter):
+                add("weights", parameter)
+                continue
+            if not layout.is_on_disk(parameter):
+                add("weights", layout.partition(parameter))
+            add("small weights, whole", parameter)
+        for buffer in layout.reduce_buckets(self._zero):
             add("reduce buckets", buffer)
         if self._offloaded:
             return found
@@ -157,31 +146,17 @@ class Sleeper:
         for what, tensor in self.tensors():
             if id(tensor) not in asleep:
                 add(what, tensor)
-        for buffer in self._gradients():
+        for buffer in layout.gradient_buffers(self._zero):
             add("gradients", buffer)
         return found
 
     def _masters(self) -> list[Tensor]:
-        return next((list(getattr(self._zero, a)) for a in _MASTERS if hasattr(self._zero, a)), [])
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self._inner.param_groups for p in group["params"]]
-
-    def _weight_storages(self) -> set[int]:
-        parameters = self.engine.module.parameters()
-        return {_storage(getattr(p, "ds_tensor", p)) for p in parameters}
-
-    def _gradients(self) -> list[Tensor]:
-        flat = getattr(self._zero, "grad_partitions_flat_buffer", None)  # ZeRO-3
-        if flat is not None:
-            return [flat]
-        return list(getattr(self._zero, "fp32_groups_gradients_flat", []))  # bf16 without ZeRO
-
-    def _buckets(self) -> list[Tensor]:
-        if not hasattr(self._zero, "grad_partitions_flat_buffer"):
-            return []  # other stages make them for each backward
-        buckets = self._zero.ipg_buckets.values()
-        return [bucket.buffer for bucket in buckets if bucket.buffer is not None]
+        """Master weights that are no weights of the model; those of stage 0 stay."""
+        if not self.engine.zero_optimization_stage():
+            return []
+        weights = {_storage(layout.partition(p)) for p in self.engine.module.parameters()}
+        masters = [group.master for group in layout.groups(self._zero)]
+        return [master for master in masters if _storage(master) not in weights]
 
 
 class Exchange:

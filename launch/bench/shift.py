@@ -23,6 +23,7 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.distributed import ranks_per_node
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox.gearbox import Gearbox
+from gearshift.engine.zero.layout import partition, whole_shape
 from gearshift.launch.bench import ranks
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.table import show
@@ -81,7 +82,7 @@ def _measure(args: argparse.Namespace) -> int:
         "ranks_per_node": ranks_per_node(),
         "tp": tp,
         "dtype": args.dtype,
-        "model_bytes": sum(p.ds_numel * p.element_size() for p in model.parameters()),
+        "model_bytes": sum(whole_shape(p).numel() * p.element_size() for p in model.parameters()),
         "bucket_bytes": exact.budget,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -138,7 +139,7 @@ def _gather(model: torch.nn.Module) -> tuple[float, dict]:
         ready = time.perf_counter()
         held = sum(parameter.nbytes for parameter in parameters)
     others = distributed.world_size() - 1
-    received = sum(parameter.ds_tensor.nbytes * others for parameter in parameters)
+    received = sum(partition(parameter).nbytes * others for parameter in parameters)
     return ready, {"received": received, "staging": 0, "held": held}
 
 

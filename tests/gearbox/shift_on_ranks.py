@@ -19,10 +19,10 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.config.assets import asset_path
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.gearbox.gearbox import Gearbox
-from gearshift.engine.gearbox.transfer import partition
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.models.load import attention_implementation
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.zero.layout import partition
 
 COMMON = dict(
     vocab_size=509,  # prime: no TP size divides it
@@ -223,7 +223,7 @@ def missing_bytes(gearbox) -> int:
     """Shard bytes that no partition of this rank holds, counted by marking every element."""
     missing = 0
     for shard in gearbox._shards:
-        spec, count = shard.spec, partition(shard).numel()
+        spec, count = shard.spec, partition(shard.source).numel()
         mine = torch.zeros(spec.numel, dtype=torch.bool)
         mine[dist.get_rank() * count : (dist.get_rank() + 1) * count] = True
         rows = torch.cat([torch.arange(start, stop) for start, stop in spec.intervals])

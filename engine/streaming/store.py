@@ -19,33 +19,34 @@ from torch import Tensor, nn
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.zero.layout import is_on_disk, partition, whole_shape
 from gearshift.engine.zero.pinned import Block
 
 SLOTS = 2  # units of a spilled model in host memory: one on its way to the device, one being read
 _READERS = 4  # threads: one does not fill an NVMe disk's queue
-_PIECE = 16 * 2**20  # bytes of one read
-_ALIGNMENT = 16  # bytes: a shard starts where any dtype may
+_READ = 16 * 2**20  # bytes of one read
+_ALIGNMENT = 16  # bytes: a part starts where any dtype may
 _FIX = "free some, or name another disk"
 _KEY = "zero_optimization.offload_param.nvme_path"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Elements [rank * part, (rank + 1) * part) of a flattened parameter."""
+class RankPart:
+    """This rank's elements [rank * count, (rank + 1) * count) of a flattened parameter."""
 
     shape: torch.Size
     numel: int  # of the whole parameter, without padding
-    part: int
+    count: int
     dtype: torch.dtype
     offset: int  # bytes from the start of the store
 
     @property
     def nbytes(self) -> int:
-        return self.part * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
 
 
 class Host:
-    """A model's shards of this rank in one block of memory, pinned where there is a GPU."""
+    """A model's parts of this rank in one block of memory, pinned where there is a GPU."""
 
     def __init__(self, size: int):
         """size: bytes, of room_of."""
@@ -59,26 +60,26 @@ class Host:
 
     def take(self, parameter: nn.Parameter) -> None:
         """Moves the ZeRO-3 partition of `parameter` here."""
-        shard = _described(parameter, self._end)
-        self._at(shard).copy_(parameter.ds_tensor)
-        self._end += _padded(shard.nbytes)
-        _moved(parameter, self, shard)
+        part = _described(parameter, self._end)
+        self._at(part).copy_(partition(parameter))
+        self._end += _padded(part.nbytes)
+        _moved(parameter, self, part)
 
     def begin(self, largest: int) -> None:
         """Nothing to prepare."""
 
-    def ahead(self, shards: Sequence[Shard]) -> None:
+    def ahead(self, parts: Sequence[RankPart]) -> None:
         """Nothing to do: all is here."""
 
-    def read(self, shards: Sequence[Shard]) -> list[Tensor]:
-        """[part] of each."""
-        return [self._at(shard) for shard in shards]
+    def read(self, parts: Sequence[RankPart]) -> list[Tensor]:
+        """[count] of each."""
+        return [self._at(part) for part in parts]
 
-    def copied(self, shards: Sequence[Shard]) -> None:
+    def copied(self, parts: Sequence[RankPart]) -> None:
         """Nothing to do: what was read stays."""
 
-    def _at(self, shard: Shard) -> Tensor:
-        return self._block.memory[shard.offset :][: shard.nbytes].view(shard.dtype)
+    def _at(self, part: RankPart) -> Tensor:
+        return self._block.memory[part.offset :][: part.nbytes].view(part.dtype)
 
 
 @dataclass(eq=False)
@@ -86,15 +87,15 @@ class _Slot:
     """Host memory of one unit that comes from a disk."""
 
     block: Block
-    holds: Sequence[Shard] = ()  # until they are copied
+    holds: Sequence[RankPart] = ()  # until they are copied
     reads: list[Future] = field(default_factory=list)
     left: Any = None  # CUDA event: the last content is on the device
 
     def views(self) -> Iterator[Tensor]:
         start = 0
-        for shard in self.holds:
-            yield self.block.memory[start:][: shard.nbytes].view(shard.dtype)
-            start += _padded(shard.nbytes)
+        for part in self.holds:
+            yield self.block.memory[start:][: part.nbytes].view(part.dtype)
+            start += _padded(part.nbytes)
 
     def wait(self) -> None:
         for read in self.reads:
@@ -102,7 +103,7 @@ class _Slot:
 
 
 class Spill:
-    """A nameless file that holds one model's shards of this rank: gone when the process is.
+    """A nameless file that holds one model's parts of this rank: gone when the process is.
 
     Plain reads in parallel, not DeepSpeed's async I/O: they need no libaio, and are as many bytes.
     """
@@ -129,14 +130,14 @@ class Spill:
 
     def take(self, parameter: nn.Parameter) -> None:
         """Moves the ZeRO-3 partition of `parameter` here."""
-        shard = _described(parameter, self._end)
-        view = memoryview(parameter.ds_tensor.detach().cpu().view(torch.uint8).numpy())
+        part = _described(parameter, self._end)
+        view = memoryview(partition(parameter).detach().cpu().view(torch.uint8).numpy())
         done = 0
         with self._telling("writing"):
             while done < len(view):
                 done += os.pwritev(self._file.fileno(), [view[done:]], self._end + done)
-        self._end += _padded(shard.nbytes)
-        _moved(parameter, self, shard)
+        self._end += _padded(part.nbytes)
+        _moved(parameter, self, part)
 
     def _reserve(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -153,43 +154,44 @@ class Spill:
         pinned = torch.cuda.is_available()
         self._slots = [_Slot(Block(largest, pinned=pinned)) for _ in range(SLOTS)]
 
-    def ahead(self, shards: Sequence[Shard]) -> None:
+    def ahead(self, parts: Sequence[RankPart]) -> None:
         """Starts reading where there is a slot for it."""
         slot = next((slot for slot in self._slots if not slot.holds), None)
-        if slot and not self._slot_of(shards):
-            self._start(slot, shards)
+        if slot and not self._slot_of(parts):
+            self._start(slot, parts)
 
-    def read(self, shards: Sequence[Shard]) -> list[Tensor]:
-        """[part] of each; theirs until `copied`. Raises OSError where the disk fails."""
-        slot = self._slot_of(shards)
+    def read(self, parts: Sequence[RankPart]) -> list[Tensor]:
+        """[count] of each; theirs until `copied`. Raises OSError where the disk fails."""
+        slot = self._slot_of(parts)
         if slot is None:
             slot = next((slot for slot in self._slots if not slot.holds), self._slots[0])
             slot.wait()
-            self._start(slot, shards)
+            self._start(slot, parts)
         slot.wait()
         return list(slot.views())
 
-    def copied(self, shards: Sequence[Shard]) -> None:
-        """The current stream was told to copy what `read` gave."""
-        slot = self._slot_of(shards)
+    def copied(self, parts: Sequence[RankPart]) -> None:
+        """Gives the slot of these parts back, once the copies to the device are queued: it is
+        filled anew when the current CUDA stream has got past them."""
+        slot = self._slot_of(parts)
         slot.holds = ()
         if torch.cuda.is_available():
             slot.left = torch.cuda.current_stream().record_event()
         self._slots.remove(slot)
         self._slots.append(slot)
 
-    def _slot_of(self, shards: Sequence[Shard]) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.holds == shards), None)
+    def _slot_of(self, parts: Sequence[RankPart]) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.holds == parts), None)
 
-    def _start(self, slot: _Slot, shards: Sequence[Shard]) -> None:
-        slot.holds, slot.reads = shards, []
-        for shard, values in zip(shards, slot.views(), strict=True):
+    def _start(self, slot: _Slot, parts: Sequence[RankPart]) -> None:
+        slot.holds, slot.reads = parts, []
+        for part, values in zip(parts, slot.views(), strict=True):
             view = memoryview(values.view(torch.uint8).numpy())
-            for start in range(0, len(view), _PIECE):
-                piece = view[start : start + _PIECE]
-                read = self._readers.submit(self._read, piece, shard.offset + start, slot.left)
+            for start in range(0, len(view), _READ):
+                some = view[start : start + _READ]
+                read = self._readers.submit(self._read, some, part.offset + start, slot.left)
                 slot.reads.append(read)
-            self.bytes_read += shard.nbytes
+            self.bytes_read += part.nbytes
 
     def _read(self, view: memoryview, offset: int, left: Any) -> None:
         if left is not None:
@@ -232,17 +234,19 @@ def partitioning(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def room_of(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
-    """Bytes of a rank's shards of these parameters."""
+    """Bytes of a rank's parts of these parameters, which may be partitioned or on meta."""
     world = distributed.world_size()
-    return sum(_padded(math.ceil(p.numel() / world) * dtype.itemsize) for p in parameters)
+    return sum(
+        _padded(math.ceil(whole_shape(p).numel() / world) * dtype.itemsize) for p in parameters
+    )
 
 
-def unit_bytes(shards: Iterable[Shard]) -> int:
-    """Bytes of a slot that holds these shards."""
-    return sum(_padded(shard.nbytes) for shard in shards)
+def unit_bytes(parts: Iterable[RankPart]) -> int:
+    """Bytes of a slot that holds these parts."""
+    return sum(_padded(part.nbytes) for part in parts)
 
 
-def take_over(module: nn.Module) -> tuple[Store, dict[nn.Parameter, Shard]]:
+def take_over(module: nn.Module) -> tuple[Store, dict[nn.Parameter, RankPart]]:
     """Replaces every ZeRO-3 parameter of `module` by a plain one without data.
 
     Returns where their weights are, and their parts. Partitions that no store took while they were
@@ -250,43 +254,40 @@ def take_over(module: nn.Module) -> tuple[Store, dict[nn.Parameter, Shard]]:
     """
     loose = [p for p in module.parameters() if not hasattr(p, "stored")]
     if loose:
-        assert all(p.ds_tensor.final_location is None for p in loose), "on DeepSpeed's own disk"
-        host = Host(room_of((torch.empty(p.ds_shape, device="meta") for p in loose), _dtype(loose)))
+        assert not any(map(is_on_disk, loose)), "on DeepSpeed's own disk"
+        host = Host(room_of(loose, _dtype(loose)))
         for parameter in loose:
             host.take(parameter)
     made: dict[int, nn.Parameter] = {}
-    shards: dict[nn.Parameter, Shard] = {}
+    parts: dict[nn.Parameter, RankPart] = {}
     stores = set()
     for owner in list(module.modules()):
         for name, old in list(owner.named_parameters(recurse=False)):
             if id(old) not in made:
-                store, shard = old.stored
+                store, part = old.stored
                 stores.add(store)
-                new = nn.Parameter(torch.empty(0, dtype=shard.dtype), requires_grad=False)
-                made[id(old)], shards[new] = new, shard
+                new = nn.Parameter(torch.empty(0, dtype=part.dtype), requires_grad=False)
+                made[id(old)], parts[new] = new, part
             setattr(owner, name, made[id(old)])
     (store,) = stores
-    return store, shards
+    return store, parts
 
 
 def _dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
     return max((p.dtype for p in parameters), key=lambda dtype: dtype.itemsize)
 
 
-def _described(parameter: nn.Parameter, offset: int) -> Shard:
-    part = parameter.ds_tensor
-    return Shard(
-        shape=parameter.ds_shape,
-        numel=parameter.ds_numel,
-        part=part.ds_numel,
-        dtype=part.dtype,
-        offset=offset,
+def _described(parameter: nn.Parameter, offset: int) -> RankPart:
+    own, shape = partition(parameter), whole_shape(parameter)
+    return RankPart(
+        shape=shape, numel=shape.numel(), count=own.numel(), dtype=own.dtype, offset=offset
     )
 
 
-def _moved(parameter: nn.Parameter, store: Store, shard: Shard) -> None:
-    parameter.stored = store, shard
-    parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+def _moved(parameter: nn.Parameter, store: Store, part: RankPart) -> None:
+    parameter.stored = store, part
+    own = partition(parameter)
+    own.data = own.new_empty(0)
 
 
 def _padded(size: int) -> int:
