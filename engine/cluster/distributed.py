@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.config.errors import ConfigError, refuse_if
+
 # Where launchers that set no RANK keep it: (rank, local rank, world size). Slurm is last: mpirun in
 # a Slurm job starts its daemons with srun, and ranks inherit what Slurm says of a daemon.
 _LAUNCHERS = (
@@ -28,6 +30,7 @@ _NODE_SIZES = {
 }
 # How long ranks wait for the slowest where one has hours of work: the watchdog finds the stuck.
 _LONGEST_WAIT = timedelta(days=1)
+_SAME_RANKS = "start the same number of ranks on every node"
 
 
 def adopt_launcher_environment() -> None:
@@ -43,10 +46,9 @@ def adopt_launcher_environment() -> None:
         environment.setdefault("MASTER_PORT", "0")  # any free port
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
-            raise ValueError(
-                f"{name} is not set for {environment['WORLD_SIZE']} processes: start them with "
-                f"deepspeed or torchrun, or export {name}"
-            )
+            problem = f"{name} is not set for {environment['WORLD_SIZE']} processes"
+            fix = f"start them with deepspeed or torchrun, or export {name}"
+            raise ConfigError("", f"{problem}: {fix}")
 
 
 def forbid_cudnn_attention() -> None:
@@ -63,7 +65,7 @@ def start(threads: int = 0) -> torch.device:
     """Joins the process group and returns this rank's device.
 
     threads: CPU threads of this rank; 0 shares the cores between the ranks of the node.
-    Raises ValueError where the launcher's port is taken, a rank has no GPU or nodes differ.
+    Raises ConfigError where the launcher's port is taken, a rank has no GPU or nodes differ.
     """
     adopt_launcher_environment()
     # Host temporaries above 32 MB are mapped anew for every op. In huge pages a tiny step with
@@ -84,7 +86,7 @@ def start(threads: int = 0) -> torch.device:
 
 
 def _adopt_gpu() -> int:
-    """Index of this rank's GPU among those it sees, which becomes LOCAL_RANK; raises ValueError."""
+    """Index of this rank's GPU among those it sees, which becomes LOCAL_RANK, or ConfigError."""
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank < count:
         return local_rank
@@ -92,7 +94,8 @@ def _adopt_gpu() -> int:
     # srun --gpus-per-task=1 shows each task its own GPU; torchrun and deepspeed show all ranks the
     # same, so that there one GPU is one too few.
     if count != 1 or len(visible) != 1 or not visible[0] or has_launcher():
-        raise ValueError(f"LOCAL_RANK={local_rank}: this node has {count} GPUs; start fewer ranks")
+        problem = f"this node has {count} GPUs"
+        raise ConfigError("LOCAL_RANK", problem, "start fewer ranks", local_rank)
     # DeepSpeed takes it for the index of the device, and wants OpenMPI's to be equal.
     os.environ["LOCAL_RANK"] = "0"
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
@@ -111,10 +114,9 @@ def _join(backend: str) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ValueError(
-            f"MASTER_PORT={os.environ['MASTER_PORT']}: another job on this machine has that port; "
-            "choose a free one, as deepspeed --master_port 29600 ..."
-        ) from None
+        problem = "another job on this machine has that port"
+        fix = "choose a free one, as deepspeed --master_port 29600 ..."
+        raise ConfigError("MASTER_PORT", problem, fix, os.environ["MASTER_PORT"]) from None
 
 
 def stop() -> None:
@@ -133,7 +135,7 @@ def world_size() -> int:
 
 
 def ranks_per_node() -> int:
-    """As torchrun, deepspeed, srun or mpirun set it; the world if none did. Raises ValueError."""
+    """As torchrun, deepspeed, srun or mpirun set it; the world if none did. Raises ConfigError."""
     name = _node_size_variable()
     if name is None:
         return world_size()
@@ -141,11 +143,9 @@ def ranks_per_node() -> int:
     size = sizes[0]
     if name == "SLURM_NTASKS_PER_NODE":
         size = min(size, world_size())  # there it is the most that a node may have
-    if len(set(sizes)) > 1 or world_size() % size:
-        raise ValueError(
-            f"{name}={os.environ[name]}: does not divide the {world_size()} ranks; start the same "
-            "number of ranks on every node"
-        )
+    wrong = len(set(sizes)) > 1 or world_size() % size
+    problem = f"does not divide the {world_size()} ranks"
+    refuse_if(wrong, name, problem, _SAME_RANKS, os.environ[name])
     return size
 
 
@@ -169,18 +169,15 @@ def _counts(text: str) -> list[int]:
 
 
 def share_of_cores(cores: set[int]) -> int:
-    """How many of `cores`, those this rank may use, are its own. A collective; raises ValueError.
+    """How many of `cores`, those this rank may use, are its own. A collective; raises ConfigError.
 
     Ranks are asked because the mask alone does not tell: srun and mpirun may have bound each rank
     to cores of its own, while under torchrun the mask of a job is shared by the ranks of a node.
     """
     mine, size = sum(1 << core for core in cores), ranks_per_node()
     asked = all_gather_objects((mine, size))
-    if {theirs for _, theirs in asked} != {size}:
-        raise ValueError(
-            f"nodes have {sorted({theirs for _, theirs in asked})} ranks; start the same number "
-            "of ranks on every node"
-        )
+    sizes = {theirs for _, theirs in asked}
+    refuse_if(sizes != {size}, "", f"nodes have {sorted(sizes)} ranks", _SAME_RANKS)
     first = rank() // size * size
     sharing = sum(bool(mask & mine) for mask, _ in asked[first : first + size])
     return max(1, len(cores) // sharing)

@@ -6,8 +6,10 @@ import signal
 import time
 from datetime import datetime, timedelta
 from types import FrameType
+from typing import Any
 
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import ConfigError
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 # What ranks agree on is a number: the highest that any of them has.
@@ -26,7 +28,7 @@ class Interrupt:
     def __init__(self, deadline: float | None, *, announce: bool):
         self.deadline, self.announce = deadline, announce
         self._asked = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Takes over the signals of this process; only its main thread can."""
@@ -57,16 +59,15 @@ class Interrupt:
 
 
 def agree_on_deadline(save_by: str | None) -> float | None:
-    """The earliest deadline that a rank knows, on all of them. A collective; raises ValueError.
+    """The earliest deadline that a rank knows, on all of them. A collective; raises ConfigError.
 
     Not every rank needs to know one: deepspeed passes no variable of Slurm's to other nodes.
     """
     known = distributed.all_gather_objects(parse_deadline(save_by, time.time()))
     deadline = min((at for at in known if at is not None), default=None)
     if save_by is not None and deadline is None:
-        raise ValueError(
-            f"run.save_by={save_by!r}: SLURM_JOB_END_TIME is not set; give a time, as 08:00"
-        )
+        problem, fix = "SLURM_JOB_END_TIME is not set", "give a time, as 08:00"
+        raise ConfigError("run.save_by", problem, fix, repr(save_by))
     return deadline
 
 
@@ -74,7 +75,7 @@ def parse_deadline(save_by: str | None, now: float) -> float | None:
     """Unix time of run.save_by: "2026-11-23 08:00", "08:00" (the next one) or "slurm-10".
 
     Local time; "slurm-10" is ten minutes before the end of the Slurm job, None where Slurm has not
-    told this process. Raises ValueError.
+    told this process. Raises ConfigError.
     """
     if save_by is None:
         return None
@@ -90,6 +91,5 @@ def parse_deadline(save_by: str | None, now: float) -> float | None:
             return (when if when > today else when + timedelta(days=1)).timestamp()
         return datetime.fromisoformat(save_by).timestamp()
     except ValueError:
-        raise ValueError(
-            f"run.save_by={save_by!r}: not a time; write 08:00, 2026-11-23 08:00 or slurm-10"
-        ) from None
+        fix = "write 08:00, 2026-11-23 08:00 or slurm-10"
+        raise ConfigError("run.save_by", "not a time", fix, repr(save_by)) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import SourceConfig
 from gearshift.engine.data.readers import Row, columns_of, read_rows
 
@@ -57,8 +58,7 @@ class Mixture:
     """Several walks, drawn in proportion to their weights; item n never changes its walk."""
 
     def __init__(self, sources: list[SourceConfig], key: str, *, seed: int, shuffle: bool):
-        if not sources:
-            raise ValueError(f"{key}=[]: give at least one dataset")
+        refuse_if(not sources, key, "give at least one dataset", value="[]")
         self.key = key
         self.walks = [
             Walk(source, index, seed=seed, shuffle=shuffle) for index, source in enumerate(sources)
@@ -75,14 +75,13 @@ class Mixture:
         return self.walks[min(chosen, len(self.walks) - 1)]
 
     def require_columns(self, *alternatives: str) -> None:
-        """Raises ValueError when a dataset has neither its `prompt_key` nor an alternative."""
+        """Raises ConfigError when a dataset has neither its `prompt_key` nor an alternative."""
         for walk in self.walks:
-            columns = columns_of(walk.rows)
-            if not {walk.source.prompt_key, *alternatives} & set(columns):
-                raise ValueError(
-                    f"{self.key}.{walk.index}.prompt_key={walk.source.prompt_key}: no such column "
-                    f"in {walk.source.path}; its columns are {', '.join(columns)}"
-                )
+            columns, wanted = columns_of(walk.rows), walk.source.prompt_key
+            if not {wanted, *alternatives} & set(columns):
+                problem = f"no such column in {walk.source.path}"
+                fix = f"its columns are {', '.join(columns)}"
+                raise ConfigError(f"{self.key}.{walk.index}.prompt_key", problem, fix, wanted)
 
     def state_dict(self) -> dict[str, Any]:
         walks = [
@@ -98,22 +97,18 @@ class Mixture:
         return {"drawn": self.drawn, "sources": walks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for other rows than those that were drawn from, wherever they lie."""
+        """Raises ConfigError for other rows than those that were drawn from, wherever they lie."""
         saved = state["sources"]
-        if len(saved) != len(self.walks):
-            raise ValueError(
-                f"{self.key}: the checkpoint was written with {len(saved)} datasets, now there are "
-                f"{len(self.walks)}; restore them, or start a new run"
-            )
+        fix, now = "restore them, or start a new run", len(self.walks)
+        problem = f"the checkpoint was written with {len(saved)} datasets, now there are {now}"
+        refuse_if(len(saved) != now, self.key, problem, fix)
         for walk, entry in zip(self.walks, saved, strict=True):
             # A checkpoint may be older than the digest: then only the count is compared.
             same = entry.get("digest", walk.digest) == walk.digest
             if entry["rows"] != len(walk.rows) or not same:
-                raise ValueError(
-                    f"{self.key}.{walk.index}.path={walk.source.path}: its {len(walk.rows)} rows "
-                    f"are not the {entry['rows']} of the checkpoint's {entry['path']}; restore "
-                    "them, or start a new run"
-                )
+                was = f"the {entry['rows']} of the checkpoint's {entry['path']}"
+                problem = f"its {len(walk.rows)} rows are not {was}"
+                raise ConfigError(f"{self.key}.{walk.index}.path", problem, fix, walk.source.path)
         self.drawn = state["drawn"]
         for walk, entry in zip(self.walks, saved, strict=True):
             walk.seek(entry["epoch"], entry["offset"])

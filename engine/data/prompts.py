@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import DataConfig
 from gearshift.engine.data.readers import Row
 
@@ -43,7 +44,7 @@ class PromptEncoder:
             self._require_template("data.chat_template=always")
 
     def read(self, row: Row, key: str) -> PromptText:
-        """Raises ValueError for a row without a prompt."""
+        """Raises ConfigError for a row without a prompt."""
         if key not in row and "messages" in row:
             prompt = _without_answer(row["messages"])
         else:
@@ -54,10 +55,8 @@ class PromptEncoder:
         elif _is_chat(prompt):
             messages = prompt
         else:
-            raise ValueError(
-                f"{key}={str(prompt)[:60]!r}: must be a string or a list of messages with role and "
-                "content"
-            )
+            problem = "must be a string or a list of messages with role and content"
+            raise ConfigError(key, problem, value=repr(str(prompt)[:60]))
         if messages is None:
             return PromptText(prompt, prompt, prompt)
         messages = self._with_system(messages)
@@ -82,7 +81,7 @@ class PromptEncoder:
 
     def _render(self, messages: list[Message]) -> str:
         if self.config.chat_template == "never":
-            raise ValueError("the prompt is a chat; set data.chat_template=auto")
+            raise ConfigError("", "the prompt is a chat", "set data.chat_template=auto")
         self._require_template("the prompt is a chat")
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
@@ -90,10 +89,9 @@ class PromptEncoder:
 
     def _require_template(self, reason: str) -> None:
         if self.tokenizer.chat_template is None:
-            raise ValueError(
-                f"{reason}, but the tokenizer has no chat template; set actor.tokenizer to one "
-                "that has, or use string prompts"
-            )
+            problem = f"{reason}, but the tokenizer has no chat template"
+            fix = "set actor.tokenizer to one that has, or use string prompts"
+            raise ConfigError("", problem, fix)
 
 
 def _is_chat(prompt: Any) -> bool:

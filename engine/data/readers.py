@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine.config.assets import resolve
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import SourceConfig
 
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ class Joined(Sequence):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         part = bisect_right(self.ends, index)
         return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
@@ -43,7 +44,7 @@ class ParquetRows(Sequence):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: Any) -> Any:
         return self.table.slice(index, 1).to_pylist()[0]
 
 
@@ -52,7 +53,7 @@ def read_rows(source: SourceConfig) -> Sequence[Row]:
 
     source.path: a file, a folder (every readable file in it, by name), `asset:NAME` or a hub id.
     Text files have one row per line, in the column `source.prompt_key`.
-    Raises ValueError naming the file, the line and the fix; OSError when the hub does not answer.
+    Raises ConfigError naming the file, the line and the fix; OSError when the hub does not answer.
     """
     name = resolve(source.path)
     path = Path(name).expanduser()
@@ -61,15 +62,14 @@ def read_rows(source: SourceConfig) -> Sequence[Row]:
     elif path.is_file():
         rows = _read_file(path, source)
     elif path.suffix in READERS or path.is_absolute() or name.startswith((".", "~")):
-        raise ValueError(f"{source.path}: no such data file or folder")
+        raise ConfigError(source.path, "no such data file or folder")
     else:
         rows = _read_hub(source)
-    if not len(rows):
-        raise ValueError(f"{source.path}: has no rows")
+    refuse_if(not len(rows), source.path, "has no rows")
     return rows
 
 
-def columns_of(rows: Sequence[Row]) -> list[str]:
+def columns_of(rows: Any) -> list[str]:
     """Names of all columns, in the order of their first appearance."""
     if isinstance(rows, Joined):
         return list(dict.fromkeys(name for part in rows.parts for name in columns_of(part)))
@@ -80,18 +80,17 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 def _read_folder(folder: Path, source: SourceConfig) -> Sequence[Row]:
     files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
-    if not files:
-        raise ValueError(f"{source.path}: no file in it ends in {', '.join(READERS)}")
+    refuse_if(not files, source.path, f"no file in it ends in {', '.join(READERS)}")
     return Joined([_read_file(file, source) for file in files])
 
 
 def _read_file(path: Path, source: SourceConfig) -> Sequence[Row]:
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: cannot read {path.suffix!r}; use {', '.join(READERS)}")
+    problem, fix = f"cannot read {path.suffix!r}", f"use {', '.join(READERS)}"
+    refuse_if(path.suffix not in READERS, str(path), problem, fix)
     try:
         return READERS[path.suffix](path, source)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); convert it") from None
+        raise ConfigError(str(path), f"not UTF-8 text ({error.reason})", "convert it") from None
 
 
 def _read_json(path: Path, source: SourceConfig) -> list[Row]:
@@ -99,9 +98,9 @@ def _read_json(path: Path, source: SourceConfig) -> list[Row]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         jsonl = " (one object per line? then name it .jsonl)" if error.msg == "Extra data" else ""
-        raise ValueError(f"{path}: not JSON: {error}{jsonl}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: must be a list of objects, [{{...}}, ...]")
+        raise ConfigError(str(path), f"not JSON: {error}{jsonl}") from None
+    wrong = not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows)
+    refuse_if(wrong, str(path), "must be a list of objects, [{...}, ...]")
     return rows
 
 
@@ -111,9 +110,9 @@ def _read_jsonl(path: Path, source: SourceConfig) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: must be an object, {{...}}")
+            raise ConfigError(f"{path}, line {number}", f"not JSON: {error}") from None
+        wrong = not isinstance(row, dict)
+        refuse_if(wrong, f"{path}, line {number}", "must be an object, {...}")
         rows.append(row)
     return rows
 
@@ -128,18 +127,17 @@ def _read_csv(path: Path, source: SourceConfig) -> list[Row]:
         reader = csv.DictReader(file)
         rows = []
         for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: not {len(reader.fieldnames)} cells, as the "
-                    "header has"
-                )
+            wrong = None in row or None in row.values()
+            problem = f"not {len(reader.fieldnames or [])} cells, as the header has"
+            refuse_if(wrong, f"{path}, line {reader.line_num}", problem)
             rows.append(row)
     return rows
 
 
 def _read_parquet(path: Path, source: SourceConfig) -> ParquetRows:
     if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError(f"{path}: reading parquet needs: pip install 'gearshift[parquet]'")
+        problem = "reading parquet needs: pip install 'gearshift[parquet]'"
+        raise ConfigError(str(path), problem)
     from pyarrow import parquet
 
     # A plain file: read_table(path) would add columns from folder names such as split=train.
@@ -148,10 +146,8 @@ def _read_parquet(path: Path, source: SourceConfig) -> ParquetRows:
 
 def _read_hub(source: SourceConfig) -> Sequence[Row]:
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            f"{source.path}: no such file or folder; if it is a hub dataset, reading it needs: "
-            "pip install 'gearshift[data]'"
-        )
+        fix = "if it is a hub dataset, reading it needs: pip install 'gearshift[data]'"
+        raise ConfigError(source.path, "no such file or folder", fix)
     import datasets
 
     return datasets.load_dataset(source.path, source.config, split=source.split)

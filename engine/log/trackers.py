@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RunConfig
 
 
@@ -19,10 +20,11 @@ class Tracker(Protocol):
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises ValueError for a package that is missing, before any model is loaded."""
+    """Raises ConfigError for a package that is missing, before any model is loaded."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"run.trackers: {name!r} is not installed: pip install {name}")
+            problem = f"{name!r} is not installed: pip install {name}"
+            raise ConfigError("run.trackers", problem)
 
 
 def open_trackers(
