@@ -18,7 +18,7 @@ class Phase(StrEnum):
     SAVE = "save"
 
     @property
-    def title(self) -> str:
+    def planned(self) -> str:
         """As plans call it."""
         return "reference" if self is Phase.REFERENCE else self.value
 

@@ -30,7 +30,6 @@ from gearshift.engine.log.trackers import check_trackers
 from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
-from gearshift.engine.zero.state import check_settings
 from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
@@ -65,8 +64,6 @@ class Session:
             self.blueprint.deepspeed,
             tokenizer_print(self.blueprint.tokenizer),
         )
-        for role in {"actor", "critic"} & set(self.blueprint.deepspeed):
-            check_settings(role, self.blueprint.deepspeed[role])
         if self.resumed:
             resume.check(self.resumed, about, config.run.resume_changed)
         for text in [*warnings, *remarks]:
@@ -86,7 +83,7 @@ class Session:
     def _plan(self, config: Config) -> Config:
         """What the run leaves open is chosen; raises ValueError where it cannot fit."""
         machines = distributed.all_gather_objects(plan_start.this_machine(self.device))
-        start = plan_start.plan_run(config, plan_start.least(machines))
+        start = plan_start.plan_run(config, self.blueprint.cast, plan_start.least(machines))
         self.plan = start.plan
         self.console.note(start.said)
         if start.warning:
@@ -190,8 +187,6 @@ class Session:
             seed=config.run.seed,
             rank=place[0],
             world_size=place[1],
-            max_context=blueprint.max_context,
-            max_new_tokens=config.sampling.max_new_tokens,
         )
         streams: dict[str, Any] = {"prompts": prompts}
         if config.ppo.ptx_coef:

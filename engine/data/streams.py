@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gearshift.engine.batch import AS_READ, PromptBatch
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig, PretrainConfig
 from gearshift.engine.data.mixture import Mixture, Walk
 from gearshift.engine.data.prompts import PromptEncoder
@@ -19,25 +20,16 @@ from gearshift.engine.data.readers import Row, columns_of
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How many prompts a step has, and which of them are this rank's.
-
-    max_context: longest prompt and response together that the model can read; None: no limit.
-    """
+    """How many prompts a step has, and which of them are this rank's."""
 
     prompts_per_step: int
     samples_per_prompt: int = 1
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    max_context: int | None = None
-    max_new_tokens: int = 0
 
     def __post_init__(self):
-        if self.prompts_per_step % self.world_size:
-            raise ValueError(
-                f"ppo.prompts_per_step={self.prompts_per_step}: must be a multiple of the "
-                f"{self.world_size} ranks"
-            )
+        assert self.prompts_per_step % self.world_size == 0
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class PromptStream:
     def __init__(self, config: DataConfig, tokenizer: Any, **batching: Any):
         """batching: the fields of `Batching`.
 
-        Raises ValueError for unreadable data, a missing column or counts that do not divide.
+        Raises ConfigError for unreadable data or a missing column.
         """
         self.config, self.tokenizer = config, tokenizer
         self.batching = Batching(**batching)
@@ -69,7 +61,7 @@ class PromptStream:
         self.mixture.require_columns("messages")
         names = [name for walk in self.mixture.walks for name in columns_of(walk.rows)]
         self.columns = list(dict.fromkeys(["prompt", *names]))
-        self.limit, self.limit_name = _prompt_limit(config, self.batching)
+        self.limit = config.max_prompt_tokens
         self.step = 0
         self.kept = [0] * len(self.mixture.walks)
         self.dropped = [0] * len(self.mixture.walks)
@@ -132,15 +124,14 @@ class PromptStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, on any world size.
 
-        Raises ValueError when the seed, the rows per step or the datasets have changed.
+        Raises ConfigError when the seed, the rows per step or the datasets have changed.
         """
         for name, value in self._identity().items():
             if state[name] != value:
                 section = "run" if name == "seed" else "ppo"
-                raise ValueError(
-                    f"{section}.{name}={value}: the checkpoint was written with {state[name]}; "
-                    "restore it, or start a new run"
-                )
+                problem = f"the checkpoint was written with {state[name]}"
+                fix = "restore it, or start a new run"
+                raise ConfigError(f"{section}.{name}", problem, fix, value)
         self.mixture.load_state_dict(state)
         self.step = state["step"]
         self.kept, self.dropped = list(state["kept"]), list(state["dropped"])
@@ -160,36 +151,31 @@ class PromptStream:
                 self.kept[walk.index] += 1
                 return example
             if self.config.overlong == "error":
-                fault = (
-                    f"{len(example.ids)} tokens, more than {self.limit_name}={self.limit}; raise it"
-                    if example.ids
-                    else "no tokens; give it some text"
-                )
-                raise ValueError(
-                    f"{walk.source.path}, row {number}: the prompt has {fault}, or "
-                    "data.overlong=drop"
-                )
+                fault, fix = "no tokens", "give it some text, or data.overlong=drop"
+                if example.ids:
+                    limit = f"data.max_prompt_tokens={self.limit}"
+                    fault = f"{len(example.ids)} tokens, more than {limit}"
+                    fix = "raise it, or data.overlong=drop"
+                where = f"{walk.source.path}, row {number}"
+                raise ConfigError(where, f"the prompt has {fault}", fix)
             self.dropped[walk.index] += 1
             self.empty[walk.index] += not example.ids
             longer |= bool(example.ids)
-        count = len(walk.rows)
-        if longer:
-            raise ValueError(
-                f"{walk.source.path}: all its {count} prompts have more tokens than "
-                f"{self.limit_name}={self.limit}; raise it"
-            )
-        raise ValueError(
-            f"{walk.source.path}: the tokenizer makes no token of any of its {count} prompts; "
-            f"check actor.tokenizer and the column {walk.source.prompt_key}"
-        )
+        count, limit = len(walk.rows), f"data.max_prompt_tokens={self.limit}"
+        problem = f"all its {count} prompts have more tokens than {limit}"
+        refuse_if(longer, walk.source.path, problem, "raise it")
+        problem = f"the tokenizer makes no token of any of its {count} prompts"
+        fix = f"check actor.tokenizer and the column {walk.source.prompt_key}"
+        raise ConfigError(walk.source.path, problem, fix)
 
     def _example(self, walk: Walk, number: int, row: Row) -> Example:
         try:
             text = self.encoder.read(row, walk.source.prompt_key)
             own = {"prompt": text.prompt, AS_READ: text.as_read}
             return Example(self.encoder.encode(text), row | own)
-        except ValueError as error:  # the encoder names the value, we add where it stands
-            raise ValueError(f"{walk.source.path}, row {number}: {error}") from None
+        except ValueError as error:  # of the encoder, or of a template; we add where it stands
+            told = error if isinstance(error, ConfigError) else ConfigError("", str(error))
+            raise told.at(f"{walk.source.path}, row {number}") from None
 
 
 class TextStream:
@@ -201,12 +187,9 @@ class TextStream:
     def __init__(
         self, config: PretrainConfig, tokenizer: Any, seed: int, rank: int = 0, world_size: int = 1
     ):
-        if config.rows % world_size:
-            raise ValueError(
-                f"pretrain.rows={config.rows}: must be a multiple of the {world_size} ranks"
-            )
-        if tokenizer.eos_token_id is None:
-            raise ValueError("pretrain.sources: the tokenizer has no end token to join texts with")
+        assert config.rows % world_size == 0
+        problem = "the tokenizer has no end token to join texts with"
+        refuse_if(tokenizer.eos_token_id is None, "pretrain.sources", problem)
         self.config, self.tokenizer, self.rank, self.world_size = (
             config,
             tokenizer,
@@ -228,11 +211,9 @@ class TextStream:
         return {"seed": self.seed, "left_over": list(self.left_over), **self.mixture.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; raises ValueError for another seed or dataset."""
-        if state["seed"] != self.seed:
-            raise ValueError(
-                f"run.seed={self.seed}: the checkpoint was written with {state['seed']}"
-            )
+        """Continues where `state_dict` was taken; ConfigError for another seed or dataset."""
+        problem = f"the checkpoint was written with {state['seed']}"
+        refuse_if(state["seed"] != self.seed, "run.seed", problem, value=self.seed)
         self.mixture.load_state_dict(state)
         self.left_over = list(state["left_over"])
 
@@ -250,14 +231,12 @@ class TextStream:
             number, row = walk.next()
             text = row.get(walk.source.prompt_key)
             if not isinstance(text, str):
-                raise ValueError(
-                    f"{walk.source.path}, row {number}: {walk.source.prompt_key}="
-                    f"{str(text)[:60]!r}: must be a string"
-                )
+                key = f"{walk.source.path}, row {number}: {walk.source.prompt_key}"
+                raise ConfigError(key, "must be a string", value=repr(str(text)[:60]))
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids:
                 return [*ids, self.tokenizer.eos_token_id]
-        raise ValueError(f"{walk.source.path}: all its {len(walk.rows)} texts are empty")
+        raise ConfigError(walk.source.path, f"all its {len(walk.rows)} texts are empty")
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -277,18 +256,3 @@ def left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
         ids[row, width - len(sequence) :] = torch.tensor(sequence)
         mask[row, width - len(sequence) :] = True
     return ids, mask
-
-
-def _prompt_limit(config: DataConfig, batching: Batching) -> tuple[int, str]:
-    """The longest prompt, in tokens, and the name of what limits it."""
-    if batching.max_context is None:
-        return config.max_prompt_tokens, "data.max_prompt_tokens"
-    left = batching.max_context - batching.max_new_tokens
-    if left < 1:
-        raise ValueError(
-            f"sampling.max_new_tokens={batching.max_new_tokens}: leaves no room for a prompt in "
-            f"the model's {batching.max_context} positions; lower it"
-        )
-    if left < config.max_prompt_tokens:
-        return left, "model positions - sampling.max_new_tokens"
-    return config.max_prompt_tokens, "data.max_prompt_tokens"

@@ -6,11 +6,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gearshift.engine.config.errors import ConfigError
+
 
 class CheckpointFiles:
     """Names and memory-mapped tensors of a directory or hub id.
 
-    Raises ValueError when there is no safetensors file, or one of them is missing or broken.
+    Raises ConfigError when there is no safetensors file, or one of them is missing or broken.
     """
 
     def __init__(self, location: str, revision: str | None = None):
@@ -25,13 +27,16 @@ class CheckpointFiles:
             with _opened(single) as file:
                 shards = dict.fromkeys(file.keys(), single.name)
         else:
-            raise ValueError(
-                f"path={location!r}: no model.safetensors; convert pickled weights with "
-                "transformers' save_pretrained first"
+            raise ConfigError(
+                "path",
+                "no model.safetensors",
+                "convert pickled weights with transformers' save_pretrained first",
+                value=repr(location),
             )
         for name in set(shards.values()):
             if not (directory / name).exists():
-                raise ValueError(f"path={location!r}: {name} is in the index but not on disk")
+                problem = f"{name} is in the index but not on disk"
+                raise ConfigError("path", problem, value=repr(location))
             with _opened(directory / name):
                 pass
         self.location = location
@@ -70,18 +75,16 @@ def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"path={str(file)!r}: cut off or broken, so copy or download it again ({error})"
-        ) from None
+        problem = f"cut off or broken, so copy or download it again ({error})"
+        raise ConfigError("path", problem, value=repr(str(file))) from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"path={str(index)!r}: has no weight_map in JSON, so copy or download it again"
-        ) from None
+        problem = "has no weight_map in JSON, so copy or download it again"
+        raise ConfigError("path", problem, value=repr(str(index))) from None
 
 
 def _snapshot(hub_id: str, revision: str | None) -> Path:
@@ -93,4 +96,4 @@ def _snapshot(hub_id: str, revision: str | None) -> Path:
             snapshot_download(hub_id, revision=revision, allow_patterns=["*.json", "*.safetensors"])
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"path={hub_id!r}: {str(error).splitlines()[0]}") from None
+        raise ConfigError("path", str(error).splitlines()[0], value=repr(hub_id)) from None

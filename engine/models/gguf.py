@@ -14,15 +14,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from gearshift.engine.config.assets import cache_dir
+from gearshift.engine.config.errors import ConfigError
 
 
 def as_directory(source: Path) -> Path:
     """The float32 Hugging Face directory of a GGUF file; converts it on first use.
 
-    Raises ValueError when the file is missing or transformers cannot read it.
+    Raises ConfigError when the file is missing or transformers cannot read it.
     """
     if not source.is_file():
-        raise ValueError(f"path={str(source)!r}: no such file")
+        raise ConfigError("path", "no such file", value=repr(str(source)))
     stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode())
     target = cache_dir() / "converted" / f"{source.stem}-{key.hexdigest()[:12]}"
@@ -36,7 +37,8 @@ def as_directory(source: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             cause = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"path={str(source)!r}: cannot be converted: {cause}")
+            problem = f"cannot be converted: {cause}"
+            raise ConfigError("path", problem, value=repr(str(source)))
         os.replace(partial, target)
     return target
 

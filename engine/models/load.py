@@ -27,6 +27,7 @@ from transformers import (
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.files import CheckpointFiles
 from gearshift.engine.models.gguf import as_directory
@@ -62,24 +63,26 @@ def location(config: ModelConfig) -> str:
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
-            raise ValueError(f"path={path!r}: the directory has no config.json")
+            raise ConfigError("path", "the directory has no config.json", value=repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"path={path!r}: no such directory")
+        raise ConfigError("path", "no such directory", value=repr(path))
     return path
 
 
 def load_config(config: ModelConfig, role: str) -> Any:
     """The model's configuration; one label for critic and reward, dropout 0, no KV cache."""
     labels = {} if role == "policy" else {"num_labels": 1}
+    where = location(config)
     try:
         loaded = AutoConfig.from_pretrained(
-            location(config),
+            where,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             **labels,
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"path={config.path!r}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError("path", reason, value=repr(config.path)) from None
     for name, value in vars(loaded).items():
         if "drop" in name and isinstance(value, float):
             setattr(loaded, name, 0.0)
@@ -90,24 +93,21 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer as it is on disk."""
     source = config.tokenizer or location(config)
     folder, patterns = Path(source), ("*token*", "*vocab*", "*.model")
+    fix = "name the directory or hub id of one"
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in patterns):
-        raise ValueError(
-            f"tokenizer={source!r}: no tokenizer is there; name the directory or hub id of one"
-        )
+        raise ConfigError("tokenizer", "no tokenizer is there", fix, value=repr(source))
     try:
         return AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"tokenizer={source!r}: {reason}; name the directory or hub id of one"
-        ) from None
+        raise ConfigError("tokenizer", reason, fix, value=repr(source)) from None
 
 
 def room_for(config: ModelConfig, role: str, ds_config: dict) -> Store | None:
     """Takes the room for a frozen model's weights where its JSON keeps them off the device; reads
-    none of them. Raises ValueError where there is not enough on a disk."""
+    none of them. Raises ConfigError where there is not enough on a disk."""
     if not offloaded(ds_config, "param"):
         return None
     dtype = dtype_of(ds_config)
@@ -129,7 +129,7 @@ def load_model(
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
-    Raises ValueError when tensors are missing or have other shapes than the configuration says.
+    Raises ConfigError when tensors are missing or have other shapes than the configuration says.
     """
     hf_config = load_config(config, role)
     dtype = dtype_of(ds_config)
@@ -160,20 +160,24 @@ def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) ->
     """`wanted`, or for "auto" the first installed of flash-attn 2 and 3, else SDPA.
 
     flash-attn takes no float32. Without it, attention with soft-capped scores (Gemma 2) is eager:
-    SDPA has no cap, and some versions of transformers drop it without a word. Raises ValueError
+    SDPA has no cap, and some versions of transformers drop it without a word. Raises ConfigError
     where either is wanted nevertheless.
     """
     capped = getattr(hf_config, "attn_logit_softcapping", None)
     if wanted == "sdpa" and capped:
-        raise ValueError(
-            f"attn='sdpa': {hf_config.model_type} caps its attention scores, which SDPA cannot; "
-            "use auto, eager or flash_attention_2"
+        raise ConfigError(
+            "attn",
+            f"{hf_config.model_type} caps its attention scores, which SDPA cannot",
+            "use auto, eager or flash_attention_2",
+            value="'sdpa'",
         )
     half = dtype in (torch.bfloat16, torch.float16)
     if wanted in FLASH_ATTENTION and not half:
-        raise ValueError(
-            f"attn={wanted!r}: flash-attn takes no {dtype}; use auto or sdpa, or bf16 in the "
-            "DeepSpeed JSON"
+        raise ConfigError(
+            "attn",
+            f"flash-attn takes no {dtype}",
+            "use auto or sdpa, or bf16 in the DeepSpeed JSON",
+            value=repr(wanted),
         )
     if wanted != "auto":
         return wanted
@@ -214,13 +218,16 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         if "ttention" in reason:
-            raise ValueError(f"attn={config.attn}: {reason}") from None
-        raise ValueError(f"path={config.path!r}: no {auto.__name__} of it: {reason}") from None
+            raise ConfigError("attn", reason, value=config.attn) from None
+        problem = f"no {auto.__name__} of it: {reason}"
+        raise ConfigError("path", problem, value=repr(config.path)) from None
     module.tie_weights()
     if role == "critic" and not isinstance(getattr(module, "score", None), nn.Linear):
-        raise ValueError(
-            f"path={config.path!r}: {type(module).__name__} has no linear `score` head, which a "
-            "critic needs; choose a decoder family such as Llama or Qwen"
+        raise ConfigError(
+            "path",
+            f"{type(module).__name__} has no linear `score` head, which a critic needs",
+            "choose a decoder family such as Llama or Qwen",
+            value=repr(config.path),
         )
     return module
 
@@ -257,9 +264,10 @@ def _read(
         return torch.zeros(parameter.shape)
     value = files.read(source)
     if value.shape != parameter.shape:
-        raise ValueError(
-            f"path={files.location!r}: {source} is {list(value.shape)}, but config.json makes it "
-            f"{list(parameter.shape)}"
+        raise ConfigError(
+            "path",
+            f"{source} is {list(value.shape)}, but config.json makes it {list(parameter.shape)}",
+            value=repr(files.location),
         )
     return value
 
@@ -322,8 +330,7 @@ def _load_with_transformers(
             layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
     if missing or info["mismatched_keys"]:
-        raise ValueError(
-            f"path={config.path!r}: missing or misshapen tensors: "
-            f"{(missing + [str(k) for k in info['mismatched_keys']])[:3]}"
-        )
+        first = (missing + [str(k) for k in info["mismatched_keys"]])[:3]
+        problem = f"missing or misshapen tensors: {first}"
+        raise ConfigError("path", problem, value=repr(config.path))
     return module

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.streaming.units import cut, most_at_once
 
@@ -37,7 +38,8 @@ def published(name: str) -> Any:
     if name not in _PUBLISHED:
         near = difflib.get_close_matches(name, _PUBLISHED, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"path={PREFIX}{name}: unknown; {hint}there are {', '.join(_PUBLISHED)}")
+        fix = f"{hint}there are {', '.join(_PUBLISHED)}"
+        raise ConfigError("path", "unknown", fix, value=f"{PREFIX}{name}")
     family, layers, hidden, heads, kv_heads, mlp, vocabulary = _PUBLISHED[name]
     return AutoConfig.for_model(
         family,
@@ -142,7 +144,7 @@ def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: in
 
 
 def shape_of(hf_config: Any, role: str) -> Shape:
-    """role: "policy", "critic" or "reward". Raises ValueError where transformers has no such model
+    """role: "policy", "critic" or "reward". Raises ConfigError where transformers has no such model
     of this family."""
     from accelerate import init_empty_weights
 
@@ -155,9 +157,8 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     except ValueError as error:
         reason = str(error).splitlines()[0].rstrip(".")
         way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
-        raise ValueError(
-            f"{role}: no {auto.__name__} of {family}: {reason}; choose another family{way_out}"
-        ) from None
+        problem = f"no {auto.__name__} of {family}: {reason}"
+        raise ConfigError(role, problem, f"choose another family{way_out}") from None
     module.tie_weights()
     text = hf_config.get_text_config()
     head = module.get_output_embeddings() if role == "policy" else None

@@ -4,34 +4,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models.cast import Part
 from gearshift.engine.plan.hardware import GB, Hardware
 from gearshift.engine.plan.planner import Plan, plan
 
 MOST_NODES = 64
-Settings = dict[str, dict]
+Parts = dict[str, Part]
 
 
-def advise(config: Config, hf_configs: dict[str, Any], ds: Settings, hardware: Hardware) -> str:
+def advise(config: Config, parts: Parts, hardware: Hardware) -> str:
     """One line: the first change, cheapest first, that makes the run fit, or more nodes."""
 
-    def fits(config: Config, ds: Settings, hardware: Hardware = hardware) -> bool:
-        return plan(config, hf_configs, ds, hardware).fits
+    def fits(config: Config, parts: Parts, hardware: Hardware = hardware) -> bool:
+        return plan(config, parts, hardware).fits
 
-    before, done = (config, ds), []
-    cache_gb = _room_for_cache(plan(config, hf_configs, ds, hardware))
-    if cache_gb and fits(_cache(config, cache_gb), ds):
+    before, done = (config, parts), []
+    cache_gb = _room_for_cache(plan(config, parts, hardware))
+    if cache_gb and fits(_cache(config, cache_gb), parts):
         return f"set rollout.kv_cache_gb: {cache_gb}"
-    for said, change in _changes(config, ds):
-        if fits(*change(config, ds)):
+    for said, change in _changes(config, parts):
+        if fits(*change(config, parts)):
             return said
-    for said, change in _changes(config, ds):
-        config, ds = change(config, ds)
+    for said, change in _changes(config, parts):
+        config, parts = change(config, parts)
         done.append(said)
-        if fits(config, ds):
+        if fits(config, parts):
             return ", and ".join(done)
-    for said, settings in (("", before), (f", {', and '.join(done)}", (config, ds))):
+    for said, settings in (("", before), (f", {', and '.join(done)}", (config, parts))):
         for nodes in range(hardware.nodes + 1, MOST_NODES + 1):
             more = replace(hardware, nodes=nodes)
             if fits(*settings, more):
@@ -49,37 +49,37 @@ def _cache(config: Config, cache_gb: int) -> Config:
     return replace(config, rollout=replace(config.rollout, kv_cache_gb=float(cache_gb)))
 
 
-def _changes(config: Config, ds: Settings) -> Iterator[tuple[str, Callable]]:
-    """(what to write, a function of configuration and settings), cheapest in time first."""
+def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Callable]]:
+    """(what to write, a function of configuration and cast), cheapest in time first."""
     ppo, run = config.ppo, config.run
     if run.export:
         yield (
             "set run.export: false, and gearshift export the last checkpoint",
-            lambda c, d: (replace(c, run=replace(c.run, export=False)), d),
+            lambda c, p: (replace(c, run=replace(c.run, export=False)), p),
         )
     if ppo.micro_batch_size > 1:
-        yield "set ppo.micro_batch_size: 1", lambda c, d: (_ppo(c, micro_batch_size=1), d)
+        yield "set ppo.micro_batch_size: 1", lambda c, p: (_ppo(c, micro_batch_size=1), p)
     if ppo.score_batch_size > 1:
-        yield "set ppo.score_batch_size: 1", lambda c, d: (_ppo(c, score_batch_size=1), d)
+        yield "set ppo.score_batch_size: 1", lambda c, p: (_ppo(c, score_batch_size=1), p)
     roles = (config.actor, config.critic)
     if any(role.sleep not in ("auto", "always") for role in roles):
-        yield "set sleep: auto on actor and critic", lambda c, d: (_roles(c, sleep="auto"), d)
+        yield "set sleep: auto on actor and critic", lambda c, p: (_roles(c, sleep="auto"), p)
     if any(role.gradient_checkpointing is False for role in roles):
         yield (
             "set gradient_checkpointing: true on actor and critic",
-            lambda c, d: (_roles(c, gradient_checkpointing=True), d),
+            lambda c, p: (_roles(c, gradient_checkpointing=True), p),
         )
-    frozen = [name for name in ds if name not in ("actor", "critic")]
-    if any("offload_param" not in ds[name]["zero_optimization"] for name in frozen):
-        yield "give the frozen models frozen_zero3_cpu_bf16.json", lambda c, d: (c, _on_host(d))
-    trained = [name for name in ds if name in ("actor", "critic")]
+    frozen = [part for part in parts.values() if not part.trained]
+    if any("offload_param" not in part.settings["zero_optimization"] for part in frozen):
+        yield "give the frozen models frozen_zero3_cpu_bf16.json", lambda c, p: (c, _on_host(p))
+    trained = [part for part in parts.values() if part.trained]
     # split_adamw updates the weights where they are used, and refuses offload.
-    plain = all(getattr(config, name).optimizer.name == "adamw" for name in trained)
-    kept = any("offload_optimizer" not in ds[name]["zero_optimization"] for name in trained)
+    plain = all(getattr(config, part.name).optimizer.name == "adamw" for part in trained)
+    kept = any("offload_optimizer" not in part.settings["zero_optimization"] for part in trained)
     if plain and kept:
         yield (
             "give actor and critic {actor,critic}_zero3_bf16_offload.json",
-            lambda c, d: (c, _optimizer_on_host(d)),
+            lambda c, p: (c, _optimizer_on_host(p)),
         )
 
 
@@ -92,16 +92,15 @@ def _roles(config: Config, **changes: Any) -> Config:
     return replace(config, actor=actor, critic=critic)
 
 
-def _load(names: dict[str, str]) -> Settings:
-    frozen = ("frozen_zero3_cpu_bf16",)
-    return {role: ds_config.load(name, frozen=name in frozen) for role, name in names.items()}
+def _on_host(parts: Parts) -> Parts:
+    return {
+        name: part if part.trained else part.under("frozen_zero3_cpu_bf16")
+        for name, part in parts.items()
+    }
 
 
-def _on_host(ds: Settings) -> Settings:
-    names = {name: "frozen_zero3_cpu_bf16" for name in ds if name not in ("actor", "critic")}
-    return ds | _load(names)
-
-
-def _optimizer_on_host(ds: Settings) -> Settings:
-    names = {name: f"{name}_zero3_bf16_offload" for name in ds if name in ("actor", "critic")}
-    return ds | _load(names)
+def _optimizer_on_host(parts: Parts) -> Parts:
+    return {
+        name: part.under(f"{name}_zero3_bf16_offload") if part.trained else part
+        for name, part in parts.items()
+    }

@@ -41,15 +41,3 @@ def settled(config: Config, sleep: Sleep, *, recompute: bool) -> Config:
             gradient_checkpointing=recompute if own is None else own,
         )
     return replace(config, **roles)
-
-
-def told(config: Config) -> str:
-    """The choices of a settled configuration, in a line."""
-    roles = {"actor": config.actor}
-    if config.ppo.estimator == "gae":
-        roles["critic"] = config.critic
-    parts = [
-        f"{name} sleep={role.sleep}, recompute {'on' if role.gradient_checkpointing else 'off'}"
-        for name, role in roles.items()
-    ]
-    return "; ".join(parts)

@@ -15,7 +15,7 @@ def compare(plan: Plan, figures: dict[str, float], *, first: bool) -> list[str]:
     CPU that holds the interpreter and freed memory, so the states at its end are, from states_gb.
     first: it is the run's first step, before which there are no moments.
     """
-    lines, by_title = [], {phase.title: phase for phase in Phase}
+    lines, by_title = [], {phase.planned: phase for phase in Phase}
     for phase in plan.phases:
         key = by_title[phase.name]
         if plan.hardware.shared:
@@ -44,8 +44,8 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
     response = figures["response_length/mean"]
     work = Work(
         rows=ppo.rows_per_step,
-        prompt=figures["tokens"] / ppo.rows_per_step - response,
-        response=response,
+        prompt=figures["tokens"] / ppo.rows_per_step - response,  # type: ignore[arg-type]
+        response=response,  # type: ignore[arg-type]
         score_pieces=1,
         train_pieces=1,
         epochs=ppo.epochs,

@@ -7,6 +7,8 @@ seconds.py. Memory is what the driver offers, a little less than the name says.
 import difflib
 from dataclasses import dataclass
 
+from gearshift.engine.config.errors import ConfigError
+
 GB = 1e9
 
 
@@ -88,14 +90,14 @@ class Hardware:
 
 
 def hardware(name: str, gpus: int, nodes: int, host_gb: float) -> Hardware:
-    """Raises ValueError for an unknown GPU or a number below 1. host_gb: of one node."""
+    """Raises ConfigError for an unknown GPU or a number below 1. host_gb: of one node."""
     if name not in GPUS:
         near = difflib.get_close_matches(name, GPUS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"--gpu={name}: unknown; {hint}there are {', '.join(GPUS)}")
+        raise ConfigError("--gpu", "unknown", f"{hint}there are {', '.join(GPUS)}", value=name)
     for option, count in (("--gpus", gpus), ("--nodes", nodes), ("--host-gb", host_gb)):
         if count < 1:
-            raise ValueError(f"{option}={count}: must be at least 1")
+            raise ConfigError(option, "must be at least 1", value=count)
     return Hardware(
         gpu=GPUS[name], name=name, gpus_per_node=gpus, nodes=nodes, host_bytes=host_gb * GB
     )

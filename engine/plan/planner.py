@@ -9,29 +9,29 @@ import math
 from functools import cache
 from typing import Any
 
+from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
+from gearshift.engine.gearbox.spec import BUCKET_MB
+from gearshift.engine.models.cast import Part
 from gearshift.engine.models.shapes import Shape, shape_of
+from gearshift.engine.phase import Phase, update_of
 from gearshift.engine.plan import bytes as model
 from gearshift.engine.plan import seconds as plan_time
 from gearshift.engine.plan.bytes import Zero
 from gearshift.engine.plan.choice import choices
 from gearshift.engine.plan.hardware import GB, Hardware
-from gearshift.engine.plan.record import LATER, Phase, Plan, Role, sleeps_of
+from gearshift.engine.plan.record import LATER, PhasePlan, Plan, Role, sleeps_of
 from gearshift.engine.plan.seconds import Work
-from gearshift.engine.rollout.engine import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
-STAGING = {False: 256 * 2**20, True: 16 * 2**20}  # of a shift, on CPU or not: hybrid.py's
 
-
-def plan(config: Config, hf_configs: dict[str, Any], ds: dict[str, dict], hardware: Hardware):
+def plan(config: Config, parts: dict[str, Part], hardware: Hardware) -> Plan:
     """The Plan of a run: the fastest that fits of what the configuration leaves open.
 
-    hf_configs, ds: transformers configuration and DeepSpeed settings by role: actor, critic,
-    reference, and reward models by their names. Absent roles take no part.
+    parts: of models.cast. Raises ConfigError where what they name cannot be read.
     """
-    roles = _roles(config, hf_configs, ds, hardware.world)
+    roles = tuple(_role(config, part, hardware.world) for part in parts.values())
     trained = [role.name for role in roles if role.trained]
     settled = choices(config, trained, shared=hardware.shared)
     plans = [_Planner(choice, roles, hardware).plan() for choice in settled]
@@ -41,18 +41,13 @@ def plan(config: Config, hf_configs: dict[str, Any], ds: dict[str, dict], hardwa
     return min(plans, key=lambda made: made.peak.total)
 
 
-def _roles(config: Config, hf_configs: dict, ds: dict, world: int) -> tuple[Role, ...]:
-    roles = []
-    for name, hf_config in hf_configs.items():
-        kinds = {"actor": "policy", "reference": "policy", "critic": "critic"}
-        shape, zero = _shape(_Key(hf_config), kinds.get(name, "reward")), Zero.of(ds[name])
-        trained = name in ("actor", "critic")
-        if trained:
-            states = model.trained_states(shape, zero, world, getattr(config, name).optimizer)
-        else:
-            states = model.frozen_states(shape, zero, world)
-        roles.append(Role(name=name, shape=shape, zero=zero, states=states, trained=trained))
-    return tuple(roles)
+def _role(config: Config, part: Part, world: int) -> Role:
+    zero, shape = Zero.of(part.settings), _shape(_Key(part.hf_config), part.kind)
+    if part.trained:
+        states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
+    else:
+        states = model.frozen_states(shape, zero, world)
+    return Role(part=part, shape=shape, zero=zero, states=states)
 
 
 class _Key:
@@ -111,11 +106,9 @@ class _Planner:
             refuse_reason=self._refusal(phases, slots),
         )
 
-    def _resident(self, phase: str) -> dict[str, float]:
+    def _resident(self, phase: Phase) -> dict[str, float]:
         """What is on the GPU in a phase: 'actor fp32 master' and so on."""
-        if self.joint and phase.startswith("update_"):
-            phase = "update_joint"
-        row = residence.where(phase, self.sleeps)
+        row = residence.where(phase.of_run(joint=self.joint), self.sleeps)
         found = {}
         for role in self.roles:
             for what, size in role.states.gpu.items():
@@ -149,27 +142,27 @@ class _Planner:
             return self.config.rollout.tp or 1
         if self.hw.shared:
             return 1
-        resident = sum(self._resident("load").values())
+        resident = sum(self._resident(Phase.LOAD).values())
         node, free = self.hw.gpus_per_node, self.hw.usable - resident
         sizes = [size for size in range(1, node + 1) if node % size == 0]
         weights = self.actor.zero.size * self.actor.shape.total
         return next((size for size in sizes if weights / size <= free / 2), node)
 
-    def _load(self) -> Phase:
+    def _load(self) -> PhasePlan:
         resident = {
             f"{r.name} {what}": size for r in self.roles for what, size in r.states.gpu.items()
         }
         gpu = {what: size for what, size in resident.items() if not what.endswith(LATER)}
         read = sum(r.zero.size * r.shape.total for r in self.roles)
-        return Phase(name="load", gpu=gpu, host=self.host, seconds=read / plan_time.DISK)
+        return PhasePlan(name=Phase.LOAD, gpu=gpu, host=self.host, seconds=read / plan_time.DISK)
 
-    def _generate(self) -> tuple[Phase, int, int]:
+    def _generate(self) -> tuple[PhasePlan, int, int]:
         actor, rollout, work = self.actor, self.config.rollout, self.work
         shape, size = actor.shape, actor.zero.size
-        gpu = self._resident("generate")
+        gpu = self._resident(Phase.GENERATE)
         gpu["generation shards"] = self._shards()
-        staging = rollout.shift_bucket_mb * 2**20 or STAGING[self.hw.shared]
-        gpu["shift staging"] = staging * (self.hw.world > 1)
+        staging = rollout.shift_bucket_mb or BUCKET_MB["cpu" if self.hw.shared else "cuda"]
+        gpu["shift staging"] = staging * 2**20 * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
         # Logits of the drawing rows in the model's dtype, and the sampler's fp32 form.
         logits = min(rollout.max_sequences, work.rows * self.tp) * shape.vocabulary * (size + 4)
@@ -184,7 +177,8 @@ class _Planner:
         seconds = plan_time.generate_seconds(
             shape, actor.zero, work, self.hw, self.tp, slots or wanted
         )
-        return Phase(name="generate", gpu=gpu, host=self.host, seconds=seconds), slots, wanted
+        made = PhasePlan(name=Phase.GENERATE, gpu=gpu, host=self.host, seconds=seconds)
+        return made, slots, wanted
 
     def _shards(self) -> float:
         """Zero where the generation gear has views of the weights."""
@@ -194,19 +188,19 @@ class _Planner:
             return 0.0
         return zero.size * self.actor.shape.total / self.tp
 
-    def _scores(self) -> list[Phase]:
-        named = {"actor": "logprobs", "reference": "reference", "critic": "values"}
+    def _scores(self) -> list[PhasePlan]:
+        own = (Phase.LOGPROBS, Phase.REFERENCE, Phase.VALUES)
+        named = dict(zip(("actor", "reference", "critic"), own, strict=True))
         order = [r for r in self.roles if r.name not in named]
         order += [self.by_name[name] for name in named if name in self.by_name]
-        return [self._score(role, named.get(role.name, "rewards")) for role in order]
+        return [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
 
-    def _score(self, role: Role, phase: str) -> Phase:
+    def _score(self, role: Role, phase: Phase) -> PhasePlan:
         ppo, work, zero = self.config.ppo, self.work, role.zero
         rows = min(ppo.score_batch_size, work.rows)
-        if phase == "rewards":
-            reward = next(r for r in self.config.rewards if r.name == role.name)
-            rows = min(reward.batch_size, work.rows)
-        gpu = self._resident("ref" if phase == "reference" else phase)
+        if phase is Phase.REWARDS:
+            rows = min(role.part.section.batch_size, work.rows)
+        gpu = self._resident(phase)
         if role.streamed:
             gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
             gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.rows, work.length)
@@ -219,18 +213,18 @@ class _Planner:
                 role.shape, zero, response, training=False, most=self._logits_bytes
             )
         seconds = plan_time.score_seconds(role.shape, zero, work, self.hw, streamed=role.streamed)
-        return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
+        return PhasePlan(name=phase.planned, gpu=gpu, host=self.host, seconds=seconds)
 
-    def _updates(self) -> list[Phase]:
+    def _updates(self) -> list[PhasePlan]:
         return [self._update(role) for role in self.roles if role.trained]
 
-    def _update(self, role: Role) -> Phase:
+    def _update(self, role: Role) -> PhasePlan:
         zero, shape = role.zero, role.shape
         recompute = getattr(self.config, role.name).gradient_checkpointing
-        phase = f"update_{role.name}"
+        phase = update_of(role.name)
         gpu = self._resident(phase) | self._update_parts(role, self.config.ppo.micro_batch_size)
         seconds = plan_time.train_seconds(shape, zero, self.work, self.hw, recompute)
-        return Phase(name=phase, gpu=gpu, host=self.host, seconds=seconds)
+        return PhasePlan(name=phase, gpu=gpu, host=self.host, seconds=seconds)
 
     def _update_parts(self, role: Role, rows: int) -> dict[str, float]:
         """The larger of a backward and an optimizer step; they do not meet."""
@@ -251,7 +245,7 @@ class _Planner:
             step = {}
         return max(backward, step, key=lambda parts: sum(parts.values()))
 
-    def _save(self) -> Phase:
+    def _save(self) -> PhasePlan:
         trained = [role for role in self.roles if role.trained]
         exports = self.config.run.export
         whole = max(role.zero.size * role.shape.total for role in trained) if exports else 0.0
@@ -260,10 +254,10 @@ class _Planner:
             for r in trained
         )
         # Export: rank 0 holds the whole model on the host, and gathers a parameter at a time.
-        gpu = self._resident("save")
+        gpu = self._resident(Phase.SAVE)
         if exports:
             gpu |= {"one parameter": 4.0 * max(self.actor.shape.numels)}
-        return Phase(name="save", gpu=gpu, host=self.host + whole, seconds=written)
+        return PhasePlan(name=Phase.SAVE, gpu=gpu, host=self.host + whole, seconds=written)
 
     def _untouched(self) -> float:
         """Of a node: pages of DeepSpeed's buckets that a model never fills, which a CPU rank
@@ -280,7 +274,7 @@ class _Planner:
         most = max(1, math.ceil(self.config.ppo.minibatch_size / self.hw.world))
         trained = [role for role in self.roles if role.trained]
         rooms = {
-            r.name: self.hw.usable - sum(self._resident(f"update_{r.name}").values())
+            r.name: self.hw.usable - sum(self._resident(update_of(r.name)).values())
             for r in trained
         }
 
@@ -289,7 +283,7 @@ class _Planner:
 
         return next((rows for rows in range(most, 0, -1) if holds(rows)), 0)
 
-    def _refusal(self, phases: list[Phase], slots: int) -> str | None:
+    def _refusal(self, phases: list[PhasePlan], slots: int) -> str | None:
         worst = max(phases, key=lambda phase: phase.total)
         if self.hw.shared:
             node = worst.total * self.hw.gpus_per_node + worst.host - self._untouched()

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models.cast import Part
 from gearshift.engine.models.shapes import Shape
+from gearshift.engine.phase import Phase
 from gearshift.engine.plan.bytes import States, Zero
 from gearshift.engine.plan.hardware import Hardware
 from gearshift.engine.zero import residence
@@ -16,11 +18,18 @@ LATER = ("moments", "low master bits", "whole")  # states that the first update 
 class Role:
     """One model of the run, as it is planned."""
 
-    name: str
+    part: Part
     shape: Shape
     zero: Zero
     states: States
-    trained: bool
+
+    @property
+    def name(self) -> str:
+        return self.part.name
+
+    @property
+    def trained(self) -> bool:
+        return self.part.trained
 
     @property
     def streamed(self) -> bool:
@@ -29,7 +38,7 @@ class Role:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
+class PhasePlan:
     """Bytes of a rank's GPU by what they are, of a node's host in all, and expected seconds."""
 
     name: str
@@ -54,7 +63,7 @@ class Plan:
     config: Config
     hardware: Hardware
     roles: tuple[Role, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[PhasePlan, ...]
     tp: int
     micro_batch: int
     kv_slots: int
@@ -67,12 +76,12 @@ class Plan:
         return self.refuse_reason is None
 
     @property
-    def peak(self) -> Phase:
+    def peak(self) -> PhasePlan:
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def step_seconds(self) -> float:
-        done = sum(p.seconds for p in self.phases if p.name not in ("load", "save"))
+        done = sum(p.seconds for p in self.phases if p.name not in (Phase.LOAD, Phase.SAVE))
         return done + self.swap_seconds
 
     @property
@@ -80,18 +89,32 @@ class Plan:
         """Of the trained roles; an optimizer that DeepSpeed keeps on the host is there anyway."""
         return sleeps_of(self.config, self.roles)
 
-    def trained_bytes(self, phase: Phase) -> float:
+    @property
+    def told(self) -> str:
+        """What was chosen for the trained roles, in a line."""
+        chosen = {role.name: getattr(self.config, role.name) for role in self.roles if role.trained}
+        return "; ".join(
+            f"{name} sleep={own.sleep}, recompute {'on' if own.gradient_checkpointing else 'off'}"
+            for name, own in chosen.items()
+        )
+
+    @property
+    def assumed(self) -> str | None:
+        """What was taken for granted about a model, in a line."""
+        return next(filter(None, (role.part.assumption for role in self.roles)), None)
+
+    def trained_bytes(self, phase: PhasePlan) -> float:
         """What actor and critic hold on the device in a phase, in every step but the first."""
         known = {f"{r.name} {what}" for r in self.roles if r.trained for what in r.states.gpu}
         return sum(size for what, size in phase.gpu.items() if what in known)
 
-    def not_yet(self, phase: Phase) -> float:
+    def not_yet(self, phase: PhasePlan) -> float:
         """Bytes of a phase that its first time does without: AdamW makes a role's moments in its
         first update, after which ZeRO-3 keeps its small weights whole."""
-        done = {"update_actor": ("actor",), "update_critic": ("actor", "critic")}
+        done = {Phase.UPDATE_ACTOR: ("actor",), Phase.UPDATE_CRITIC: ("actor", "critic")}
         if self.config.ppo.update == "joint":
-            done["update_actor"] = done["update_critic"]
-        updated = done.get(phase.name, ())
+            done[Phase.UPDATE_ACTOR] = done[Phase.UPDATE_CRITIC]
+        updated = done.get(Phase(phase.name), ()) if phase.name in done else ()
         waiting = [r.name for r in self.roles if r.trained and r.name not in updated]
         return sum(
             size

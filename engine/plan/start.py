@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models.cast import Part
 from gearshift.engine.plan import advice as plan_advice
-from gearshift.engine.plan import inputs as plan_inputs
-from gearshift.engine.plan.choice import told
 from gearshift.engine.plan.hardware import GB, GPUS, Gpu, Hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.engine.plan.record import Plan
@@ -32,26 +31,28 @@ class Start:
     warning: str | None = None
 
 
-def plan_run(config: Config, hardware: Hardware) -> Start:
+def plan_run(config: Config, parts: dict[str, Part], hardware: Hardware) -> Start:
     """The plan of a run that is about to start.
 
-    Raises ValueError where even all memory of the machine is too little, unless run.ignore_plan.
-    What fits into all of it but not into what is usually left is only warned of.
+    parts: of models.cast. Raises ConfigError where even all memory of the machine is too little,
+    unless run.ignore_plan. What fits into all of it but not into what is usually left is only
+    warned of.
     """
-    hf_configs, settings = plan_inputs.read(config)
-    for name, hf_config in hf_configs.items():
-        missing = [key for key in _NEEDED if not hasattr(hf_config.get_text_config(), key)]
-        if missing or _has_own_code(config, name):
+    for name, part in parts.items():
+        text = part.hf_config.get_text_config()
+        missing = [key for key in _NEEDED if not hasattr(text, key)]
+        if missing or part.section.trust_remote_code:
             why = "its code is its own" if not missing else f"its configuration has no {missing[0]}"
             return Start(plan=None, said=f"memory not planned: {name}: {why}")
-    made = plan(config, hf_configs, settings, hardware)
+    made = plan(config, parts, hardware)
     if made.fits:
-        return Start(plan=made, said=f"plan: fits; {told(made.config)}")
-    advice = plan_advice.advise(config, hf_configs, settings, hardware)
+        return Start(plan=made, said=f"plan: fits; {made.told}")
+    advice = plan_advice.advise(config, parts, hardware)
     problem = f"{made.refuse_reason}; {advice}"
     if impossible(made) and not config.run.ignore_plan:
-        raise ValueError(f"this run cannot fit: {problem}; run.ignore_plan=true starts it anyway")
-    return Start(plan=made, said=f"plan: {told(made.config)}", warning=f"may not fit: {problem}")
+        anyway = "run.ignore_plan=true starts it anyway"
+        raise ConfigError("", f"this run cannot fit: {problem}", anyway)
+    return Start(plan=made, said=f"plan: {made.told}", warning=f"may not fit: {problem}")
 
 
 def impossible(made: Plan) -> bool:
@@ -134,9 +135,3 @@ def described(hardware: Hardware) -> str:
     """The machine, in a line."""
     ranks = f"{hardware.nodes} x {hardware.gpus_per_node} ranks"
     return f"{ranks} on {hardware.name}, {hardware.host_bytes / GB:.0f} GB per host"
-
-
-def _has_own_code(config: Config, name: str) -> bool:
-    models: dict[str, Any] = {reward.name: reward for reward in config.rewards}
-    models |= {role: getattr(config, role) for role in ("actor", "critic", "reference")}
-    return models[name].trust_remote_code

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from gearshift.engine.batch import AS_READ, Rollout
+from gearshift.engine.config.errors import ConfigError
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 
@@ -121,16 +122,18 @@ def render_for_reward(
 
 
 def check_system_turn(policy_tokenizer: Any, reward_tokenizer: Any) -> None:
-    """Raises ValueError where the reward model's template takes no system message."""
+    """Raises ConfigError where the reward model's template takes no system message."""
     if reward_tokenizer.chat_template is None or same_tokenizer(policy_tokenizer, reward_tokenizer):
         return
     chat = [{"role": role, "content": "a"} for role in ("system", "user")]
     try:
         reward_tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception as error:  # a template may raise anything
-        raise ValueError(
-            f"chat_template=true: its tokenizer's template takes no data.system_prompt ({error}); "
-            "set it to false, or put the instruction into the prompts"
+        raise ConfigError(
+            "chat_template",
+            f"its tokenizer's template takes no data.system_prompt ({error})",
+            "set it to false, or put the instruction into the prompts",
+            value="true",
         ) from None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gearshift.engine.batch import Rollout
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import GuardConfig, RewardConfig
 from gearshift.engine.rewards.functions import FunctionReward, checked_scores
 from gearshift.engine.rewards.http import HttpReward
@@ -59,8 +60,7 @@ class ModelReward:
     """Scores from a reward model, whose tokenizer may differ from the policy's."""
 
     def __init__(self, config: RewardConfig):
-        if config.path is None:
-            raise RewardError(f"rewards: {config.name}: path=None: kind model needs a model")
+        assert config.path is not None
         self.name, self.config = config.name, config
         self._warned = False
         self.limit = config.max_tokens or MAX_TOKENS
@@ -68,15 +68,14 @@ class ModelReward:
     def fit(self, positions: int | None) -> None:
         """Reads no more than the model has positions for (None: any number).
 
-        Raises RewardError, beginning with the field, where the configuration asks for more.
+        Raises ConfigError, its key the field's name, where the configuration asks for more.
         """
         if positions is None or self.limit <= positions:
             return
         if self.config.max_tokens is not None:
-            raise RewardError(
-                f"max_tokens={self.limit}: {self.config.path!r} has {positions} positions; "
-                f"use {positions} or fewer"
-            )
+            problem = f"{self.config.path!r} has {positions} positions"
+            fix = f"use {positions} or fewer"
+            raise ConfigError("max_tokens", problem, fix, value=self.limit)
         self.limit = positions
         log.warning(
             "reward %r: it reads the last %d tokens of a row, as many as it has positions "
@@ -132,16 +131,11 @@ class RewardSum:
 
     def __init__(self, configs: list[RewardConfig], guards: GuardConfig | None = None):
         """guards: what follows where a reward fails; None: the defaults."""
-        if not configs:
-            raise RewardError("rewards: []: give at least one source of scores")
-        names = [config.name for config in configs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise RewardError(f"rewards: name={twice!r} is used twice: give each its own")
+        assert configs and len({config.name for config in configs}) == len(configs)
         self._scorers: Mapping[str, Scorer] = {}
-        self._guards = guards or GuardConfig()
+        self._guards = guards or GuardConfig()  # type: ignore[call-arg]
         self._weights = {config.name: config.weight for config in configs}
-        self._sources = [_KINDS[config.kind](config) for config in configs]
+        self._sources: list[Any] = [_KINDS[config.kind](config) for config in configs]
 
     @property
     def names(self) -> list[str]:

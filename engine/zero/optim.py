@@ -1,6 +1,7 @@
 """AdamW and its schedule, for DeepSpeed."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import OptimizerConfig
 from gearshift.engine.zero.layout import whole_shape
 from gearshift.engine.zero.split_adamw import MOMENTS, SplitAdamW
@@ -16,10 +18,9 @@ from gearshift.engine.zero.split_adamw import MOMENTS, SplitAdamW
 def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict) -> Optimizer:
     """AdamW over the trainable parameters; weight decay spares vectors (norms and biases).
 
-    On host memory, where the DeepSpeed JSON offloads the optimizer, it is DeepSpeedCPUAdam. Raises
-    ValueError where the optimizer and the JSON do not fit together.
+    On host memory, where the DeepSpeed JSON offloads the optimizer, it is DeepSpeedCPUAdam. The two
+    fit together: see check_optimizer.
     """
-    check_optimizer(config, ds_config)
     trainable = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trainable if len(whole_shape(p)) > 1]
     vectors = [p for p in trainable if len(whole_shape(p)) <= 1]
@@ -27,7 +28,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    betas = (config.beta1, config.beta2)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": betas, "eps": config.eps}
     if config.name == "split_adamw":
         held = [group for group in groups if group["params"]]
         return SplitAdamW(held, **settings, moments=MOMENTS[config.moments])
@@ -39,30 +41,35 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
 
 
 def check_optimizer(config: OptimizerConfig, ds_config: dict) -> None:
-    """Raises ValueError where bf16 master weights would lose their low bits, or have none to keep.
+    """Raises ConfigError where bf16 master weights would lose their low bits, or have none to keep.
 
     A bf16 master alone does not learn: at lr 1e-6 nearly every step rounds to no step at all.
     """
     bf16 = ds_config.get("bf16", {})
     narrow = bool(bf16.get("enabled") and bf16.get("bf16_master_weights_and_grads"))
     if config.name == "adamw" and narrow:
-        raise ValueError(
-            "bf16.bf16_master_weights_and_grads=true: plain AdamW would round its steps away; set "
-            "optimizer.name to split_adamw, or remove it"
+        raise ConfigError(
+            "bf16.bf16_master_weights_and_grads",
+            "plain AdamW would round its steps away",
+            "set optimizer.name to split_adamw, or remove it",
+            value="true",
         )
     if config.name == "adamw":
         return
     if not (narrow and bf16.get("bf16_optimizer_states")):
-        raise ValueError(
-            "optimizer.name=split_adamw: needs a DeepSpeed JSON with bf16.enabled, "
-            "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states, as "
-            "actor_zero3_bf16_split.json or critic_zero3_bf16_split.json"
+        raise ConfigError(
+            "optimizer.name",
+            "needs a DeepSpeed JSON with bf16.enabled, bf16.bf16_master_weights_and_grads and "
+            "bf16.bf16_optimizer_states, as actor_zero3_bf16_split.json or "
+            "critic_zero3_bf16_split.json",
+            value="split_adamw",
         )
     for what in ("optimizer", "param"):
         if offloaded(ds_config, what):
-            raise ValueError(
-                f"zero_optimization.offload_{what}: optimizer.name=split_adamw updates the "
-                "weights where they are used; remove it, or use adamw"
+            raise ConfigError(
+                f"zero_optimization.offload_{what}",
+                "optimizer.name=split_adamw updates the weights where they are used",
+                "remove it, or use adamw",
             )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
-from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.zero.layout import (
     Fragment,
     fragments,
@@ -29,15 +28,6 @@ from gearshift.engine.zero.layout import (
 from gearshift.engine.zero.split_adamw import SplitAdamW
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-
-
-def check_settings(role: str, ds_config: dict[str, Any]) -> None:
-    """Raises ValueError where an engine with this DeepSpeed JSON could not be saved."""
-    if offloaded(ds_config, "optimizer") == "nvme":
-        raise ValueError(
-            f"{role}.deepspeed: zero_optimization.offload_optimizer.device=nvme: checkpoints do "
-            "not read an optimizer that is on a disk; use cpu"
-        )
 
 
 def shapes(engine: Any) -> dict[str, list[int]]:

@@ -66,12 +66,9 @@ def saved_config(state: dict[str, Any]) -> Config:
 
 def unpartitioned(blueprint: assemble.Blueprint, role: str) -> tuple[nn.Module, nn.Module]:
     """The role's model in float32, as it was before training, and what its engine calls it in."""
-    if role == "actor":
-        model = load_model(blueprint.config.actor, "policy", UNPARTITIONED)
-        return model, Policy(model)
-    source, from_reward = assemble.critic_source(blueprint)
-    model = load_model(source, "critic", UNPARTITIONED, fresh_head=not from_reward)
-    return model, ValueModel(model)
+    part = blueprint.cast[role]
+    model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=part.fresh_head)
+    return model, Policy(model) if part.kind == "policy" else ValueModel(model)
 
 
 @torch.no_grad()

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gearshift.engine.config import load as config_load
-from gearshift.engine.plan import inputs as plan_inputs
+from gearshift.engine.models.cast import cast
 from gearshift.engine.plan.advice import advise
-from gearshift.engine.plan.choice import told
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
-from gearshift.engine.plan.planner import Phase, Plan, Role, plan
+from gearshift.engine.plan.planner import plan
+from gearshift.engine.plan.record import PhasePlan, Plan, Role
 
 DOES_NOT_FIT = 3
 
@@ -49,9 +49,9 @@ def main(args: argparse.Namespace) -> int:
 def planned(path: str | None, overrides: list[str], place: Hardware) -> tuple[Plan, str | None]:
     """The plan of a configuration, and what to change first where it does not fit."""
     config = config_load.load(path, overrides).config
-    hf_configs, settings = plan_inputs.read(config)
-    made = plan(config, hf_configs, settings, place)
-    return made, None if made.fits else advise(config, hf_configs, settings, place)
+    parts = cast(config)
+    made = plan(config, parts, place)
+    return made, None if made.fits else advise(config, parts, place)
 
 
 def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
         "verdict": "FITS" if made.fits else "DOES NOT FIT",
         "reason": made.refuse_reason,
         "change": advice,
-        "assumed": plan_inputs.assumption(made.config),
+        "assumed": made.assumed,
         "hardware": asdict(made.hardware),
         "usable_gpu_bytes": made.hardware.usable,
         "usable_host_bytes": made.hardware.usable_host,
@@ -104,12 +104,11 @@ def summary(made: Plan, advice: str | None) -> list[str]:
         f"{max(0, place.usable_host) / GB:.1f} GB of a host",
         f"largest ppo.micro_batch_size {made.micro_batch}; sequences in the KV cache {cache} per "
         f"group of {made.tp}",
-        told(made.config),
+        made.told,
         f"a PPO step: {made.step_seconds:.0f} s at full lengths, {made.swap_seconds:.1f} of them "
         "swapping (estimate until measured)",
     ]
-    assumed = plan_inputs.assumption(made.config)
-    lines += [assumed] if assumed else []
+    lines += [made.assumed] if made.assumed else []
     if made.fits:
         return [*lines, "FITS"]
     return [*lines, f"DOES NOT FIT: {made.refuse_reason}", f"change first: {advice}"]
@@ -149,7 +148,7 @@ def _phases_table(made: Plan) -> Table:
     return table
 
 
-def transients(phase: Phase, made: Plan) -> dict[str, float]:
+def transients(phase: PhasePlan, made: Plan) -> dict[str, float]:
     """What a phase has on the GPU besides the states of the roles."""
     names = tuple(f"{role.name} " for role in made.roles)
     return {what: size for what, size in phase.gpu.items() if not what.startswith(names)}

@@ -5,14 +5,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import Config
 from gearshift.engine.log.run_log import nearest_existing
+from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.models.load import attention_implementation, dtype_of
 from gearshift.engine.models.shapes import shape_of
-from gearshift.engine.plan import inputs as plan_inputs
 from gearshift.engine.plan.hardware import GB
 from gearshift.engine.plan.seconds import saved_bytes
 from gearshift.launch.examine.machine import Finding
@@ -20,18 +19,20 @@ from gearshift.launch.examine.machine import Finding
 
 def examine(config: Config) -> Iterator[Finding]:
     """Reads the models' configurations, then looks at what the job needs of this machine."""
+    parts = list(cast(config).values())
     try:
-        models, settings = plan_inputs.read(config)
+        for part in parts:
+            _ = part.settings, part.hf_config  # they can be read
     except ValueError as error:
         what, _, fix = str(error).partition("; ")
         yield Finding("models", "bad", what, fix or "gearshift fetch, or a path on this machine")
         return
-    yield from _folder(config, models)
-    yield from _attention(config, models, settings)
-    yield from _nvme(settings)
+    yield from _folder(config, parts)
+    yield from _attention(parts)
+    yield from _nvme(parts)
 
 
-def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
+def _folder(config: Config, parts: list[Part]) -> Iterator[Finding]:
     """Whether the run folder can be made and holds the checkpoints that will be kept."""
     run = config.run
     place = nearest_existing(Path(run.dir))
@@ -40,9 +41,9 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("run folder", "bad", f"{place} is not writable", fix)
         return
     bytes_each = sum(
-        shape_of(models[role], kind).total * saved_bytes(getattr(config, role).optimizer)
-        for role, kind in (("actor", "policy"), ("critic", "critic"))
-        if role in models
+        shape_of(part.hf_config, part.kind).total * saved_bytes(part.section.optimizer)
+        for part in parts
+        if part.trained
     )
     # The last ones, the best, and the one being written beside them.
     wanted, free = bytes_each * (run.keep_checkpoints + 2), shutil.disk_usage(place).free
@@ -57,16 +58,12 @@ def _folder(config: Config, models: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("run folder", "ok", text)
 
 
-def _attention(
-    config: Config, models: dict[str, Any], settings: dict[str, dict]
-) -> Iterator[Finding]:
+def _attention(parts: list[Part]) -> Iterator[Finding]:
     """The backend that `attn` resolves to, for each model."""
-    sections = {"actor": config.actor, "critic": config.critic, "reference": config.reference}
-    sections |= {reward.name: reward for reward in config.rewards}
-    for role, model in models.items():
+    for part in parts:
+        role, dtype = part.name, dtype_of(part.settings)
         try:
-            dtype = dtype_of(settings[role])
-            picked = attention_implementation(sections[role].attn, model, dtype)
+            picked = attention_implementation(part.section.attn, part.hf_config, dtype)
         except ValueError as error:
             yield Finding(f"attention of {role}", "bad", *str(error).split("; ", 1))
             continue
@@ -87,9 +84,10 @@ def _installed(*names: str) -> bool:
     return False
 
 
-def _nvme(settings: dict[str, dict]) -> Iterator[Finding]:
+def _nvme(parts: list[Part]) -> Iterator[Finding]:
     """The folders of states that are kept on a disk."""
-    for role, deepspeed in settings.items():
+    for part in parts:
+        role, deepspeed = part.name, part.settings
         if all(ds_config.offloaded(deepspeed, what) != "nvme" for what in ("param", "optimizer")):
             continue
         try:

@@ -240,6 +240,10 @@ def test_a_runnable_configuration_has_no_warnings():
         ),
         (["--ppo.kl_in", "loss"], "ppo.kl_estimator=k1: .*use k2 or k3"),
         (["--ppo.prompts_per_step", "63", "--ppo.minibatch_size", "63"], "multiple of the 4 ranks"),
+        (
+            ["--ppo.ptx_coef=1", "--pretrain.sources.0.path=x", "--pretrain.rows=6"],
+            "pretrain.rows=6: must be a multiple of the 4 ranks",
+        ),
     ],
 )
 def test_sections_that_do_not_fit(overrides, message):

@@ -380,21 +380,6 @@ def test_the_only_short_prompt_is_found_across_epochs(tmp_path):
         assert prompts_of(s.next_batch()) == ["w4"] * 4
 
 
-def test_model_context_limits_prompts(tmp_path):
-    rows = [{"prompt": "w1 " * n, "n": n} for n in (1, 2, 3, 4)]
-    path = write(tmp_path / "p.jsonl", rows)
-    s = stream(path, max_context=12, max_new_tokens=10)
-    assert max(s.next_batch().columns["n"]) == 2
-    with pytest.raises(ValueError, match="sampling.max_new_tokens=12: leaves no room"):
-        stream(path, max_context=12, max_new_tokens=12)
-
-
-def test_prompts_must_divide_by_ranks(tmp_path):
-    path = numbered(tmp_path / "p.jsonl", 4)
-    with pytest.raises(ValueError, match="prompts_per_step=4: must be a multiple of the 3 ranks"):
-        stream(path, world_size=3)
-
-
 # Readers
 
 
@@ -540,8 +525,6 @@ def test_text_resumes_exactly(tmp_path):
 
 def test_text_errors(tmp_path):
     config = texts(tmp_path)
-    with pytest.raises(ValueError, match="pretrain.rows=4: must be a multiple of the 3 ranks"):
-        TextStream(config, tokenizer(), 0, world_size=3)
     with pytest.raises(ValueError, match="no end token"):
         TextStream(config, tokenizer(eos_token=None, pad_token=None), 0)
     wrong = PretrainConfig(sources=[SourceConfig(path=config.sources[0].path)])

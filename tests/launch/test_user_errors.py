@@ -246,6 +246,8 @@ def test_missing_models(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("actor.path= ... has no config.json", "--actor.path", tmp_path / "empty")
     refused("actor.path= ... x.gguf': no such file", "--actor.path", tmp_path / "x.gguf")
+    refused("actor.path=shape:qwen2.5-0.5b: a shape has no weights; give",
+            "--actor.path", "shape:qwen2.5-0.5b")  # fmt: skip
 
 
 def test_missing_parts_of_a_model(refused, job, tmp_path):

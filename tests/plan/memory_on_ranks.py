@@ -35,9 +35,8 @@ from gearshift.engine.config.schema import (
     TrainedConfig,
 )
 from gearshift.engine.metrics import StepMetrics
-from gearshift.engine.plan import inputs as plan_inputs
+from gearshift.engine.models.cast import cast
 from gearshift.engine.plan import planner as memory
-from gearshift.engine.plan.compare import MEASURED
 from gearshift.engine.plan.hardware import GPUS, Hardware
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rollout.engine import RolloutEngine
@@ -122,19 +121,18 @@ def planned(config: Config) -> dict[str, dict[str, float]]:
     place = Hardware(
         gpu=GPUS["h100"], name="cpu", gpus_per_node=2, nodes=1, host_bytes=64e9, shared=True
     )
-    made = memory.plan(config, *plan_inputs.read(config), place)
+    made = memory.plan(config, cast(config), place)
     states = {f"{role.name} {what}" for role in made.roles for what in role.states.gpu}
     counted = states | {"generation shards", "KV cache"}
     found = {}
     for phase in made.phases:
-        if phase.name in MEASURED:
-            parts = {what: size for what, size in phase.gpu.items() if what in counted}
-            buckets = sum(size for what, size in parts.items() if what.endswith("reduce buckets"))
-            found[MEASURED[phase.name]] = {
-                "bytes": sum(parts.values()) + phase.host / place.gpus_per_node,
-                "buckets": buckets,
-                "states": made.trained_bytes(phase),
-            }
+        parts = {what: size for what, size in phase.gpu.items() if what in counted}
+        buckets = sum(size for what, size in parts.items() if what.endswith("reduce buckets"))
+        found[phase.name] = {
+            "bytes": sum(parts.values()) + phase.host / place.gpus_per_node,
+            "buckets": buckets,
+            "states": made.trained_bytes(phase),
+        }
     return found
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gearshift.engine.config import load as config_load
+from gearshift.engine.models.cast import cast
 from gearshift.engine.plan import compare as ledger
-from gearshift.engine.plan import inputs as plan_inputs
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.launch.docs.plan import offline
@@ -16,7 +16,7 @@ from gearshift.launch.docs.plan import offline
 def made():
     """The plan of a recipe of 0.5B models on one GPU."""
     config = config_load.load(*offline("0.5b_24gb")).config
-    return plan(config, *plan_inputs.read(config), hardware("rtx4090", 1, 1, 64))
+    return plan(config, cast(config), hardware("rtx4090", 1, 1, 64))
 
 
 def test_a_gpu_is_held_to_the_peak_of_a_phase(made):

@@ -76,8 +76,8 @@ def test_the_critic_is_that_of_the_run(capsys, tmp_path):
         sizes[start], actor, assumed = critic_of(capsys, tmp_path, reward)
         assert assumed is None
         config = config_load.load(str(tmp_path / "run.yaml"), []).config
-        run, _ = assemble.critic_source(assemble.draw_up(config))
-        assert run.path == str(start)
+        run = assemble.draw_up(config).cast["critic"]
+        assert run.source.path == str(start) and run.fresh_head == (start == tmp_path / "actor")
     # A scalar head and its bias in place of the vocabulary's.
     assert sizes[tmp_path / "actor"] == actor - 32 * 16 + 16 + 1
     assert sizes[own] < actor / 1.5

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gearshift.engine.config import load as config_load
+from gearshift.engine.models.cast import cast
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
 from gearshift.launch import train
@@ -20,6 +21,10 @@ def recipe(name: str, *overrides: str):
     return config_load.load(path, [*models, *overrides]).config
 
 
+def plan_run(config, hardware: Hardware) -> plan_start.Start:
+    return plan_start.plan_run(config, cast(config), hardware)
+
+
 def machine(memory: float, host: float = 64 * GB, **changes) -> Hardware:
     gpu = replace(GPUS["rtx4090"], memory=memory)
     fields = {"gpus_per_node": 1, "nodes": 1, "host_bytes": host} | changes
@@ -27,7 +32,7 @@ def machine(memory: float, host: float = 64 * GB, **changes) -> Hardware:
 
 
 def test_what_fits_starts_with_every_choice_made():
-    start = plan_start.plan_run(recipe("0.5b_24gb"), machine(23.5 * GIB))
+    start = plan_run(recipe("0.5b_24gb"), machine(23.5 * GIB))
     assert start.warning is None and start.said.startswith("plan: fits")
     chosen = start.plan.config
     assert chosen.actor.sleep != "auto" and chosen.critic.gradient_checkpointing is not None
@@ -44,16 +49,16 @@ def test_nodes_that_differ_are_planned_as_the_least_of_each():
 def test_what_cannot_fit_is_refused_unless_the_user_knows_better():
     config, small = recipe("0.5b_24gb"), machine(4 * GIB)
     with pytest.raises(ValueError, match="cannot fit: .* needs .* GB of a GPU's") as told:
-        plan_start.plan_run(config, small)
+        plan_run(config, small)
     assert "run.ignore_plan=true" in str(told.value) and "\n" not in str(told.value)
     allowed = replace(config, run=replace(config.run, ignore_plan=True))
-    assert plan_start.plan_run(allowed, small).warning.startswith("may not fit")
+    assert plan_run(allowed, small).warning.startswith("may not fit")
 
 
 def test_what_only_the_reserve_forbids_is_warned_of():
     config = recipe("0.5b_24gb", "--actor.sleep=never", "--critic.sleep=never")
-    peak = plan_start.plan_run(config, machine(23.5 * GIB)).plan.peak.total
-    start = plan_start.plan_run(config, machine(peak + 0.3 * GB))
+    peak = plan_run(config, machine(23.5 * GIB)).plan.peak.total
+    start = plan_run(config, machine(peak + 0.3 * GB))
     assert start.warning.startswith("may not fit") and start.plan.refuse_reason
 
 
@@ -69,13 +74,13 @@ def test_the_first_rung_that_fits_is_taken():
     chosen = {}
     for micro in (1, 16):
         settled = replace(config, ppo=replace(config.ppo, micro_batch_size=micro))
-        start = plan_start.plan_run(settled, h200)
+        start = plan_run(settled, h200)
         assert start.plan.fits
         chosen[micro] = start.plan.config.actor
     assert not chosen[1].gradient_checkpointing and chosen[16].gradient_checkpointing
     assert chosen[16].sleep == "exchange"
     kept = recipe("7b_1xh200", *split, "--actor.sleep=never", "--critic.sleep=always")
-    start = plan_start.plan_run(kept, hardware("h200", 2, 1, 256))
+    start = plan_run(kept, hardware("h200", 2, 1, 256))
     assert (start.plan.config.actor.sleep, start.plan.config.critic.sleep) == ("never", "always")
 
 
@@ -83,9 +88,9 @@ def test_cpu_ranks_share_the_memory_of_the_host():
     """And one memory is not left for itself."""
     config = recipe("0.5b_24gb", "--ppo.micro_batch_size=1")
     large, small = (machine(h, host=h, shared=True) for h in (200 * GB, 20 * GB))
-    assert plan_start.plan_run(config, large).plan.config.actor.sleep == "never"
+    assert plan_run(config, large).plan.config.actor.sleep == "never"
     with pytest.raises(ValueError, match="needs .* GB of a host's 20.0 usable"):
-        plan_start.plan_run(config, small)
+        plan_run(config, small)
 
 
 def test_this_machine_is_what_the_process_has():

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gearshift.engine.batch import AS_READ, Rollout
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import DataConfig, RewardConfig
 from gearshift.engine.data.prompts import PromptEncoder
 from gearshift.engine.models.shapes import positions
@@ -305,14 +306,6 @@ def test_a_missing_column_is_named_before_the_run(function):
     rewards = function("def reward(completions, solution, extra=1): ...")
     with pytest.raises(RewardError, match="column 'solution'; columns: answer, prompt"):
         rewards.check(["prompt", "answer"])
-
-
-def test_names_must_differ_and_there_must_be_one():
-    with pytest.raises(RewardError, match="at least one"):
-        RewardSum([])
-    twice = [config(function="math:sqrt"), config(function="math:sqrt")]
-    with pytest.raises(RewardError, match="name='r' is used twice"):
-        RewardSum(twice)
 
 
 # HTTP
@@ -639,7 +632,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(caplog):
     rewards = model_reward(FakeScorer(POLICY), max_tokens=5)
     rewards.fit("r", 5)
     told = "^max_tokens=5: 'some/model' has 4 positions; use 4 or fewer$"
-    with pytest.raises(RewardError, match=told):
+    with pytest.raises(ConfigError, match=told):
         rewards.fit("r", 4)
     assert not caplog.records
 
@@ -694,11 +687,6 @@ def test_a_row_without_a_token_is_named():
     empty = rollout_of([""], [" "], finished=False)
     with pytest.raises(RewardError, match="makes no token of prompt"):
         rewards.scores(empty, POLICY)
-
-
-def test_a_reward_model_needs_a_path():
-    with pytest.raises(RewardError, match="needs a model"):
-        RewardSum([config(kind="model")])
 
 
 # The demo's

@@ -1,0 +1,187 @@
+"""Who plays in a run: each model, what it is loaded from, and whether it is trained.
+
+The plan and the loader read one cast, so that the critic that is planned is the one that runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+from gearshift.engine.config import deepspeed as ds_config
+from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.schema import Config, ModelConfig
+from gearshift.engine.models.load import load_tokenizer
+from gearshift.engine.models.shapes import PREFIX, read_config
+from gearshift.engine.rewards.text import same_tokenizer
+
+_SCORED = ("ForSequenceClassification", "ForTokenClassification")  # classes with a score head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One model of a run; what it names is read when first asked for, and kept.
+
+    name: actor, critic, reference, or a reward's own. key: of its section, as rewards.1.
+    section: as the user wrote it. origins: whose weights it may start from where its section has
+    no path; the first that can serve is taken, and the last always can.
+    """
+
+    name: str
+    key: str
+    kind: Literal["policy", "critic", "reward"]
+    section: ModelConfig
+    trained: bool = False
+    origins: tuple["Part", ...] = field(default=(), repr=False)
+
+    @property
+    def named(self) -> bool:
+        """Whether the user gave its path."""
+        return self.section.path is not None
+
+    @cached_property
+    def source(self) -> ModelConfig:
+        """Its section, with the path and the revision that it is loaded from."""
+        if self.start is self:
+            return self.section
+        own = self.start.section
+        return replace(self.section, path=own.path, revision=own.revision)
+
+    @property
+    def start(self) -> "Part":
+        """Whose weights it starts from: its own, or those of another part."""
+        return self._start[0]
+
+    @property
+    def fresh_head(self) -> bool:
+        """Whether a critic's head starts at zero, because its source has no score to keep."""
+        if self.kind != "critic" or self.start is not self:
+            return self.kind == "critic" and self.start.kind != "reward"
+        return not (self.hf_config.architectures or [""])[0].endswith(_SCORED)
+
+    @property
+    def assumption(self) -> str | None:
+        """What is taken for granted where a tokenizer that decides on the start is not there."""
+        start, assumed = self._start
+        if not assumed:
+            return None
+        return (
+            f"{self.key}.path=null: assumed to start from {start.section.path}: tokenizers that "
+            f"cannot be read here were judged by their models' families ({', '.join(assumed)}); "
+            "the run compares them"
+        )
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Its DeepSpeed JSON, validated."""
+        return ds_config.load(self.section.deepspeed, frozen=not self.trained)
+
+    @cached_property
+    def hf_config(self) -> Any:
+        """Its transformers configuration."""
+        with self.errors():
+            if self.source.path is None:
+                raise ConfigError(
+                    "path",
+                    "give a Hugging Face directory, hub id or shape, as shape:qwen2.5-7b",
+                    value="null",
+                )
+            return read_config(self.source, self.kind)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its own, or that of its source."""
+        with self.errors():
+            return load_tokenizer(self.source)
+
+    def under(self, deepspeed: str) -> "Part":
+        """The same part by another DeepSpeed JSON."""
+        return replace(self, section=replace(self.section, deepspeed=deepspeed))
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Loaders name the field of a model's section; this adds which section."""
+        try:
+            yield
+        except ConfigError as error:
+            own = hasattr(self.section, error.key.split(".")[0])
+            raise (error.under(self.key) if own else error) from None
+
+    @cached_property
+    def _start(self) -> tuple["Part", list[str]]:
+        """(whose weights it starts from, what was assumed of others)."""
+        if self.named or not self.origins:
+            return self, []
+        *others, last = self.origins
+        assumed: list[str] = []
+        for other in others:
+            if is_decoder(other.hf_config) and _same_tokens(last, other, assumed):
+                return other, assumed
+        return last, assumed
+
+    @cached_property
+    def _readable_tokenizer(self) -> Any | None:
+        """None where it cannot be read, as of a published architecture."""
+        if self.section.tokenizer is None and str(self.section.path).startswith(PREFIX):
+            return None
+        try:
+            return self.tokenizer
+        except ValueError:
+            return None
+
+
+def cast(config: Config) -> dict[str, Part]:
+    """The parts of a run by name: actor, critic, reference, and the reward models as written.
+
+    The critic starts from the first reward model that is a decoder and reads the actor's tokens,
+    else from the actor; the reference from the actor.
+    """
+    rewards = [
+        Part(name=reward.name, key=f"rewards.{i}", kind="reward", section=reward)
+        for i, reward in enumerate(config.rewards)
+        if reward.kind == "model"
+    ]
+    actor = Part(name="actor", key="actor", kind="policy", section=config.actor, trained=True)
+    critic = Part(
+        name="critic",
+        key="critic",
+        kind="critic",
+        section=config.critic,
+        trained=True,
+        origins=(*rewards, actor),
+    )
+    reference = Part(
+        name="reference",
+        key="reference",
+        kind="policy",
+        section=config.reference,
+        origins=(actor,),
+    )
+    parts = [actor]
+    parts += [critic] if config.ppo.estimator == "gae" else []
+    parts += [reference] if config.ppo.kl_coef > 0 else []
+    return {part.name: part for part in [*parts, *rewards]}
+
+
+def is_decoder(hf_config: Any) -> bool:
+    """Whether a token attends only to those before it.
+
+    Told by the family's classes: one that fills in masked words looks both ways, and so does an
+    encoder before a decoder.
+    """
+    masked = type(hf_config) in MODEL_FOR_MASKED_LM_MAPPING
+    own_code = "AutoModelForMaskedLM" in str(getattr(hf_config, "auto_map", None))
+    return not (masked or own_code or hf_config.is_encoder_decoder)
+
+
+def _same_tokens(actor: Part, other: Part, assumed: list[str]) -> bool:
+    """Whether two models read the same tokens; a guess by their families is told in `assumed`."""
+    ours, theirs = actor._readable_tokenizer, other._readable_tokenizer
+    if ours is not None and theirs is not None:
+        return same_tokenizer(ours, theirs)
+    same = actor.hf_config.model_type == other.hf_config.model_type
+    assumed.append(f"{other.name}'s is {'the' if same else 'not the'} actor's")
+    return same
