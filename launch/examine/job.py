@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gearshift.engine.config import deepspeed as ds_config
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.log.run_log import nearest_existing
 from gearshift.engine.models.cast import Part, cast
@@ -23,9 +24,9 @@ def examine(config: Config) -> Iterator[Finding]:
     try:
         for part in parts:
             _ = part.settings, part.hf_config  # they can be read
-    except ValueError as error:
-        what, _, fix = str(error).partition("; ")
-        yield Finding("models", "bad", what, fix or "gearshift fetch, or a path on this machine")
+    except ConfigError as error:
+        fix = error.fix or "gearshift fetch, or a path on this machine"
+        yield Finding("models", "bad", error.mistake, fix)
         return
     yield from _folder(config, parts)
     yield from _attention(parts)
@@ -64,8 +65,8 @@ def _attention(parts: list[Part]) -> Iterator[Finding]:
         role, dtype = part.name, dtype_of(part.settings)
         try:
             picked = attention_implementation(part.section.attn, part.hf_config, dtype)
-        except ValueError as error:
-            yield Finding(f"attention of {role}", "bad", *str(error).split("; ", 1))
+        except ConfigError as error:
+            yield Finding(f"attention of {role}", "bad", error.mistake, error.fix)
             continue
         if picked.startswith("flash") and not _installed("flash-attn", "flash-attn-4"):
             fix = "pip install --no-build-isolation 'gearshift[flash]', or attn: sdpa"
@@ -92,7 +93,7 @@ def _nvme(parts: list[Part]) -> Iterator[Finding]:
             continue
         try:
             ds_config.check_nvme(deepspeed)
-        except ValueError as error:
-            yield Finding(f"nvme of {role}", "bad", *str(error).split("; ", 1))
+        except ConfigError as error:
+            yield Finding(f"nvme of {role}", "bad", error.mistake, error.fix)
             continue
         yield Finding(f"nvme of {role}", "ok", "the folder is there")
