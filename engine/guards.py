@@ -316,7 +316,9 @@ def _first_culprit(
     experience: Experience | None, pieces: Sequence[Piece], tokenizer: Any
 ) -> tuple[int, str]:
     """(how late in the step, what is said of it)."""
-    for order, name in enumerate(_ENTRIES if experience is not None else ()):
+    for order, name in enumerate(_ENTRIES):
+        if experience is None:
+            break
         values, live = getattr(experience, name), experience.response_mask
         by_token = values.dim() == 2
         row = _first_bad_row(torch.where(live, values, 0.0) if by_token else values[:, None])

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -197,7 +198,7 @@ class _Span:
         self._cuda = device.type == "cuda"
         self._begin = self._now()
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:  # a float, or a torch.cuda.Event
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -215,6 +215,7 @@ class PPOTrainer:
         """PPO-ptx: pretraining gradients into the same optimizer step."""
         if not self.ppo.ptx_coef:
             return
+        assert self.roles.pretrain, "ptx_coef without a stream of text"
         tokens = self.roles.pretrain.next_batch().to(metrics.device)
         in_step = tokens[:, 1:].numel() * distributed.world_size()
         pieces = tokens.split(self.ppo.micro_batch_size)

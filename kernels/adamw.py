@@ -123,7 +123,8 @@ def _step_triton(weight, low, grad, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, 
         # Loads are 128 bits wide only where Triton knows that 16 divides the length.
         settings = (lr, beta1, beta2, eps, weight_decay, step)
         for part in (slice(0, N - N % 16), slice(N - N % 16, N)):
-            _step_triton(*(tensor.view(-1)[part] for tensor in tensors), *settings)
+            pieces = [tensor.view(-1)[part] for tensor in tensors]
+            _step_triton(*pieces, *settings)  # type: ignore[call-arg]
         return
     if N == 0:
         return

@@ -234,9 +234,10 @@ def kl_reward_gae(
     for name, tensor in (("scores", scores), ("bootstrap_values", bootstrap_values)):
         _check_tensor(name, tensor, mask.shape[:1], mask.device)
     _check_coefficients(coef)
-    run = {"torch": _kl_reward_gae_reference, "triton": _kl_reward_gae_triton}
-    run = run[dispatch.resolve(backend, mask.device)]
-    return run(*grids.values(), mask, scores.float(), bootstrap_values.float(), coef)
+    backends = {"torch": _kl_reward_gae_reference, "triton": _kl_reward_gae_triton}
+    run = backends[dispatch.resolve(backend, mask.device)]
+    rows = (scores.float(), bootstrap_values.float())
+    return run(logprobs, ref_logprobs, values, mask, *rows, coef)
 
 
 def _check_tensor(name, tensor, shape, device):

@@ -35,7 +35,7 @@ def choose(run: RunConfig) -> tuple[Path | None, list[str]]:
                 f"run.resume={run.resume!r}: {found}; use auto, none or another checkpoint"
             )
         return Path(run.resume), []
-    folder, remarks = Path(run.dir) / "checkpoints", []
+    folder, remarks = Path(run.dir) / "checkpoints", list[str]()
     for candidate in reversed(store.steps(folder)):
         found = fault(candidate)
         if not found:
@@ -55,11 +55,11 @@ def fault(checkpoint: Path) -> str | None:
 
     Each rank reads its share of the files.
     """
+    found: str | None
     try:
         manifest = store.read_manifest(checkpoint)
     except ValueError as error:
         found = str(error)
-        manifest = None
     else:
         files = sorted(manifest["files"].items())
         mine = files[distributed.rank() :: distributed.world_size()]

@@ -122,6 +122,7 @@ class Checkpoints:
         job, self._job = self._job, None
         if job is None:
             return
+        assert job.written, "taken without being written"
         reason = _anywhere(job.written.result())
         if reason:
             job.cancelled.set()
@@ -183,7 +184,7 @@ class Checkpoints:
             )
         return not lacking
 
-    def _finish(self, job: Job) -> str | None:
+    def _finish(self, job: Job) -> None:
         """On rank 0: joins the parts of all ranks to a checkpoint, and deletes old ones."""
         source = store.partial(job.target)
         parts = [_part(source, rank) for rank in range(distributed.world_size())]

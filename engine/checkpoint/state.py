@@ -68,7 +68,8 @@ def check_roles(state: Mapping[str, Any], trainer: PPOTrainer) -> None:
 
 def random_state() -> dict[str, Any]:
     """Every generator of this rank: Python's, NumPy's, torch's and the device's."""
-    kind, keys, *rest = np.random.get_state()
+    generator: Any = np.random.get_state()
+    kind, keys, *rest = generator
     found = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],

@@ -154,12 +154,12 @@ def prune(folder: Path, keep: int) -> None:
     One whose manifest cannot be read, damaged since or of another version, counts as none and is
     left to its owner.
     """
-    rewards = {}
+    rewards: dict[Path, Any] = {}
     for path in steps(folder):
         with suppress(ValueError):
             rewards[path] = read_manifest(path).get("reward")
     known = [path for path, reward in rewards.items() if reward is not None]
-    best = max(known, key=lambda path: rewards[path], default=None)
+    best = max(known, key=rewards.__getitem__, default=None)
     for path in list(rewards)[:-keep]:
         if path != best:
             _discard(path)

@@ -108,7 +108,7 @@ def _join(backend: str) -> None:
 
     # On CPU DeepSpeed would compile an all-reduce that only its own inference layers call: minutes
     # on the first run of a machine, and a line of output per rank on every other.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except dist.DistNetworkError as error:

@@ -32,7 +32,8 @@ def current() -> tuple[str, int, int]:
 
 def main_thread_at(depth: int = 6) -> str:
     """Where the main thread is, innermost call first: "total.py:71 scores < ppo.py:90 step"."""
-    frame, calls = sys._current_frames().get(threading.main_thread().ident), []
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    calls: list[str] = []
     while frame and len(calls) < depth:
         code = frame.f_code
         calls.append(f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}")

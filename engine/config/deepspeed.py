@@ -258,7 +258,7 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _told(model: str, problem: dict[str, Any]) -> ConfigError:
+def _told(model: str, problem: Any) -> ConfigError:
     """pydantic's first problem in one line. model: the section's class in DeepSpeed."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -48,7 +48,7 @@ def section(kind: type[Kind]) -> type[Kind]:
     What does not fit raises ConfigError with the key inside the section.
     """
     rules = ConfigDict(extra="forbid", allow_inf_nan=False)
-    made = dataclass(frozen=True, kw_only=True, config=rules)(kind)
+    made: Any = dataclass(frozen=True, kw_only=True, config=rules)(kind)
     checked = made.__init__
 
     @functools.wraps(checked)
@@ -106,7 +106,7 @@ def bare(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def entry_type(kind: Any) -> type | None:
+def entry_type(kind: Any) -> Any:
     """The section D of a list[D], None for any other type."""
     inner = [bare(entry) for entry in get_args(bare(kind))]
     return inner[0] if inner and is_dataclass(inner[0]) else None
@@ -138,7 +138,7 @@ def described(kind: Any) -> str:
     return " or ".join(names.get(option, "null") for option in alternatives(kind))
 
 
-def leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
+def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:
     """Every key there is, with its field; entries of a list of sections have the index 0."""
     for entry in fields(kind):
         key, inner = f"{prefix}{entry.name}", bare(entry.type)

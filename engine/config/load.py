@@ -170,7 +170,7 @@ def _inside(node: Any, part: str, kind: Any, name: str) -> Any:
     return node[slot]
 
 
-def _slot(node: dict | list, part: str, name: str) -> str | int:
+def _slot(node: dict | list, part: str, name: str) -> Any:
     """Where `part` is in `node`; the entry after a list's last one is made."""
     if isinstance(node, dict):
         return part

@@ -140,11 +140,11 @@ def _styles(model: nn.Module, size: int) -> dict[str, str]:
         )
     names = [name for name, _ in model.named_modules()]
     names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    styles = {}
+    styles: dict[str, str] = {}
     for name in names:
         style = plan.get(name, plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)))
         if style is not None:
-            styles[name] = _OLD_NAMES.get(style, style)
+            styles[name] = _OLD_NAMES.get(style) or style
     _cut_vocabulary(model, styles)
     for name, style in styles.items():
         if style not in _CUT and style not in _REDUCED and style not in _WHOLE:

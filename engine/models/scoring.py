@@ -17,7 +17,7 @@ def pieces(rollout: Rollout, size: int) -> Iterator[tuple[int, Rollout]]:
     yield from zip(range(0, len(rollout), size), rollout.split(size), strict=True)
 
 
-def forwards(engine: Callable, inputs: Iterable[tuple]) -> Iterator[Any]:
+def forwards(engine: Any, inputs: Iterable[tuple]) -> Iterator[Any]:
     """engine(*each) in order; an engine that streams its weights takes all of them together."""
     together = getattr(engine, "together", None)
     if together:
@@ -29,9 +29,7 @@ def forwards(engine: Callable, inputs: Iterable[tuple]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def policy_logprobs(
-    engine: Callable, rollout: Rollout, batch_size: int, temperature: float
-) -> Tensor:
+def policy_logprobs(engine: Any, rollout: Rollout, batch_size: int, temperature: float) -> Tensor:
     """[B, R] float32 log-probs of the responses, in micro-batches of `batch_size` rows.
 
     engine: of a heads.Policy.

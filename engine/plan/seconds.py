@@ -5,6 +5,7 @@ are what plain transformers modules with SDPA reach of the dense bf16 rate in a 
 training, 0.55 is a good decoder's share of its roof (published figures of vLLM on an H100).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gearshift.engine.config.schema import OptimizerConfig
@@ -110,7 +111,7 @@ def generate_seconds(
     return shift + prefill + steps * step
 
 
-def swap_seconds(sizes: dict[str, float], sleeps: dict[str, str], hw: Hardware) -> float:
+def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, str], hw: Hardware) -> float:
     """Sleeping states on their way in one step, both directions at once.
 
     sizes: bytes of each trained role's optimizer. With `exchange` the two pass one another twice;

@@ -27,7 +27,7 @@ class FunctionReward:
     """Scores from `config.function`; importing it and reading its signature raises RewardError."""
 
     def __init__(self, config: RewardConfig):
-        self.name, self.spec = config.name, config.function
+        self.name, self.spec = config.name, config.function or ""
         self._function = _load(self.name, self.spec)
         self._accepts_all, self._named, self._required = _signature(
             self.name, self.spec, self._function
@@ -133,8 +133,8 @@ def _picked(arguments: dict[str, list[Any]], rows: Sequence[int]) -> dict[str, l
     return {name: [values[i] for i in rows] for name, values in arguments.items()}
 
 
-def _load(name: str, spec: str | None) -> Callable[..., Any]:
-    where, colon, attribute = (spec or "").rpartition(":")
+def _load(name: str, spec: str) -> Callable[..., Any]:
+    where, colon, attribute = spec.rpartition(":")
     if not (where and colon and attribute):
         raise RewardError(
             f"rewards: {name}: function={spec!r}: write module:function or file.py:function"
@@ -172,6 +172,7 @@ def _import(name: str, spec: str, where: str) -> Any:
 def _import_file(path: Path) -> Any:
     module_name = f"gearshift_reward_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):x}"
     spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec and spec.loader, f"{path} ends in .py"
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and pickle look their module up
     spec.loader.exec_module(module)

@@ -6,6 +6,7 @@ not on the batch it shares, the block size, preemption or the number of ranks (u
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class RolloutEngine:
         most = config.max_batch_tokens
         self._batch_tokens = min(most, CPU_BATCH_TOKENS) if self.device.type == "cpu" else most
         self._shapes: dict[nn.Module, LayerShape] = {}
-        self._cache: KVCache | None = None
+        self._cache: Any = None  # a KVCache while there is one
         self._budget = 0  # blocks, when the cache was made
         self._graphs: DecodeGraphs | None = None
         # A cache of a size the user chose can stay; one that takes what is free must make room.
@@ -97,8 +98,7 @@ class RolloutEngine:
         request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
         request.check_context(self.module)
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
-        completions: list[Completion | None] = [None] * len(prompts)
-        finished = 0
+        completions: dict[int, Completion] = {}
         with paged.attending(self.module), fast_linear():
             self._drop_stale_graphs()
             scheduler = self._schedule(request)
@@ -107,12 +107,11 @@ class RolloutEngine:
                     completions[sequence.index] = Completion(
                         token_ids=sequence.response, logprobs=sequence.logprobs, finished=over
                     )
-                    finished += 1
                     if progress:
-                        progress(finished, len(prompts))
+                        progress(len(completions), len(prompts))
                 beat()
         self.preemptions = scheduler.preemptions
-        return completions
+        return [completions[index] for index in range(len(prompts))]
 
     def rest(self) -> None:
         """Gives the memory of the cache and the graphs back, unless the configuration keeps it.

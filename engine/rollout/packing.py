@@ -9,6 +9,7 @@ from torch import Tensor
 from gearshift.engine.attention import paged, prefill
 from gearshift.engine.attention.cache import KVCache
 from gearshift.engine.rollout.scheduler import Batch
+from gearshift.kernels.paged_attention import Gather
 
 GATHERED_ROWS = 4  # more rows: fewer calls, but more keys copied beyond a row's own
 
@@ -103,7 +104,7 @@ def _packed(inputs: Inputs, device: torch.device) -> prefill.Packed:
     )
 
 
-def _gathers(inputs: Inputs, cache: KVCache) -> list[paged.Gather]:
+def _gathers(inputs: Inputs, cache: KVCache) -> list[Gather]:
     """Neighbouring rows, which the caller has sorted by length, in groups."""
     gathers = []
     for start in range(0, len(inputs.lengths), GATHERED_ROWS):
@@ -112,7 +113,7 @@ def _gathers(inputs: Inputs, cache: KVCache) -> list[paged.Gather]:
         width = -(-int(lengths.max()) // cache.block_size)
         blocks = inputs.block_tables[rows, :width].astype(np.int64).ravel()
         gathers.append(
-            paged.Gather(
+            Gather(
                 rows=rows,
                 blocks=send(blocks, cache.device),
                 lengths=send(lengths[:, None], cache.device),

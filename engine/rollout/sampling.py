@@ -89,8 +89,8 @@ def draw(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[list[int], list[float]]:
     """Token ids and log-probs, one per row of logits [S, V]; see draw_packed."""
-    on_device = (torch.tensor(numbers, device=logits.device) for numbers in (seeds, positions))
-    token_ids, bits = draw_packed(logits, sampling, *on_device, group).cpu()
+    seed, position = (torch.tensor(numbers, device=logits.device) for numbers in (seeds, positions))
+    token_ids, bits = draw_packed(logits, sampling, seed, position, group).cpu()
     return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
 
 

@@ -81,7 +81,8 @@ class Scheduler:
         max_batch_tokens: int,
     ):
         self.pool, self.block_size, self.max_batch_tokens = pool, block_size, max_batch_tokens
-        self.waiting, self.running = deque(sequences), []
+        self.waiting = deque(sequences)
+        self.running: list[Sequence] = []
         for sequence in sequences:
             sequence.prefix.waiting += 1
         longest = max((len(s.tokens) + s.limit for s in sequences), default=0)
@@ -97,7 +98,9 @@ class Scheduler:
 
     def next(self) -> Batch:
         """Plans one forward; reserves the blocks it writes."""
-        decode, prefill, self._copies = [], [], []
+        decode: list[Sequence] = []
+        prefill: list[tuple[Sequence, int]] = []
+        self._copies = []
         budget = self.max_batch_tokens
         for sequence in list(self.running):
             if sequence.row < 0:  # preempted by an older one

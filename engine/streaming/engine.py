@@ -96,7 +96,7 @@ class StreamedEngine:
         self.module, self.device = module.eval(), device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stream: Any = None  # of the pass
-        self._lockstep: Lockstep | None = None
+        self._lockstep: Any = None  # a Lockstep while a pass goes on
         self._ahead: dict[int, _Coming] = {}
         self.store, parts = take_over(module)
         self.guests = [_Guest(u, [parts[p] for p in u.parameters]) for u in units.cut(module)]

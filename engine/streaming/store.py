@@ -174,6 +174,7 @@ class Spill:
         """Gives the slot of these parts back, once the copies to the device are queued: it is
         filled anew when the current CUDA stream has got past them."""
         slot = self._slot_of(parts)
+        assert slot, "read before it is copied"
         slot.holds = ()
         if torch.cuda.is_available():
             slot.left = torch.cuda.current_stream().record_event()

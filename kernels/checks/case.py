@@ -111,8 +111,7 @@ def error(found: torch.Tensor, truth: torch.Tensor | Blocked) -> float:
     if not found.is_floating_point():
         return (found != truth).double().mean().item()
     found = found.reshape(len(found) if found.ndim else 1, -1)
-    whole = isinstance(truth, torch.Tensor)
-    read = truth.reshape(found.shape).__getitem__ if whole else truth.block
+    read = truth.block if isinstance(truth, Blocked) else truth.reshape(found.shape).__getitem__
     step = max(1, TRUTH_ELEMENTS // max(1, found.shape[1]))
     blocks = [slice(start, start + step) for start in range(0, len(found), step)]
     squares = sum(read(rows).double().norm().square().item() for rows in blocks)

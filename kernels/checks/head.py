@@ -7,6 +7,7 @@ answers of float32 and of float64 may differ.
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from gearshift.kernels.head.scores import LogitMap, logprob_entropy_reference
 
 SPREAD = 3.0
 LOG_RATIOS = (-1.0, -0.1, 0.1, 0.5, 1.6)  # far from ln 0.8 = -0.22, ln 1.28 = 0.25, ln 3 = 1.10
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 KL = {"kl_loss_coef": 0.1, "dual_clip": 3.0}
 BONUS = KL | {"entropy_coef": 0.01}
 CAPPED = {"logit_softcap": 20.0, "logit_scale": 0.8, "temperature": 0.7}
@@ -148,7 +149,8 @@ def _run_ppo(inputs: Tensors, size: Size, backend: str, *, head: dict, objective
 def _run_cross_entropy(inputs: Tensors, size: Size, backend: str) -> Tensors:
     leaves = _leaves(inputs)
     loss = ops.linear_cross_entropy(
-        *leaves.values(),
+        leaves["hidden"],
+        leaves["weight"],
         inputs["token_ids"],
         inputs["weights"],
         max_logits_bytes=size.logits_bytes,

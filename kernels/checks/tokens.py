@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -169,7 +170,8 @@ def _run_sample(inputs: Tensors, size: Size, backend: str, *, options: dict) -> 
 def _truth_sample(inputs: Tensors, outputs: Tensors, *, options: dict) -> Tensors:
     """Tokens by the definition in sample.py with float64 exponentials, whole-number sums and a full
     sort; log-probs of the tokens in the outputs ("drawn", where those are drawn in another way)."""
-    logits, chosen = inputs["logits"], outputs.get("token_ids", outputs.get("drawn"))
+    logits, name = inputs["logits"], "token_ids" if "token_ids" in outputs else "drawn"
+    chosen = outputs[name]
     uniform = philox_uniform(inputs["seeds"], inputs["positions"]) >> 1
     tokens, logprobs = [], []
     for block in row_blocks(*logits.shape):
@@ -209,7 +211,7 @@ def _times(totals: torch.Tensor, numerators: list[int]) -> torch.Tensor:
 
 
 def _sample_case(name: str) -> Case:
-    options = {"options": SAMPLERS[name]}
+    options: dict[str, Any] = {"options": SAMPLERS[name]}
     run = functools.partial(_run_sample, **options)
     return Case(name, _draw_sample, run, functools.partial(_truth_sample, **options))
 

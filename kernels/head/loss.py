@@ -71,10 +71,9 @@ def _forward(hidden, token_ids, head, rows, wanted):
     """(PolicyLoss, gradients of hidden, weight and bias where wanted)."""
     live = rows.weights.nonzero()[:, 0]
     arguments.check_token_ids(token_ids[live], len(live), hidden.device, vocab=len(head.weight))
-    results = RowResults(
-        *torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device),
-        torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device),
-    )
+    zeros = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
+    clipped = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    results = RowResults(zeros[0], zeros[1], zeros[2], clipped)
     chunks = head.chunks(len(live))
     gradients = HeadGradients(head, hidden, wanted, len(chunks)) if any(wanted) else None
     for part, index in _passes(hidden, token_ids, head, rows, live, chunks, gradients):

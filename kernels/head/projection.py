@@ -190,11 +190,11 @@ class HeadGradients:
         """The three gradients in their tensors' dtypes; zeros where no row had any."""
         if self.weight is not None and not self._started:
             self.weight.zero_()
-        weight, self.weight = self.weight, None
+        weight, self.weight, bias = self.weight, None, self.head.bias
         return (
             self.hidden,
             None if weight is None else weight.to(self.head.weight.dtype),
-            None if self.bias is None else self.bias.to(self.head.bias.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
         )
 
 
