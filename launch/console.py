@@ -1,6 +1,6 @@
-"""What a run says on the terminal: a line per step, a bar while it works, tables of samples.
+"""What a run prints: a line per step, a progress bar, tables of samples, notes and warnings.
 
-On a terminal through rich; into a file or pipe as plain lines, without bars or control characters.
+rich draws on a terminal; a file or pipe gets plain lines, without bars or control characters.
 """
 
 import math
@@ -43,9 +43,9 @@ _LEAST_SHARE = 0.01  # phases below this share of the step are not worth their w
 
 
 class Console:
-    """The terminal of one run.
+    """Prints what happens in one run.
 
-    total_steps: PPO steps of the whole run. stream: where to write. quiet: say nothing, for the
+    total_steps: PPO steps of the whole run. stream: where to print. quiet: print nothing, for the
     ranks other than 0.
     """
 
@@ -80,7 +80,7 @@ class Console:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar while the block runs; yields advance(done, total). It leaves no trace behind."""
+        """A bar, erased when the block ends; yields a function (done, total) that moves it."""
         if not self._bars:
             yield lambda done, total: None
             return

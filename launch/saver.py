@@ -17,16 +17,20 @@ from gearshift.engine.guards import GuardStop
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.launch.console import Console
 
-# What ends a run while its ranks are all there: of a rank that is gone no part would come.
+# Errors after which a checkpoint that is being written can still become whole: these are raised
+# while every rank is alive. Where a rank has died, its part of the checkpoint would never come.
 _OWN_FAULTS = (ValueError, OSError, GuardStop, torch.OutOfMemoryError)
 
 
 class Saver:
-    """Saves as `run` says while it is open; signals then end the run after a step.
+    """Takes the checkpoints of a run and ends it early on a signal or a deadline.
 
-    A fault that ends the run lets a checkpoint under way reach the disk first.
+    A context manager around the training loop: inside it, a signal (SIGINT, SIGTERM, SIGUSR1) ends
+    the run after the current step instead of at once. Which steps are saved is in `run`:
+    save_every, save_minutes, save_last. Where an error ends the loop, leaving the context first
+    waits for the checkpoint that is being written.
 
-    ended: why the run is to end early, None while it is not; the same on every rank.
+    ended: why the run is to end after this step, or None; the same on every rank.
     """
 
     def __init__(
@@ -64,10 +68,10 @@ class Saver:
         self.interrupt.restore()
 
     def after_step(self, figures: dict[str, float]) -> None:
-        """Takes a checkpoint where one is due, and puts its seconds into `figures`. A collective.
+        """Saves a checkpoint where one is due, and adds its seconds to `figures`. A collective.
 
-        The log is to be written next, then `publish` called: a run that goes on from a checkpoint
-        finds every line up to it.
+        The caller then writes the step's log line, then calls `publish`, which makes the checkpoint
+        visible: a run that resumes from it finds every log line up to its step.
         """
         reason, due, failed = self._agree()
         self.ended = REASONS[reason] or None

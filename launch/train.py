@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 from gearshift.engine.guards import GuardStop
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
-# Seconds in which another rank may tell what this one would repeat: most mistakes are seen by all
-# ranks, and the launcher ends the others when the first has told.
-_OTHERS_SPEAK_FIRST_S = 10
+# Seconds that a rank other than 0 waits before it prints an error: most errors are seen by all
+# ranks, and the launcher ends the others once the first has left.
+_WAIT_FOR_OTHERS_S = 10
 # What gloo and NCCL say of a rank that has left.
 _PEER_LEFT = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("GEARSHIFT_TRACEBACK"):
             raise
-        tell(" ".join(str(error).split()))
+        print_mistake(" ".join(str(error).split()))
         watchdog.leave(failing=True)
         return 2
     except GuardStop as stop:
-        tell(str(stop))
+        print_mistake(str(stop))
         watchdog.leave(failing=True)
         return 1
     except RuntimeError as error:
@@ -49,17 +49,17 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             watchdog.report_fault(missing)
             return 1
-        time.sleep(_OTHERS_SPEAK_FIRST_S)
+        time.sleep(_WAIT_FOR_OTHERS_S)
         raise
     except KeyboardInterrupt:
         return 130
 
 
-def tell(mistake: str) -> None:
-    """One line, of rank 0 if it makes the same mistake."""
+def print_mistake(mistake: str) -> None:
+    """One line on stderr; by rank 0 alone where all ranks see the same mistake."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(_OTHERS_SPEAK_FIRST_S)
+        time.sleep(_WAIT_FOR_OTHERS_S)
     where = f" (rank {rank})" if rank else ""
     print(f"gearshift: error{where}: {mistake}", file=sys.stderr, flush=True)
 

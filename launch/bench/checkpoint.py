@@ -72,7 +72,7 @@ def turn(session: "Session", folder: Path, number: int) -> dict[str, float]:
     from gearshift.engine.checkpoint.save import Checkpoints
 
     def checkpoints(background: bool) -> Checkpoints:
-        return Checkpoints(folder, keep=1, background=background, tell=refuse)
+        return Checkpoints(folder, keep=1, background=background, tell=fail)
 
     plain = step(session)
     waited, start = checkpoints(False), time.perf_counter()
@@ -112,7 +112,7 @@ def step(session: "Session") -> float:
     return time.perf_counter() - start
 
 
-def refuse(text: str) -> None:
+def fail(text: str) -> None:
     raise ValueError(text)
 
 

@@ -212,7 +212,7 @@ def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> 
 
 
 def decode_text(figures: EngineFigures) -> str:
-    """The decode figures in words; what was not measured is said to be so."""
+    """The decode figures in words; names what was not measured."""
     left_out = figures.capturing_steps
     note = f" ({left_out} steps that captured a graph left out)" if left_out else ""
     if figures.decode_steps == 0:

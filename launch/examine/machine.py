@@ -105,8 +105,8 @@ def _nvcc(built: str) -> Finding:
     if not shutil.which(tool):
         text = "missing; only optimizer offload and NVMe need it"
         return Finding("nvcc", "warn", text, f"install CUDA {built}'s toolkit, set CUDA_HOME")
-    said = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", said)
+    printed = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
     version = found.group(1) if found else "of an unknown version"
     if version == built:
         return Finding("nvcc", "ok", f"{version}, as torch")
@@ -121,12 +121,12 @@ def kernels() -> Iterator[Finding]:
         yield Finding("kernels", "ok", "PyTorch backends (no GPU)")
         return
     try:
-        said = self_check(torch.device("cuda", torch.cuda.current_device()))
+        checked = self_check(torch.device("cuda", torch.cuda.current_device()))
     except RuntimeError as error:
         fix = "export GEARSHIFT_KERNELS=torch trains without Triton kernels, slower"
         yield Finding("kernels", "bad", str(error), fix)
         return
-    yield Finding("kernels", "ok", said or "not checked: switched off by the environment")
+    yield Finding("kernels", "ok", checked or "not checked: switched off by the environment")
 
 
 def shadows() -> Iterator[Finding]:

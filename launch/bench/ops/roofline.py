@@ -93,10 +93,10 @@ def _roof(x: Axis, y: Axis, ceiling: Ceiling) -> str:
 
 def _point(row: Row, x: Axis, y: Axis) -> str:
     place = f'cx="{x.at(_intensity(row)):.1f}" cy="{y.at(_rate(row)):.1f}"'
-    said = f"{row.shape} {row.case}, {row.side}: {row.timing.median:.3g} ms, "
-    said += f"{row.share:.0%} of the floor"
+    label = f"{row.shape} {row.case}, {row.side}: {row.timing.median:.3g} ms, "
+    label += f"{row.share:.0%} of the floor"
     kind, radius = ("ours", 4.5) if row.ours else ("peer", 4)
-    return f'<circle class="{kind}" {place} r="{radius}"><title>{escape(said)}</title></circle>'
+    return f'<circle class="{kind}" {place} r="{radius}"><title>{escape(label)}</title></circle>'
 
 
 def _labels(rows: list[Row], x: Axis, y: Axis) -> list[str]:

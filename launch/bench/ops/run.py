@@ -127,8 +127,8 @@ def _shape(
 def _cells(row: Row, rows: list[Row], ceiling: Ceiling) -> list[str]:
     error = "" if row.error is None else f"{row.error:.1e}"
     if row.timing is None:
-        said = "not installed" if row.problem == "not installed" else "see below"
-        return [row.case, row.side, said, "", "", "", "", "", error]
+        shown = "not installed" if row.problem == "not installed" else "see below"
+        return [row.case, row.side, shown, "", "", "", "", "", error]
     timing, floor = row.timing, row.floor
     computing = floor.flops / ceiling.flops_per_s > floor.bytes / ceiling.bytes_per_s
     rate = floor.flops / 1e9 if computing else floor.bytes / 1e6
