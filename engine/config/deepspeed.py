@@ -222,7 +222,8 @@ def _check_gradients(config: dict[str, Any]) -> None:
 
 
 def _check_zero(zero: dict[str, Any], frozen: bool) -> None:
-    key, stage = "zero_optimization.stage", zero.get("stage")
+    stage: Any = zero.get("stage")
+    key = "zero_optimization.stage"
     wrong = type(stage) is not int or stage not in (0, 1, 2, 3)
     refuse_if(wrong, key, "must be 0, 1, 2 or 3", value=stage)
     wrong = frozen and stage in (1, 2)

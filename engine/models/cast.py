@@ -13,7 +13,7 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.schema import Config, ModelConfig
+from gearshift.engine.config.schema import Config
 from gearshift.engine.models.load import load_tokenizer
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
@@ -33,7 +33,7 @@ class Part:
     name: str
     key: str
     kind: Literal["policy", "critic", "reward"]
-    section: ModelConfig
+    section: Any  # a TrainedConfig, ReferenceConfig or RewardConfig
     trained: bool = False
     origins: tuple["Part", ...] = field(default=(), repr=False)
 
@@ -43,7 +43,7 @@ class Part:
         return self.section.path is not None
 
     @cached_property
-    def source(self) -> ModelConfig:
+    def source(self) -> Any:
         """Its section, with the path and the revision that it is loaded from."""
         if self.start is self:
             return self.section

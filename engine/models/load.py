@@ -58,7 +58,8 @@ def auto_class(role: str, hf_config: Any) -> Any:
 
 def location(config: ModelConfig) -> str:
     """The directory or hub id of a model; a GGUF file is dequantised into a cached directory."""
-    path = str(resolve(config.path))
+    assert config.path, "a part is loaded from its source, which has a path"
+    path = resolve(config.path)
     if path.endswith(".gguf"):
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
@@ -137,14 +138,15 @@ def load_model(
         ds_config = partitioning(ds_config)
     module = _build(config, hf_config, role, dtype)
     files = CheckpointFiles(location(config), config.revision)
-    fresh = ("score.weight", "score.bias") if fresh_head else ()
+    fresh: tuple[str, ...] = ("score.weight", "score.bias") if fresh_head else ()
     if role == "critic" and not fresh_head:
         fresh = ("score.bias",)  # reward models have no bias
     names = files.match(module, fresh)
     if names is None:
         module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
-        for parameter in module.parameters() if store else ():
-            store.take(parameter)
+        if store:
+            for parameter in module.parameters():
+                store.take(parameter)
     else:
         _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
     for part in module.modules():

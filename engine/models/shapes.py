@@ -58,8 +58,9 @@ def read_config(model: ModelConfig, role: str) -> Any:
     """The configuration a model's path names; role as in models.load_config."""
     from gearshift.engine.models.load import load_config
 
-    if str(model.path).startswith(PREFIX):
-        config = published(model.path.removeprefix(PREFIX))
+    path = str(model.path)
+    if path.startswith(PREFIX):
+        config = published(path.removeprefix(PREFIX))
         config.num_labels = 2 if role == "policy" else 1
         return config
     return load_config(model, role)

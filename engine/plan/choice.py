@@ -21,7 +21,7 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
     sleeps: tuple[Sleep, ...] = ("never",) if shared else SLEEPS
     if all(role.sleep != "auto" for role in roles):
         sleeps = sleeps[:1]
-    recompute = RECOMPUTE
+    recompute: tuple[bool, ...] = RECOMPUTE
     if all(role.gradient_checkpointing is not None for role in roles):
         recompute = RECOMPUTE[:1]
     for again in recompute:

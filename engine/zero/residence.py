@@ -62,8 +62,8 @@ def where(phase: Phase, sleeps: Mapping[str, Sleep]) -> dict[str, Where]:
 
 
 def host_bytes(
-    sleeps: Mapping[str, Sleep], movable: Mapping[str, Iterable[int]], *, joint: bool
-) -> int:
+    sleeps: Mapping[str, Sleep], movable: Mapping[str, Iterable[float]], *, joint: bool
+) -> float:
     """Host memory of the sleeping states: the fullest phase, and room to pass one another.
 
     movable: bytes of each tensor of a role's optimizer, once the moments exist.
@@ -136,7 +136,7 @@ class Residence:
             return 0
         if self.exchange is None:
             sizes = {name: sleeper.sizes() for name, sleeper in self.sleepers.items()}
-            size = host_bytes(self.sleeps, sizes, joint=self.joint)
+            size = int(host_bytes(self.sleeps, sizes, joint=self.joint))
             device = leaving[0].device
             self.exchange = Exchange(Arena(size, pinned=device.type == "cuda"), device)
         return self.exchange.run(leaving, coming)
