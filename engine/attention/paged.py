@@ -18,34 +18,11 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from gearshift.engine.attention import prefill
 from gearshift.engine.attention.cache import KVCache, LayerCache, LayerShape
-from gearshift.engine.attention.prefill import Rules, attend_masked
 from gearshift.kernels import dispatch, ops
+from gearshift.kernels.paged_attention import Gather, Rules, attend_gathered
 
 NAME = "gearshift_paged"
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gather:
-    """Decoding rows of similar length, and what PyTorch needs to attend over their blocks.
-
-    Per row the copy of its keys and values is as long as the group's longest: hence by length.
-    """
-
-    rows: slice
-    blocks: Tensor  # [rows * width] int64
-    lengths: Tensor  # [rows, 1] int64
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window; made once a step
-
-    def mask(self, width: int, window: int | None) -> Tensor:
-        """[rows, 1, 1, width] bool: the keys each row sees."""
-        if window not in self.masks:
-            position = torch.arange(width, device=self.lengths.device)
-            visible = position < self.lengths
-            if window is not None:
-                visible &= position >= self.lengths - window
-            self.masks[window] = visible[:, None, None]
-        return self.masks[window]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +171,7 @@ def attention(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     if decoding:
         out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
-    rows = (x[decoding:] for x in (query, key, value))
+    rows = [x[decoding:] for x in (query, key, value)]
     out[decoding:] = prefill.attend(*rows, layer, step.prompts, rules)
     return out[None], None
 
@@ -243,25 +220,11 @@ def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules)
             window=rules.window,
             sinks=rules.sinks,
         )
-    heads = layer.key.shape[2]
-    sinks = None if rules.sinks is None else rules.sinks.view(heads, -1)
-    outs = []
-    for gather in step.gathers:
-        rows = query[gather.rows]
-        # The heads of a group share their keys: they are as many queries of one key-value head.
-        grouped = rows.reshape(len(rows), heads, -1, rows.shape[-1])
-        key = _gathered(layer.key, gather)
-        value = _gathered(layer.value, gather)
-        visible = gather.mask(key.shape[2], rules.window)
-        outs.append(attend_masked(grouped, key, value, visible, rules, sinks).flatten(1, 2))
+    outs = [
+        attend_gathered(query[gather.rows], layer.key, layer.value, gather, rules)
+        for gather in step.gathers
+    ]
     return torch.cat(outs) if len(outs) > 1 else outs[0]
-
-
-def _gathered(blocks: Tensor, gather: Gather) -> Tensor:
-    """A copy of a group's blocks, [rows, heads, width, size]."""
-    # index_select of whole blocks is a memcpy each: twice as fast as indexing by the table.
-    picked = blocks.flatten(1).index_select(0, gather.blocks)
-    return picked.view(len(gather.lengths), -1, *blocks.shape[2:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attention)

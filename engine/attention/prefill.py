@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from gearshift.engine.attention.cache import LayerCache
+from gearshift.kernels.paged_attention import Rules, attend_masked
 
 WIDEST_HEAD = 256  # of the variable-length kernels
 
@@ -50,16 +51,6 @@ class Prompts:
 
 
 NONE = Prompts(spans=[], packed=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How one layer attends, beyond plain causal attention."""
-
-    scale: float
-    window: int | None  # a token sees itself and window - 1 before it
-    softcap: float | None  # c * tanh(score / c), Gemma 2
-    sinks: Tensor | None  # [heads] logits that take probability and give no value, gpt-oss
 
 
 def packs(device: torch.device) -> bool:
@@ -190,22 +181,3 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, rules: Rules) -
     sinks = None if rules.sinks is None else rules.sinks.view(groups, -1, 1)
     out = attend_masked(grouped, key[:, None], value[:, None], visible, rules, sinks)
     return out.flatten(0, 1).transpose(0, 1)
-
-
-def attend_masked(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, rules: Rules, sinks: Tensor | None
-) -> Tensor:
-    """Attention with an explicit mask; every row sees at least one key."""
-    if rules.softcap is None and sinks is None:
-        if key.shape[1] == 1 != query.shape[1]:
-            key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=rules.scale)
-    scores = (query @ key.transpose(-1, -2)).float() * rules.scale
-    if rules.softcap is not None:
-        scores = torch.tanh(scores / rules.softcap) * rules.softcap
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        column = sinks.float()[..., None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : key.shape[-2]]
-    return weights.to(value.dtype) @ value
