@@ -21,6 +21,7 @@ from gearshift.engine.checkpoint.state import tokenizer_print
 from gearshift.engine.cluster import distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
 from gearshift.engine.config import load as config_load
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
 from gearshift.engine.data.streams import PromptStream, TextStream
@@ -231,15 +232,13 @@ def check_folder(config: Config, resumed: Path | None) -> list[str]:
         again = config.run.resume == "auto" and not saved
         if not (again and resume.same_run(folder, asdict(config))):
             more = "; run.resume=auto continues it" if saved else ""
-            raise ValueError(
-                f"run.dir={str(folder)!r}: holds another run; choose a new folder, or delete "
-                f"it{more}"
-            )
+            fix = f"choose a new folder, or delete it{more}"
+            raise ConfigError("run.dir", "holds another run", fix, repr(str(folder)))
         remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
     place = nearest_existing(folder)
     if not place.is_dir() or not os.access(place, os.W_OK):
         what = "is not writable" if place.is_dir() else "is a file"
-        raise ValueError(f"run.dir={str(folder)!r}: {place} {what}; choose another folder")
+        raise ConfigError("run.dir", f"{place} {what}", "choose another folder", repr(str(folder)))
     return remarks
 
 

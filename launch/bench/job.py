@@ -6,6 +6,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gearshift.engine.config.errors import ConfigError
+
 if TYPE_CHECKING:
     from gearshift.launch.session import Session
 
@@ -24,7 +26,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for an argument below 1."""
     for name in names:
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name}={getattr(args, name)}: at least 1")
+            raise ConfigError(f"--{name}", "at least 1", value=getattr(args, name))
 
 
 def open_job(recipe: str, overrides: list[str], **own: Any) -> "Session":

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.distributed import ranks_per_node
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox.gearbox import Gearbox
 from gearshift.engine.zero.layout import partition, whole_shape
@@ -48,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the table on rank 0. Raises ValueError for sizes that do not go together."""
     if args.repeats < 2:
-        raise ValueError(f"--repeats {args.repeats}: needs at least 2, the first is a warm-up")
+        raise ConfigError(f"--repeats {args.repeats}", "needs at least 2, the first is a warm-up")
     if args.ranks < 1:
-        raise ValueError(f"--ranks {args.ranks}: must be at least 1")
+        raise ConfigError(f"--ranks {args.ranks}", "must be at least 1")
     if args.nodes < 1 or args.ranks % args.nodes:
-        raise ValueError(f"--nodes {args.nodes}: must divide the {args.ranks} ranks")
+        raise ConfigError(f"--nodes {args.nodes}", f"must divide the {args.ranks} ranks")
     if args.ranks > 1 and "RANK" not in os.environ:
         return ranks.start("gearshift.launch.bench.shift", args)
     if args.nodes > 1:

@@ -19,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.launch.bench import job
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.table import show
@@ -44,13 +45,13 @@ def main(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the JSON; raises ValueError for the user's mistakes."""
     job.check_counts(args, "steps", "repeats")
     if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json={args.json}: its folder does not exist; make it")
+        raise ConfigError("--json", "its folder does not exist", "make it", args.json)
     if args.vs_trl:
         from gearshift.launch.bench import versus
 
         return versus.main(args)
     if args.config is None:
-        raise ValueError("--config: missing; give the recipe to measure, or --vs-trl")
+        raise ConfigError("--config", "missing", "give the recipe to measure, or --vs-trl")
     result = measure(args.config, args.overrides, args.steps)
     if int(os.environ["RANK"]) == 0:
         print_table(result)

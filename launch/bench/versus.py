@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.launch.bench import job
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.table import show
@@ -57,15 +58,15 @@ class Task:
 
     def __post_init__(self):
         if self.peer_batch < 1:
-            raise ValueError(f"--peer-batch {self.peer_batch}: at least 1")
+            raise ConfigError(f"--peer-batch {self.peer_batch}", "at least 1")
         if self.vocab < 2 * len(job.SPECIAL):
-            raise ValueError(f"--vocab {self.vocab}: at least {2 * len(job.SPECIAL)}")
+            raise ConfigError(f"--vocab {self.vocab}", f"at least {2 * len(job.SPECIAL)}")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table of ratios, or one line when the peer is not installed."""
     if args.config:
-        raise ValueError("--config: --vs-trl brings its own models and recipe; leave one out")
+        raise ConfigError("--config", "--vs-trl brings its own models and recipe", "leave one out")
     size = {"steps": args.steps, "peer_batch": args.peer_batch}
     tasks = [Task(vocab=vocab, **size) for vocab in args.vocab]
     quiet_libraries()

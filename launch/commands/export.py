@@ -17,6 +17,7 @@ from gearshift.engine import assemble
 from gearshift.engine.checkpoint import resume
 from gearshift.engine.checkpoint.export import export
 from gearshift.engine.config import load as config_load
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models.heads import Policy, ValueModel
 from gearshift.engine.models.load import load_model
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
     found = resume.fault(checkpoint)
     if found:
-        raise ValueError(f"{checkpoint}: {found}; name a whole checkpoint")
+        raise ConfigError(str(checkpoint), str(found), "name a whole checkpoint")
     state = json.loads((checkpoint / "state.json").read_bytes())
     out = Path(args.out or checkpoint.resolve().parent.parent / "export")
     blueprint = assemble.draw_up(saved_config(state))

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig, RolloutConfig, SamplingConfig
 
 
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> int:
     )
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
-        raise ValueError("prompts: give a text, or lines on standard input")
+        raise ConfigError("prompts", "give a text, or lines on standard input")
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     for prompt, response in zip(prompts, respond(args, prompts, sampling), strict=True):
         print(f"{prompt} -> {response}")
@@ -68,7 +69,7 @@ def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
     if not chat:
         return tokenizer(prompt)["input_ids"]
     if not tokenizer.chat_template:
-        raise ValueError("--chat: the model's tokenizer has no chat template")
+        raise ConfigError("--chat", "the model's tokenizer has no chat template")
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

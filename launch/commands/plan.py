@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gearshift.engine.config import load as config_load
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.models.cast import cast
 from gearshift.engine.plan.advice import advise
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     place = hardware(args.gpu, args.gpus, args.nodes, args.host_gb)
     if args.config is None and not args.overrides:
-        raise ValueError("--config: missing; give a run's YAML")
+        raise ConfigError("--config", "missing", "give a run's YAML")
     made, advice = planned(args.config, args.overrides, place)
     if args.json:
         print(json.dumps(as_json(made, advice), indent=2))

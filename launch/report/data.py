@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from gearshift.engine.config.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -53,13 +55,15 @@ class Point:
 def load_run(folder: Path) -> Run:
     """Reads a run folder; raises ValueError where there is none or a file is broken."""
     if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl in it; give the folder of a run (run.dir)")
+        raise ConfigError(
+            str(folder), "no metrics.jsonl in it", "give the folder of a run (run.dir)"
+        )
     config_text = _text(folder / "config.yaml")
     try:
         config = yaml.safe_load(config_text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{folder / 'config.yaml'}: not YAML: {str(error).splitlines()[0]}"
+        raise ConfigError(
+            str(folder / "config.yaml"), f"not YAML: {str(error).splitlines()[0]}"
         ) from error
     return Run(
         folder=folder,
@@ -103,7 +107,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_text(path))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ConfigError(str(path), f"not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -118,6 +122,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 return  # the run is still writing it
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+            raise ConfigError(f"{path}:{number}", f"not JSON: {error}") from error
         if isinstance(content, dict):
             yield content

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.kernels.checks.case import Size
 
 # 8192 tokens through the heads of three models; per-token ops on 512 responses of 1024 tokens.
@@ -61,9 +62,9 @@ def parse_shape(text: str, device: torch.device) -> Size:
         batch = min(512, rows)
         size = Size(rows=rows, hidden=hidden, vocab=vocab, batch=batch, response=min(1024, rows))
     else:
-        raise ValueError(f"--shape {text}: give NxHxV, or one of {', '.join(SHAPES)}")
+        raise ConfigError(f"--shape {text}", f"give NxHxV, or one of {', '.join(SHAPES)}")
     if device.type == "cpu" and 2 * size.rows * size.hidden * size.vocab > CPU_FLOPS:
-        raise ValueError(f"--shape {text}: too large without a GPU; use tiny or a small NxHxV")
+        raise ConfigError(f"--shape {text}", "too large without a GPU", "use tiny or a small NxHxV")
     return dataclasses.replace(size, plain=True)
 
 
