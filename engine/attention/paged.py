@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,8 +172,8 @@ def attention(
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     if decoding:
         out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
-    rows = [x[decoding:] for x in (query, key, value)]
-    out[decoding:] = prefill.attend(*rows, layer, step.prompts, rules)
+    query, key, value = (x[decoding:] for x in (query, key, value))
+    out[decoding:] = prefill.attend(query, key, value, layer, step.prompts, rules)
     return out[None], None
 
 
@@ -198,7 +199,7 @@ def _window(module: nn.Module, given: int | None) -> int | None:
     """The layer's window; from the config where the model applies it through the mask alone."""
     if given is not None:
         return given
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     if types is None or index is None or types[index] != "sliding_attention":

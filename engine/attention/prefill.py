@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,12 +66,12 @@ def attend(
 
     layer: the cache, which holds the chunks already and what precedes them.
     """
-    kernel = _kernel(query, value, prompts.packed, rules) if prompts.packed else None
-    if kernel is not None:
-        context = prompts.packed.context
-        if context is not None:
-            key, value = layer.key_tokens[context], layer.value_tokens[context]
-        return kernel(query, key, value, prompts.packed, rules)
+    packed = prompts.packed
+    kernel = _kernel(query, value, packed, rules) if packed else None
+    if packed and kernel:
+        if packed.context is not None:
+            key, value = layer.key_tokens[packed.context], layer.value_tokens[packed.context]
+        return kernel(query, key, value, packed, rules)
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     for span in prompts.spans:
         rows = slice(span.start, span.stop)
@@ -99,7 +100,7 @@ def _half_on_gpu(query: Tensor) -> bool:
 
 
 @cache
-def flash_attn() -> Callable | None:
+def flash_attn() -> Any:
     """flash_attn_varlen_func of flash-attn 2, if installed; flash-attn 4 alone has none there."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
@@ -107,7 +108,7 @@ def flash_attn() -> Callable | None:
 
 
 @cache
-def torch_varlen() -> Callable | None:
+def torch_varlen() -> Any:
     """PyTorch's variable-length attention, if this version's takes what is needed here."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
