@@ -83,6 +83,25 @@ def draw_up(config: Config) -> Blueprint:
     return Blueprint(config=config, cast=parts, rewards=rewards)
 
 
+def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
+    """A line for each trained role whose DeepSpeed JSON costs time that another would not."""
+    if world_size > 1:
+        return []
+    slow = [
+        part
+        for part in blueprint.cast.values()
+        if part.trained
+        and part.settings["zero_optimization"]["stage"] == 3
+        and ds_config.offloaded(part.settings, "param") is None
+    ]
+    return [
+        f"{part.key}.deepspeed={part.section.deepspeed}: at one rank ZeRO-3 partitions nothing, and "
+        "its work per parameter can take longer than the GPU's (docs/benchmarks.md); "
+        "trained_zero2_bf16_split.json trains the same bits faster"
+        for part in slow
+    ]
+
+
 def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     """Loads every model. steps: optimizer steps of the whole run, for the schedules."""
     config, parts = blueprint.config, blueprint.cast

@@ -57,6 +57,8 @@ class Session:
         if checked:
             self.console.note(checked)
         self.blueprint = assemble.draw_up(config)
+        if self.device.type == "cuda":
+            remarks += assemble.slower_than_need_be(self.blueprint, distributed.world_size())
         config = self._plan(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)

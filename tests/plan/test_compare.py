@@ -15,7 +15,13 @@ from gearshift.launch.docs.plan import offline
 @pytest.fixture(scope="module")
 def made():
     """The plan of a recipe of 0.5B models on one GPU."""
-    config = config_load.load(*offline("0.5b_24gb")).config
+    path, models = offline("0.5b_24gb")
+    plain = [
+        f"--{role}.{key}"
+        for role in ("actor", "critic")
+        for key in ("deepspeed=trained_zero3_bf16.json", "optimizer.name=adamw")
+    ]
+    config = config_load.load(path, [*models, *plain]).config
     return plan(config, cast(config), hardware("rtx4090", 1, 1, 64))
 
 

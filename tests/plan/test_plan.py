@@ -132,6 +132,7 @@ def test_no_export_is_advised_where_the_host_cannot_hold_the_copy(capsys):
     shapes = [f"--{key}=shape:qwen2.5-7b" for key in ("actor.path", "critic.path")]
     shapes.append("--rewards.0.path=shape:qwen2.5-7b")
     fp32 = ["--actor.optimizer.moments=fp32", "--critic.optimizer.moments=fp32"]
+    fp32 += [f"--{role}.deepspeed=trained_zero3_bf16_split.json" for role in ("actor", "critic")]
     where = ["--config", recipe, "--gpu", "h200", *shapes, *fp32]
     status, made = plan_json(capsys, *where)
     assert status == 3 and made["change"].startswith("set run.export: false")

@@ -14,6 +14,12 @@ from gearshift.launch.docs.plan import offline
 from tests.tiny import job as tiny_job
 
 GIB = 2**30
+# fp32 masters and moments: 16 bytes a parameter, and gradients.
+PLAIN = [
+    f"--{role}.{key}"
+    for role in ("actor", "critic")
+    for key in ("deepspeed=trained_zero3_bf16.json", "optimizer.name=adamw")
+]
 
 
 def recipe(name: str, *overrides: str):
@@ -56,7 +62,7 @@ def test_what_cannot_fit_is_refused_unless_the_user_knows_better():
 
 
 def test_what_only_the_reserve_forbids_is_warned_of():
-    config = recipe("0.5b_24gb", "--actor.sleep=never", "--critic.sleep=never")
+    config = recipe("0.5b_24gb", *PLAIN, "--actor.sleep=never", "--critic.sleep=never")
     peak = plan_run(config, machine(23.5 * GIB)).plan.peak.total
     start = plan_run(config, machine(peak + 0.3 * GB))
     assert start.warning.startswith("may not fit") and start.plan.refuse_reason
@@ -86,7 +92,7 @@ def test_the_first_rung_that_fits_is_taken():
 
 def test_cpu_ranks_share_the_memory_of_the_host():
     """And one memory is not left for itself."""
-    config = recipe("0.5b_24gb", "--ppo.micro_batch_size=1")
+    config = recipe("0.5b_24gb", *PLAIN, "--ppo.micro_batch_size=1")
     large, small = (machine(h, host=h, shared=True) for h in (200 * GB, 20 * GB))
     assert plan_run(config, large).plan.config.actor.sleep == "never"
     with pytest.raises(ValueError, match="needs .* GB of a host's 20.0 usable"):

@@ -28,7 +28,7 @@ CASES = {
     "zero0": ("zero0", {}, ("always",)),
     "zero1_bf16": ("zero1_bf16", {}, ("exchange",)),
     "zero3": ("zero3", {}, ("gradients", "exchange")),
-    "split2": ("zero2_split", SPLIT, ("exchange",)),
+    "split2": ("zero2_bf16_split", SPLIT, ("exchange",)),
     "split3_bf16": ("zero3_bf16_split", SPLIT | {"moments": "bf16"}, ("always",)),
 }
 STEPS = 2
@@ -36,14 +36,12 @@ WALKED = ("generate", "update_actor", "update_critic")  # of the last step
 
 
 def write_settings(folder: Path) -> None:
-    """DeepSpeed files beside the shipped ones: stages 1 and 2 in bf16, the latter split."""
+    """A DeepSpeed file beside the shipped ones: stage 1 in bf16."""
     if not distributed.is_main():
         return
     for role in ("actor", "critic"):
         one = ds_config.load(f"{role}_zero2_bf16") | {"zero_optimization": {"stage": 1}}
-        split = ds_config.load(f"{role}_zero3_bf16_split") | {"zero_optimization": {"stage": 2}}
         (folder / f"{role}_zero1_bf16.json").write_text(json.dumps(one))
-        (folder / f"{role}_zero2_split.json").write_text(json.dumps(split))
 
 
 def settings(models: Path, zero: str, optimizer: dict, sleep: str):
