@@ -95,9 +95,9 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
         and ds_config.offloaded(part.settings, "param") is None
     ]
     return [
-        f"{part.key}.deepspeed={part.section.deepspeed}: at one rank ZeRO-3 partitions nothing, and "
-        "its work per parameter can take longer than the GPU's (docs/benchmarks.md); "
-        "trained_zero2_bf16_split.json trains the same bits faster"
+        f"{part.key}.deepspeed={part.section.deepspeed}: at one rank ZeRO-3 partitions nothing, "
+        "and its work per parameter can take longer than the GPU's (docs/benchmarks.md); a stage "
+        "2 file, such as trained_zero2_bf16_split.json, trains faster"
         for part in slow
     ]
 
