@@ -26,10 +26,16 @@ demo: setup
 test: setup
 	$(PYTEST) -m "not slow and not gpu"
 
-# PyTorch's CPU kernels as processors without AVX-512, and without AVX2, run them.
+# What compares bits, with PyTorch's CPU kernels of the processors below this one: without AVX-512,
+# and without AVX2.
+BELOW := {"AVX512": ["avx2", "default"], "AVX2": ["default"]}
+HERE := torch.backends.cpu.get_cpu_capability()
+
 test-processors: setup
-	ATEN_CPU_CAPABILITY=avx2 $(PYTEST) -m "bits and not slow and not gpu"
-	ATEN_CPU_CAPABILITY=default $(PYTEST) -m "bits and not slow and not gpu"
+	@for below in $$($(BIN)/python -c 'import torch; print(*$(BELOW).get($(HERE), []))'); do \
+	  echo "ATEN_CPU_CAPABILITY=$$below"; \
+	  ATEN_CPU_CAPABILITY=$$below $(PYTEST) -m "bits and not slow and not gpu" || exit 1; \
+	done
 
 test-all: setup
 	$(PYTEST) -m "not gpu"
