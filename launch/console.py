@@ -4,10 +4,11 @@ rich draws on a terminal; a file or pipe gets plain lines, without bars or contr
 """
 
 import math
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -42,8 +43,13 @@ PHASES = (
 _LEAST_SHARE = 0.01  # phases below this share of the step are not worth their width
 
 
+class _Rich(RichConsole):
+    def on_broken_pipe(self) -> None:  # rich's own ends the process
+        self.quiet = True
+
+
 class Console:
-    """Prints what happens in one run.
+    """Prints what happens in one run. A terminal that is gone does not end it: nobody reads then.
 
     total_steps: PPO steps of the whole run. stream: where to print. quiet: print nothing, for the
     ranks other than 0.
@@ -52,7 +58,7 @@ class Console:
     def __init__(self, total_steps: int, *, stream: TextIO | None = None, quiet: bool = False):
         self._total, self._quiet = total_steps, quiet
         self._stream = sys.stdout if stream is None else stream
-        self._rich = RichConsole(file=self._stream, highlight=False)
+        self._rich = _Rich(file=self._stream, highlight=False)
         self._bars = not quiet and self._stream.isatty() and not self._rich.is_dumb_terminal
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
@@ -94,7 +100,7 @@ class Console:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A table of rows {"prompt", "response", "score"}."""
         if self._bars:
-            return self._rich.print(_table(step, rows))
+            return self._write(self._rich.print, _table(step, rows))
         for row in rows:
             self._print(
                 Text(
@@ -104,14 +110,22 @@ class Console:
             )
 
     def _print(self, line: Text) -> None:
-        if self._quiet:
-            return
         if self._bars:
-            return self._rich.print(line, soft_wrap=True)
+            return self._write(self._rich.print, line, soft_wrap=True)
         # Not through rich: it would wrap a log's lines at 80 columns.
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         text = line.plain.encode(encoding, "backslashreplace").decode(encoding)
-        print(text, file=self._stream, flush=True)
+        self._write(print, text, file=self._stream, flush=True)
+
+    def _write(self, write: Callable[..., None], *what: Any, **options: Any) -> None:
+        if self._quiet:
+            return
+        try:
+            write(*what, **options)
+        except OSError:  # a pipe whose reader has ended, a disk that is full
+            self._quiet = True
+            with suppress(OSError):  # or Python would fail again when it exits
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def printable(text: str) -> str:

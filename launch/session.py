@@ -134,14 +134,14 @@ class Session:
         stopping = next((alarm for alarm in alarms if alarm.stop), None)
         if not stopping:
             self.saver.after_step(figures)
-        self._show(self.trainer.steps_done, figures, experience, log)
+        # What is kept comes before what is shown: the terminal may be gone.
+        rows = self._write(self.trainer.steps_done, figures, experience, log) if log else []
+        if not stopping:
+            self.saver.publish()
+        self._show(self.trainer.steps_done, figures, rows)
         for alarm in alarms:
             if not alarm.stop:
                 self.console.warn(alarm.text)
-        if log:
-            log.sync()
-        if not stopping:
-            self.saver.publish()
         return stopping
 
     def _account(self, figures: dict[str, float]) -> None:
@@ -150,21 +150,26 @@ class Session:
         if used is not None:
             figures["perf/mfu"] = used
 
-    def _show(self, step: int, figures: dict, experience: Experience, log: RunLog | None) -> None:
-        self.console.step(step, figures)
-        if step == 1 and self.plan:
-            met = ledger.compare(self.plan, figures, first=True)
-            self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
-        run = self.config.run
-        if log is None:
-            return
+    def _write(
+        self, step: int, figures: dict, experience: Experience, log: RunLog
+    ) -> list[dict[str, Any]]:
+        """The step's lines of the run folder, on the disk; returns the samples to be shown."""
+        run, rows = self.config.run, []
         log.step(step, figures)
         due = run.sample_every and step % run.sample_every == 0
         if due or step in (1, run.steps):
             rows = sample_rows(experience, self.blueprint.tokenizer, run.samples)
             log.samples(step, rows)
-            if due:
-                self.console.samples(step, rows)
+        log.sync()
+        return rows if due else []
+
+    def _show(self, step: int, figures: dict, samples: list[dict[str, Any]]) -> None:
+        self.console.step(step, figures)
+        if step == 1 and self.plan:
+            met = ledger.compare(self.plan, figures, first=True)
+            self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
+        if samples:
+            self.console.samples(step, samples)
 
     def _finish(self) -> None:
         trainer, tokenizer = self.trainer, self.blueprint.tokenizer

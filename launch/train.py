@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from gearshift.engine.cluster import distributed, watchdog
@@ -61,7 +62,8 @@ def print_mistake(mistake: str) -> None:
     if rank:
         time.sleep(_WAIT_FOR_OTHERS_S)
     where = f" (rank {rank})" if rank else ""
-    print(f"gearshift: error{where}: {mistake}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the launcher that reads it may be gone
+        print(f"gearshift: error{where}: {mistake}", file=sys.stderr, flush=True)
 
 
 def run(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import FrameType
 from typing import Any
@@ -53,8 +54,9 @@ class Interrupt:
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
         if self.announce and not self._asked:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
+            # Not print: the signal may have come in the middle of one. The launcher may be gone.
+            with suppress(OSError):
+                os.write(2, f"{name}: ending after this step, with a checkpoint\n".encode())
         self._asked = max(self._asked, REASONS.index(name))
 
 

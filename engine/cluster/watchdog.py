@@ -246,7 +246,9 @@ def _here() -> tuple[str, str]:
 
 def report_fault(message: str) -> None:
     """One line on stderr."""
-    print(f"gearshift: fault (rank {distributed.rank()}): {message}", file=sys.stderr, flush=True)
+    line = f"gearshift: fault (rank {distributed.rank()}): {message}"
+    with suppress(OSError):  # the launcher that reads it may be gone
+        print(line, file=sys.stderr, flush=True)
 
 
 def _open_store() -> dist.Store:

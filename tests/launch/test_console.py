@@ -134,3 +134,18 @@ def test_a_terminal_gets_bar_colours_and_table():
     assert "Samples of step 3" in text and "┃" in text
     assert "[red]p[/red]" in text  # not read as markup
     assert "\x1b[2J" not in text and "r\\x1b[2J" in text
+
+
+def test_a_stream_that_breaks_is_written_to_no_more():
+    class Broken(io.StringIO):
+        tries = 0
+
+        def write(self, text):
+            Broken.tries += 1
+            raise BrokenPipeError(32, "Broken pipe")
+
+    console = Console(2, stream=Broken())
+    console.note("one")
+    console.step(1, FIGURES)
+    console.samples(1, SAMPLES)
+    assert Broken.tries == 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from gearshift.engine.checkpoint import store
 from gearshift.engine.config import load as config_load
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
@@ -195,6 +196,22 @@ def test_the_folder_is_refused_or_continued(finished, capsys):
     assert [line["step"] for line in lines(finished / "run" / "metrics.jsonl")] == [1, 2, 3]
     names = sorted(path.name for path in (finished / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step_000002", "step_000003"]
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
+    """As where a launcher's ssh ended first: nobody reads what the rank prints."""
+    job = tiny_job.write(tmp_path, run={"save_every": 1})
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(tiny_job.TRAIN), "--config", str(job)]
+    done = subprocess.run(
+        command, env=tiny_job.environment(), stdout=writer, stderr=writer, timeout=300
+    )
+    os.close(writer)
+    assert done.returncode == 0
+    assert [line["step"] for line in tiny_job.learned(tmp_path / "run")] == [1, 2]
+    assert store.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002")
+    assert (tmp_path / "run" / "export" / "actor" / "config.json").exists()
 
 
 def test_a_checkpoint_without_a_critic(tmp_path, capsys):
