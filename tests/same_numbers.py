@@ -66,8 +66,6 @@ def run(folder: Path, ranks: int, ends: tuple[int, ...], changes: dict) -> dict:
     """Trains in `folder`, once up to each of `ends`; returns what was computed."""
     (folder / "text.txt").write_text("w4 w5 w6 w7 w8 w9 w10 w11\n" * 8)
     written = json.loads(json.dumps(changes).replace("TEXT", str(folder / "text.txt")))
-    written.setdefault("rollout", {})
-    written.setdefault("pretrain", {})
     config = tiny_job.write(folder, **written)
     for end in ends:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -108,7 +108,8 @@ def _join(backend: str) -> None:
 
     # On CPU DeepSpeed would compile an all-reduce that only its own inference layers call: minutes
     # on the first run of a machine, and a line of output per rank on every other.
-    setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+    backend_module: Any = importlib.import_module("deepspeed.comm.torch")
+    backend_module.build_shm_op = lambda: None
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
     except dist.DistNetworkError as error:

@@ -151,9 +151,8 @@ class Watchdog:
         return dead if self._seen[dead.rank].beat.phase != _LEFT else None
 
     def _exchange(self) -> None:
-        with suppress(
-            dist.DistError, RuntimeError
-        ):  # rank 0 is gone; what it announced last is known
+        # Where rank 0 is gone, what was announced last is known.
+        with suppress(dist.DistError, RuntimeError):
             while not self._gone.wait(self.interval):
                 self._announce()
                 self._read_all()

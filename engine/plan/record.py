@@ -111,10 +111,13 @@ class Plan:
     def not_yet(self, phase: PhasePlan) -> float:
         """Bytes of a phase that its first time does without: AdamW makes a role's moments in its
         first update, after which ZeRO-3 keeps its small weights whole."""
-        done = {Phase.UPDATE_ACTOR: ("actor",), Phase.UPDATE_CRITIC: ("actor", "critic")}
+        done: dict[str, tuple[str, ...]] = {
+            Phase.UPDATE_ACTOR: ("actor",),
+            Phase.UPDATE_CRITIC: ("actor", "critic"),
+        }
         if self.config.ppo.update == "joint":
             done[Phase.UPDATE_ACTOR] = done[Phase.UPDATE_CRITIC]
-        updated = done.get(Phase(phase.name), ()) if phase.name in done else ()
+        updated = done.get(phase.name, ())
         waiting = [r.name for r in self.roles if r.trained and r.name not in updated]
         return sum(
             size

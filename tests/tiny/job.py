@@ -64,8 +64,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Of a subprocess: nothing of a launcher's, one thread."""
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """Of a subprocess: nothing of a launcher's or of a test's own process group, one thread."""
+    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    ours += ("MASTER_ADDR", "MASTER_PORT")
     inherited = {key: value for key, value in os.environ.items() if key not in ours}
     return inherited | {"OMP_NUM_THREADS": "1"} | changes
 

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks the ranks of other processes' tests.
 
 A rank that starts from nothing imports PyTorch, DeepSpeed and transformers for 5 to 15 seconds;
-a forked one begins at once. Started by ranks.py, one per test process: reads one request per line
+a forked one begins at once. Started by on_ranks.py, one per test process: reads one request per line
 on stdin, answers with the ranks' exit statuses on stdout, and ends when stdin does.
 """
 
@@ -27,9 +27,7 @@ def warm_up() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
-    from gearshift.launch import (
-        train,  # noqa: F401
-    )
+    from gearshift.launch import session, train  # noqa: F401
     from tests.tiny import run as tiny_run  # noqa: F401
 
     torch.set_num_threads(1)
@@ -54,7 +52,6 @@ def be_a_rank(request: dict, rank: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": request["port"]}
         script = request["script"]
         sys.argv = [script, *request["arguments"]]
-        sys.path.insert(0, str(Path(script).parent))
         runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as end:

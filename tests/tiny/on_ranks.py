@@ -1,8 +1,7 @@
-"""Runs a ranks_*.py script on real gloo ranks and reads what each rank wrote."""
+"""Runs an *_on_ranks.py script on real gloo ranks and reads what each rank wrote."""
 
 import atexit
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -11,11 +10,10 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from tests.tiny import job as tiny_job
 from tests.tiny import run as tiny_run
 
 TESTS = Path(__file__).resolve().parents[1]
-# Of a launcher or of a test's own process group: ranks have their own.
-STALE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 
 
 def free_port() -> str:
@@ -27,12 +25,9 @@ def free_port() -> str:
 @cache
 def _nursery() -> subprocess.Popen:
     """The process of this test process that forks ranks; see nursery.py."""
-    started = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    for name in STALE:
-        started.pop(name, None)
     process = subprocess.Popen(
         [sys.executable, str(TESTS / "tiny" / "nursery.py")],
-        env=started,
+        env=tiny_job.environment(PYTHONPATH=str(TESTS.parent)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -43,14 +38,13 @@ def _nursery() -> subprocess.Popen:
 
 def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 600) -> None:
     """Runs tests/<script> ARGUMENTS on `ranks` ranks; fails with the end of what they printed."""
-    inherited = {key: value for key, value in os.environ.items() if key not in STALE}
     with tempfile.NamedTemporaryFile("r", suffix=".log") as log:
         request = {
             "script": str(TESTS / script),
             "arguments": list(map(str, arguments)),
             "ranks": ranks,
             "port": free_port(),
-            "environment": inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)},
+            "environment": tiny_job.environment(PYTHONPATH=str(TESTS.parent)),
             "log": log.name,
             "timeout": timeout,
         }
