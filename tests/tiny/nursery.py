@@ -1,8 +1,8 @@
 """A process that has imported everything and forks the ranks of other processes' tests.
 
 A rank that starts from nothing imports PyTorch, DeepSpeed and transformers for 5 to 15 seconds;
-a forked one begins at once. Started by on_ranks.py, one per test process: reads one request per line
-on stdin, answers with the ranks' exit statuses on stdout, and ends when stdin does.
+a forked one begins at once. Started by on_ranks.py, one per test process: reads one request per
+line on stdin, answers with the ranks' exit statuses on stdout, and ends when stdin does.
 """
 
 import gc
