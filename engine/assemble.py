@@ -97,7 +97,7 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
     return [
         f"{part.key}.deepspeed={part.section.deepspeed}: at one rank ZeRO-3 partitions nothing, "
         "and its work per parameter can take longer than the GPU's (docs/benchmarks.md); a stage "
-        "2 file, such as trained_zero2_bf16_split.json, trains faster"
+        "1 file, such as trained_zero1_bf16_split.json, trains faster"
         for part in slow
     ]
 
@@ -113,7 +113,11 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     }
     scorers = {
         name: RewardModel(
-            _load(config, part, stores[name]), part.tokenizer, part.source.batch_size, part.settings
+            _load(config, part, stores[name]),
+            part.tokenizer,
+            config.ppo,
+            part.source.batch_size,
+            part.settings,
         )
         for name, part in parts.items()
         if part.kind == "reward"

@@ -27,6 +27,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from gearshift.engine.cluster import distributed
 
 # A column beside the dataset's: the prompt as the policy's template read it, system turn included.
 AS_READ = "prompt as read"
@@ -141,6 +144,28 @@ def _trim(name: str, value: Any, prompt: int, width: int, length: int) -> Any:
     if isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == width:
         return value[:, :length]
     return value
+
+
+def of_all_ranks(experience: Experience) -> Experience:
+    """The rows of every rank, without dataset columns; ordered by row_id. A collective.
+
+    Every rank has as many rows; widths may differ.
+    """
+    if distributed.world_size() == 1:
+        return experience
+    own = torch.tensor([experience.prompt_ids.shape[1], experience.response_ids.shape[1]])
+    prompt, response = distributed.global_max(own.to(experience.prompt_ids.device)).tolist()
+    gathered: dict[str, Any] = {"columns": {}}
+    for name, value in experience.tensors().items():
+        if not isinstance(value, Tensor):
+            continue
+        if name in ("prompt_ids", "prompt_mask"):
+            value = pad(value, (prompt - value.shape[1], 0))
+        elif value.dim() == 2:
+            value = pad(value, (0, response - value.shape[1]))
+        gathered[name] = distributed.all_gather_rows(value)
+    rows = Experience(**gathered)
+    return rows.rows(rows.row_ids.argsort())
 
 
 def minibatches(

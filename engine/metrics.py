@@ -7,7 +7,7 @@ reports, as the field does (as TRL where it has the figure).
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -292,6 +292,20 @@ def report_rollout(
     metrics.add_mean("response/finished_fraction", rollout.finished)
     metrics.add_sum("generated_tokens", lengths)
     metrics.add_sum("tokens", lengths + rollout.prompt_mask.sum(1))
+
+
+def report_batches(
+    metrics: StepMetrics, micros: Sequence[Experience], tokens: int | None, *, packed: bool
+) -> None:
+    """batch/padding_fraction, the share of what an update's forwards read that is padding, and
+    batch/budget_used, the mean share of `tokens`, ppo.micro_batch_tokens, that they fill."""
+    for micro in micros:
+        mask = micro.attention_mask
+        live = mask.sum().double()
+        read = live if packed else torch.full_like(live, mask.numel())
+        metrics.add_mean("batch/padding_fraction", 1 - live / read, read)
+        if tokens is not None:
+            metrics.add_mean("batch/budget_used", read / tokens)
 
 
 def report_streams(metrics: StepMetrics, moved: dict[str, dict[str, float]]) -> None:

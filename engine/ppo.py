@@ -19,6 +19,7 @@ from gearshift.engine.guards import Guards, Piece
 from gearshift.engine.metrics import (
     StepMetrics,
     add_throughput,
+    report_batches,
     report_experience,
     report_loss,
     report_policy,
@@ -26,6 +27,7 @@ from gearshift.engine.metrics import (
     report_states,
     report_streams,
 )
+from gearshift.engine.microbatch import micro_batches
 from gearshift.engine.objective import (
     KLController,
     estimate_advantages,
@@ -34,8 +36,10 @@ from gearshift.engine.objective import (
     token_weights,
 )
 from gearshift.engine.phase import Phase
-from gearshift.engine.roles import Actor, Critic, Roles, Trained
+from gearshift.engine.roles import Actor, Critic, Roles, Trained, train_budget
 from gearshift.engine.zero.residence import Residence
+
+CHECKED_ROWS = 8  # of a rank's rollout, where the sampler's log-probs are trusted
 
 
 class PPOTrainer:
@@ -174,7 +178,10 @@ class PPOTrainer:
         """One optimizer step of `actor`, `critic` or both; returns report_policy's sums."""
         ppo = self.ppo
         tokens = distributed.global_sum(minibatch.response_mask.sum())
-        pieces = list(minibatch.split(ppo.micro_batch_size))
+        trained = [role for role in (actor, critic) if role]
+        budget = train_budget(ppo, trained)
+        pieces = micro_batches(minibatch, budget)
+        report_batches(metrics, pieces, budget.tokens, packed=budget.packed)
         drift = torch.zeros(2, dtype=torch.float64, device=minibatch.prompt_ids.device)
         seen: dict[str, list[Piece]] = {"actor": [], "critic": []}
         for i, micro in enumerate(pieces):
@@ -218,7 +225,8 @@ class PPOTrainer:
         assert self.roles.pretrain, "ptx_coef without a stream of text"
         tokens = self.roles.pretrain.next_batch().to(metrics.device)
         in_step = tokens[:, 1:].numel() * distributed.world_size()
-        pieces = tokens.split(self.ppo.micro_batch_size)
+        rows = self.ppo.micro_batch_size or max(1, self.ppo.micro_tokens // tokens.shape[1])
+        pieces = tokens.split(rows)
         for i, piece in enumerate(pieces):
             loss = self.actor.pretrain_loss(piece, in_step)
             self.actor.backward(loss, last=i == len(pieces) - 1)
@@ -227,10 +235,10 @@ class PPOTrainer:
     def _old_logprobs(self, rollout: Rollout, metrics: StepMetrics) -> Tensor:
         """log pi_old from the training path, or the sampler's where the run trusts it.
 
-        Trusted log-probs are checked on the first scoring batch of every step.
+        Trusted log-probs are checked on the first rows of every step.
         """
         trust = self.ppo.old_logprobs == "rollout"
-        checked = next(rollout.split(self.ppo.score_batch_size)) if trust else rollout
+        checked = next(rollout.split(CHECKED_ROWS)) if trust else rollout
         logprobs = self.actor.logprobs(checked)
         error = (logprobs - checked.rollout_logprobs).abs()
         metrics.add_mean("rollout/logprob_error_mean", error, checked.response_mask)

@@ -7,6 +7,7 @@ engine without an optimizer.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,21 @@ from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.schema import Config, PPOConfig, SamplingConfig, TrainedConfig
 from gearshift.engine.data.streams import TextStream
 from gearshift.engine.gearbox.gearbox import Gearbox
-from gearshift.engine.models.heads import Policy, ScoreModel, ValueModel, verify_head
+from gearshift.engine.microbatch import Budget, pieces, share
+from gearshift.engine.models.heads import (
+    Policy,
+    ScoreModel,
+    ValueModel,
+    verify_head,
+    verify_packing,
+)
 from gearshift.engine.models.load import place_buffers
-from gearshift.engine.models.scoring import forwards, pieces, policy_logprobs
+from gearshift.engine.models.reading import lay_out, lay_out_rollout
+from gearshift.engine.models.scoring import forwards, policy_logprobs, put
 from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.rollout.responses import choose_engine, end_token_ids, generate_responses
 from gearshift.engine.streaming.engine import StreamedEngine, Traffic
+from gearshift.engine.zero.layers import fetch_by_layer
 from gearshift.engine.zero.optim import build_optimizer, build_schedule
 from gearshift.engine.zero.sleep import Sleeper
 from gearshift.engine.zero.split_adamw import share_weights
@@ -40,6 +50,7 @@ class Trained:
     def __init__(self, module: nn.Module, config: TrainedConfig, ds_config: dict, steps: int):
         """steps: optimizer steps of the whole run, for the schedule."""
         optimizer = build_optimizer(module, config.optimizer, ds_config)
+        fetch_by_layer(module, ds_config)
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -57,6 +68,11 @@ class Trained:
     @property
     def learning_rate(self) -> float:
         return self.engine.get_lr()[0]
+
+    @property
+    def packs(self) -> bool:
+        """Whether its rows are read end to end, without padding."""
+        return self.engine.module.packs
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +162,8 @@ class Actor(Trained):
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """[B, R] log-probs of the responses under the current weights and the run's temperature."""
-        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+        budget = score_budget(self.ppo, self.engine)
+        return policy_logprobs(self.engine, rollout, budget, self.temperature)
 
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the policy loss, with gradient, and [N] token statistics."""
@@ -175,14 +192,14 @@ class Actor(Trained):
             )
 
         self.engine.train()
-        loss, logprobs, entropy, clipped = self.engine(
-            micro.input_ids, micro.attention_mask, live, head
-        )
+        reading, before, _ = lay_out_rollout(micro, packs=self.packs)
+        loss, logprobs, entropy, clipped = self.engine(reading, before, head)
         return loss, {"logprobs": logprobs, "entropy": entropy, "clipped": clipped}
 
     def pretrain_loss(self, tokens: Tensor, tokens_in_step: int) -> Tensor:
         """PPO-ptx: ptx_coef times this rank's part of the mean negative log-prob of [B, T] text."""
-        predicted = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        reading, places = lay_out(tokens, mask, packs=self.packs)
         targets = tokens[:, 1:].flatten()
         weights = torch.full(
             targets.shape, self.ppo.ptx_coef / tokens_in_step, device=tokens.device
@@ -193,7 +210,7 @@ class Actor(Trained):
             return ops.linear_cross_entropy(hidden, weight, targets, weights, bias=bias, **options)
 
         self.engine.train()
-        return self.engine(tokens, torch.ones_like(tokens, dtype=torch.bool), predicted, head)
+        return self.engine(reading, places[:, :-1].flatten(), head)
 
 
 class Critic(Trained):
@@ -201,26 +218,33 @@ class Critic(Trained):
 
     def __init__(self, model: nn.Module, config: Config, ds_config: dict, steps: int):
         super().__init__(ValueModel(model), config.critic, ds_config, steps)
+        verify_packing(self.engine)
         self.model, self.ppo = model, config.ppo
 
     @torch.no_grad()
     def values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """[B, R] values before each response token, and [B] after the last one."""
         self.engine.eval()
-        values, after = torch.zeros_like(rollout.rollout_logprobs), []
-        parts = list(pieces(rollout, self.ppo.score_batch_size))
-        inputs = ((m.input_ids, m.attention_mask, m.response_mask.shape[1]) for _, m in parts)
-        for (start, micro), read in zip(parts, forwards(self.engine, inputs), strict=True):
-            live, rows = micro.response_mask, slice(start, start + len(micro))
-            values[rows, : live.shape[1]] = torch.where(live, read[:, :-1], 0.0)
-            after.append(read.gather(1, micro.lengths[:, None])[:, 0])
-        return values, torch.cat(after)
+        parts = pieces(rollout, score_budget(self.ppo, self.engine))
+
+        def inputs(micro: Rollout) -> tuple:
+            reading, before, last = lay_out_rollout(micro, packs=self.packs)
+            return reading, torch.cat([before, last])
+
+        values = torch.zeros_like(rollout.rollout_logprobs)
+        after = values.new_zeros(len(values))
+        found = forwards(self.engine, (inputs(micro) for _, micro in parts))
+        for (rows, micro), read in zip(parts, found, strict=True):
+            put(values, rows, micro.response_mask, read[: -len(micro)])
+            after[rows] = read[-len(micro) :]
+        return values, after
 
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the value loss, with gradient, and [N] token statistics."""
         live = micro.response_mask
         self.engine.train()
-        values = self.engine(micro.input_ids, micro.attention_mask, live.shape[1])[:, :-1][live]
+        reading, before, _ = lay_out_rollout(micro, packs=self.packs)
+        values = self.engine(reading, before)
         loss, clipped = ops.value_loss(
             values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
         )
@@ -242,15 +266,25 @@ class Reference:
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """[B, R] log-probs of the responses."""
-        return policy_logprobs(self.engine, rollout, self.ppo.score_batch_size, self.temperature)
+        budget = score_budget(self.ppo, self.engine)
+        return policy_logprobs(self.engine, rollout, budget, self.temperature)
 
 
 class RewardModel:
     """A frozen sequence classifier with one label."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, batch_size: int, settings: dict):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        ppo: PPOConfig,
+        batch_size: int | None,
+        settings: dict,
+    ):
+        """batch_size: the most rows of a forward, None: as many as ppo.score_batch_tokens holds."""
         self.engine = frozen_engine(ScoreModel(model), settings)
-        self.tokenizer, self.batch_size = tokenizer, batch_size
+        verify_packing(self.engine)
+        self.tokenizer, self.ppo, self.batch_size = tokenizer, ppo, batch_size
         self._meter = _Meter(self.engine)
 
     def moved(self) -> dict[str, float]:
@@ -260,13 +294,40 @@ class RewardModel:
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
         """[B] float32 scores of token sequences; every rank must pass equally many."""
-        inputs, device = [], self.engine.device
-        for start in range(0, len(sequences), self.batch_size):
-            rows = [torch.tensor(s) for s in sequences[start : start + self.batch_size]]
+        device, packs = self.engine.device, self.engine.module.packs
+        budget = score_budget(self.ppo, self.engine, rows=self.batch_size)
+        groups = share([len(s) for s in sequences], budget, device)
+
+        def inputs(group: list[int]) -> tuple:
+            rows = [torch.tensor(sequences[row]) for row in group]
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            inputs.append((ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]))
-        return torch.cat(list(forwards(self.engine, inputs)))
+            lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
+            mask = torch.arange(ids.shape[1], device=device) < lengths
+            reading, places = lay_out(ids, mask, packs=packs)
+            return reading, places.gather(1, lengths - 1)[:, 0]
+
+        scores = torch.zeros(len(sequences), device=device)
+        for group, read in zip(groups, forwards(self.engine, map(inputs, groups)), strict=True):
+            scores[group] = read
+        return scores
+
+
+def score_budget(ppo: PPOConfig, engine: Any, rows: int | None = None) -> Budget:
+    """Of a forward without gradients. rows: the most, None: as ppo.score_batch_size says."""
+    return _budget(ppo.score_tokens, rows or ppo.score_batch_size, engine)
+
+
+def train_budget(ppo: PPOConfig, roles: Sequence[Trained]) -> Budget:
+    """Of a micro-batch that `roles` train on together."""
+    first, *others = (_budget(ppo.micro_tokens, ppo.micro_batch_size, r.engine) for r in roles)
+    return replace(first, packed=first.packed and all(other.packed for other in others))
+
+
+def _budget(tokens: int | None, rows: int | None, engine: Any) -> Budget:
+    head = engine.module
+    model = getattr(head, "lm", None) or head.model
+    hidden = model.config.get_text_config().hidden_size
+    return Budget(tokens=tokens, rows=rows, packed=head.packs, hidden=hidden)
 
 
 class _Meter:
@@ -293,6 +354,7 @@ def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngin
         cuda = torch.cuda.is_available()
         place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
         return StreamedEngine(module, place)
+    fetch_by_layer(module, settings)
     engine, *_ = deepspeed.initialize(model=module, config=settings)
     place_buffers(engine)
     engine.eval()

@@ -11,19 +11,18 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
-from gearshift.engine.attention import prefill
 from gearshift.engine.attention.cache import KVCache, LayerCache, LayerShape
+from gearshift.engine.attention.packed import implementation, unpackable
+from gearshift.engine.attention.sequences import NONE, UNSAID, Sequences, attend, rules_of
 from gearshift.kernels import dispatch, ops
 from gearshift.kernels.paged_attention import Gather, Rules, attend_gathered
 
 NAME = "gearshift_paged"
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class Step:
     block_tables: Tensor  # [S, blocks] int32
     lengths: Tensor  # [S] int32: tokens in the cache, this one included
     gathers: list[Gather]  # the S rows again, where no kernel reads the tables
-    prompts: prefill.Prompts  # the rows after them
+    prompts: Sequences  # the rows after them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +54,11 @@ def accepts(module: nn.Module, argument: str) -> bool:
 
 def supports(module: nn.Module) -> str | None:
     """Why the module cannot generate with paged attention; None if it can."""
-    name = type(module).__name__
-    if not isinstance(module, PreTrainedModel):
-        return f"{name} is not a transformers model"
-    config = module.config.get_text_config()
-    if config.is_encoder_decoder:
-        return f"{name} is an encoder-decoder"
-    if getattr(config, "use_bidirectional_attention", False):
-        return f"{name} attends in both directions"
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    if unknown or getattr(module, "_is_stateful", False):
-        kinds = ", ".join(unknown) or "a state"
-        return f"{name} has layers other than full or windowed attention ({kinds})"
-    if not getattr(module, "_supports_attention_backend", False):
-        return f"{name} does not take its attention from transformers' AttentionInterface"
+    if why := unpackable(module):
+        return why
     if not accepts(module, "logits_to_keep"):
-        return f"{name}.forward has no logits_to_keep"
-    moving = sorted(_rope_types(config) & {"dynamic", "longrope"})
-    if moving:
-        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving[0]})"
+        return f"{type(module).__name__}.forward has no logits_to_keep"
     return None
-
-
-def _rope_types(config) -> set[str]:
-    """The rope types of all layers; the parameters are one dict, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
-    return {entry.get("rope_type", "default") for entry in [parameters, *nested]}
 
 
 def uses_kernel(device: torch.device) -> bool:
@@ -105,7 +82,7 @@ def decode_step(cache: KVCache, slots: Tensor, block_tables: Tensor, lengths: Te
         block_tables=block_tables,
         lengths=lengths.to(torch.int32),
         gathers=gathers,
-        prompts=prefill.NONE,
+        prompts=NONE,
     )
 
 
@@ -124,18 +101,13 @@ def running(step: Step | Probe) -> Iterator[None]:
 @contextmanager
 def attending(module: nn.Module) -> Iterator[None]:
     """The module attends through the paged cache, in eval mode; leaves it as it was found."""
-    configs = {id(m.config): m.config for m in module.modules() if hasattr(m, "config")}.values()
-    before = [(config, config._attn_implementation_internal) for config in configs]
     training = [part for part in module.modules() if part.training]
     try:
-        for config in configs:
-            config._attn_implementation_internal = NAME
         for part in training:
             part.training = False
-        yield
+        with implementation(module, NAME):
+            yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
         for part in training:
             part.training = True
 
@@ -147,7 +119,7 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **others,
@@ -158,12 +130,7 @@ def attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if isinstance(step, Probe):
         return _observe(step, module, query, key, value, others)
-    rules = Rules(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=_window(module, sliding_window),
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    rules = rules_of(module, query, scaling, sliding_window, softcap, s_aux)
     layer = step.cache.layers[module]
     layer.write(step.slots, key, value)
     decoding = len(step.lengths)
@@ -173,7 +140,7 @@ def attention(
     if decoding:
         out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
     query, key, value = (x[decoding:] for x in (query, key, value))
-    out[decoding:] = prefill.attend(query, key, value, layer, step.prompts, rules)
+    out[decoding:] = attend(query, key, value, step.prompts, rules, layer)
     return out[None], None
 
 
@@ -193,18 +160,6 @@ def _observe(
     shape = LayerShape(key=tuple(key.shape[1:]), value=tuple(value.shape[1:]), dtype=key.dtype)
     probe.shapes[module] = shape
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1)[None], None
-
-
-def _window(module: nn.Module, given: int | None) -> int | None:
-    """The layer's window; from the config where the model applies it through the mask alone."""
-    if given is not None:
-        return given
-    config: Any = getattr(module, "config", None)
-    types = getattr(config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    if types is None or index is None or types[index] != "sliding_attention":
-        return None
-    return config.sliding_window
 
 
 def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from annotated_types import Ge
 from pydantic import BeforeValidator, ConfigDict, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -28,6 +29,7 @@ Kind = TypeVar("Kind")
 Number = Annotated[float, Strict(), BeforeValidator(_number)]
 Whole = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
+Tokens = Annotated[int, Strict(), Ge(1)] | Literal["auto"]
 # A section, and a list of sections; `ppo:` with nothing behind it is empty.
 Part = Annotated[Kind, BeforeValidator(lambda given: {} if given is None else given)]
 Parts = Annotated[list[Kind], Strict(), BeforeValidator(lambda given: given or [])]
@@ -74,8 +76,12 @@ def _told(problems: list[Any], section: type, given: Any) -> ConfigError:
     if isinstance(place[-1], int):  # a wrong entry is a wrong list
         place.pop()
     kind: Any = section
-    for part in place:
-        kind, given = kind_of(kind, str(part)), given[part]
+    for depth, part in enumerate(place):
+        inner = kind_of(kind, str(part))
+        if inner is None:  # the rest says which of several types was tried
+            place = place[:depth]
+            break
+        kind, given = inner, given[part]
     key = ".".join(map(str, place))
     for bound, word in BOUNDS.items():
         if bound in why:
@@ -135,7 +141,8 @@ def described(kind: Any) -> str:
     if get_origin(kind) is list:
         return "a list of strings, as [a, b]"
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
-    return " or ".join(names.get(option, "null") for option in alternatives(kind))
+    names |= {type(None): "null"}
+    return " or ".join(names.get(option) or described(option) for option in alternatives(kind))
 
 
 def leaves(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -7,7 +7,7 @@ The text of a knob is its help and its line in docs/config.md. Bounds that conce
 from typing import Literal
 
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.keys import Flag, Number, Part, Parts, Whole, knob, section
+from gearshift.engine.config.keys import Flag, Number, Part, Parts, Tokens, Whole, knob, section
 
 
 @section
@@ -45,7 +45,14 @@ class ModelConfig:
     trust_remote_code: Flag = knob(False, "run Python code that comes with the model")
     tokenizer: str | None = knob(None, "tokenizer directory or hub id; null: the model's own")
     deepspeed: str = knob("actor_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
-    attn: str = knob("auto", "attention implementation; auto: flash-attn if installed, else sdpa")
+    attn: str = knob(
+        "auto",
+        "auto: rows end to end without padding, by flash-attn if installed, else by PyTorch; any "
+        "other: transformers' implementation of that name, over padded rows",
+    )
+    liger: Literal["auto", "never"] = knob(
+        "auto", "RMSNorm, RoPE and SwiGLU as liger-kernel's kernels; auto: where installed, on GPUs"
+    )
     gradient_checkpointing: Flag | None = knob(
         None, "recompute activations in backward: less memory; null: where the plan needs it"
     )
@@ -89,7 +96,9 @@ class RewardConfig(ModelConfig):
     timeout_s: Number = knob(60.0, "seconds before an HTTP request is given up", gt=0)
     retries: Whole = knob(5, "further tries after a failed HTTP request, with backoff", ge=0)
     chat_template: Flag = knob(True, "render a chat with the reward tokenizer's own template")
-    batch_size: Whole = knob(8, "rows per forward of a reward model, per rank", ge=1)
+    batch_size: Whole | None = knob(
+        None, "rows per forward of a reward model, at most; null: by ppo.score_batch_tokens", ge=1
+    )
     max_tokens: Whole | None = knob(
         None,
         "longest text a reward model reads, in its tokens; null: 4096, or its positions if fewer",
@@ -170,6 +179,15 @@ class RolloutConfig:
     cuda_graphs: Flag = knob(True, "capture decoding in CUDA graphs, on GPUs")
 
 
+AUTO_TOKENS = 4096  # of a micro-batch that no plan has settled
+
+
+def _tokens(given: int | str, rows: int | None) -> int | None:
+    if given != "auto":
+        return int(given)
+    return AUTO_TOKENS if rows is None else None
+
+
 @section
 class PPOConfig:
     """The algorithm (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
@@ -177,8 +195,18 @@ class PPOConfig:
     prompts_per_step: Whole = knob(64, "prompts per PPO step, over all ranks", ge=1)
     samples_per_prompt: Whole = knob(1, "responses per prompt", ge=1)
     minibatch_size: Whole = knob(64, "responses per optimizer step, over all ranks", ge=1)
-    micro_batch_size: Whole = knob(4, "responses per forward and backward, per rank", ge=1)
-    score_batch_size: Whole = knob(8, "responses per gradient-free forward, per rank", ge=1)
+    micro_batch_tokens: Tokens = knob(
+        "auto", "prompt and response tokens per forward and backward, per rank; auto: the plan's"
+    )
+    score_batch_tokens: Tokens = knob(
+        "auto", "tokens per gradient-free forward, per rank; auto: the plan's"
+    )
+    micro_batch_size: Whole | None = knob(
+        None, "responses per forward and backward, at most; given alone, tokens do not count", ge=1
+    )
+    score_batch_size: Whole | None = knob(
+        None, "responses per gradient-free forward, at most; given alone, tokens do not count", ge=1
+    )
     epochs: Whole = knob(1, "passes over each rollout", ge=1)
     estimator: Literal["gae", "rloo", "grpo", "reinforce_pp"] = knob(
         "gae", "advantages: gae needs a critic, the others do not"
@@ -247,6 +275,16 @@ class PPOConfig:
         refuse_if(wrong, "kl_horizon", problem, value=self.kl_horizon)
 
     @property
+    def micro_tokens(self) -> int | None:
+        """Tokens of a micro-batch; None: as many as micro_batch_size rows have."""
+        return _tokens(self.micro_batch_tokens, self.micro_batch_size)
+
+    @property
+    def score_tokens(self) -> int | None:
+        """Tokens of a gradient-free forward; None: as many as score_batch_size rows have."""
+        return _tokens(self.score_batch_tokens, self.score_batch_size)
+
+    @property
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
@@ -299,6 +337,7 @@ RESUME_MAY_CHANGE = (
     "guards.*",
     "rollout.*",
     "*.attn",
+    "*.liger",
     "*.deepspeed",
     "*.gradient_checkpointing",
     "*.sleep",
@@ -306,8 +345,8 @@ RESUME_MAY_CHANGE = (
     "rewards.*.timeout_s",
     "rewards.*.retries",
     "rewards.*.urls",
-    "ppo.micro_batch_size",
-    "ppo.score_batch_size",
+    "ppo.micro_batch_*",
+    "ppo.score_batch_*",
     "ppo.max_logprob_error",
 )
 # What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.

@@ -1,10 +1,11 @@
 """What runs inside an engine's forward: trunk, then the head on response tokens only.
 
-B rows, T = P + R tokens of prompt and response, N live response tokens of a micro-batch, H hidden
-size, V vocabulary. The language head is never a module call: its weight goes to a kernel that takes
-log-probs in chunks, so no [B, T, V] tensor exists.
+N live response tokens of a micro-batch, H hidden size, V vocabulary; reading.py says what a trunk
+reads. The language head is never a module call: its weight goes to a kernel that takes
+log-probs in chunks, so no tensor of all logits exists.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gearshift.engine.attention import packed
+from gearshift.engine.models.reading import Reading, hidden_states, lay_out
 from gearshift.engine.zero.layout import gathered
 from gearshift.kernels import ops
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,6 @@ class HeadOptions:
         )
 
 
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """[B, T] int64: live tokens numbered from 0, whatever the padding on the left."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, T, H] of the trunk, without its head."""
-    output = model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    )
-    return output.last_hidden_state
-
-
 class Policy(nn.Module):
     """A causal LM whose head is a kernel: `head(hidden [N, H], weight [V, H], bias [V] | None)`."""
 
@@ -58,49 +47,18 @@ class Policy(nn.Module):
         self.lm = lm
         self.options = HeadOptions.of(lm.config)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, predicted: Tensor, head: Callable
-    ) -> Any:
-        """predicted [B, R] bool: the last R tokens whose log-probs the head is given, in order."""
-        hidden = hidden_states(self.lm, input_ids, attention_mask)
-        length = predicted.shape[1]
-        rows = hidden[:, -length - 1 : -1][predicted]
+    @property
+    def packs(self) -> bool:
+        """Whether its trunk reads rows end to end."""
+        return packed.packs(self.lm)
+
+    def forward(self, reading: Reading, before: Tensor, head: Callable) -> Any:
+        """before [N] int64: places in the reading whose next token the head is to predict."""
+        rows = hidden_states(self.lm, reading)[before]
         output = self.lm.get_output_embeddings()
         bias = getattr(output, "bias", None)
         with gathered(output.weight, bias):
             return head(rows, output.weight, bias)
-
-
-@torch.no_grad()
-def verify_head(engine: Any) -> None:
-    """Raises ValueError for a family whose logits are not the map that HeadOptions describes.
-
-    engine: of a Policy, at any ZeRO stage. Two tokens are scored by the model's own forward and by
-    trunk and head apart: the least likely ones, where scales and caps show most. Two forwards of
-    three tokens; a collective under ZeRO-3.
-    """
-    policy, lm = engine.module, engine.module.lm
-    run = getattr(engine, "together", lambda calls: [call() for call in calls])
-    ids = torch.arange(3, device=engine.device)[None]
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    settings = {"position_ids": position_ids(mask), "use_cache": False}
-    logits = run([lambda: lm(ids, attention_mask=mask, **settings).logits[0, :2]])[0]
-    eps, logits = torch.finfo(logits.dtype).eps, logits.float()
-    own, rarest = logits.log_softmax(-1).min(-1)
-
-    def apart() -> Tensor:
-        hidden, output = hidden_states(lm, ids, mask)[0, :2], lm.get_output_embeddings()
-        bias, options = getattr(output, "bias", None), vars(policy.options)
-        with gathered(output.weight, bias):
-            return ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)[0]
-
-    error = float((run([apart])[0] - own).abs().max())
-    # The model rounds its logits to its own dtype, we do not.
-    if not error <= 1e-4 + 2 * eps * float(logits.abs().max()):
-        raise ValueError(
-            f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
-            f"supported: its log-probs differ from ours by {error:.2g} nats; choose another family"
-        )
 
 
 class ValueModel(nn.Module):
@@ -110,25 +68,100 @@ class ValueModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-        """[B, R + 1] float32: the value before each of `length` response tokens, and after all."""
-        hidden = hidden_states(self.model, input_ids, attention_mask)
-        return self.model.score(hidden[:, -length - 1 :]).squeeze(-1).float()
+    @property
+    def packs(self) -> bool:
+        """Whether its trunk reads rows end to end."""
+        return packed.packs(self.model)
+
+    def forward(self, reading: Reading, places: Tensor) -> Tensor:
+        """[N] float32: the value after the tokens at `places` [N] int64 of the reading."""
+        hidden = hidden_states(self.model, reading)[places]
+        return self.model.score(hidden)[:, 0].float()
 
 
-class ScoreModel(nn.Module):
+class ScoreModel(ValueModel):
     """A sequence score, read at the last live token whatever the pad id is."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
+    def forward(self, reading: Reading, places: Tensor) -> Tensor:
+        """[B] float32. An encoder such as BERT pools as it likes: its rows are right-padded."""
+        if isinstance(getattr(self.model, "score", None), nn.Linear):
+            return super().forward(reading, places)
+        live = reading.attention_mask.long()  # some subtract it
+        return self.model(input_ids=reading.input_ids, attention_mask=live).logits[:, 0].float()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B] float32; rows are right-padded."""
-        if not isinstance(getattr(self.model, "score", None), nn.Linear):  # encoders such as BERT
-            live = attention_mask.long()  # some subtract it
-            return self.model(input_ids=input_ids, attention_mask=live).logits[:, 0].float()
-        hidden = hidden_states(self.model, input_ids, attention_mask)
-        last = attention_mask.long().sum(1) - 1
-        rows = hidden[torch.arange(len(last), device=last.device), last]
-        return self.model.score(rows)[:, 0].float()
+
+@torch.no_grad()
+def verify_head(engine: Any) -> None:
+    """Raises ValueError for a family whose logits are not the map that HeadOptions describes, and
+    pads from now on, with a warning, what cannot be read end to end.
+
+    engine: of a Policy, at any ZeRO stage. Two tokens are scored by the model's own forward and by
+    trunk and head apart, which read another sequence before them: the least likely ones, where
+    scales and caps show most. Two forwards; a collective under ZeRO-3.
+    """
+    policy, lm = engine.module, engine.module.lm
+    ids = torch.arange(3, device=engine.device)[None]
+    settings = {"attention_mask": torch.ones_like(ids, dtype=torch.bool), "use_cache": False}
+    with packed.padded(lm):
+        positions = ids.clone()
+        logits = _alone(engine, lambda: lm(ids, position_ids=positions, **settings).logits[0, :2])
+    eps, logits = torch.finfo(logits.dtype).eps, logits.float()
+    own, rarest = logits.log_softmax(-1).min(-1)
+
+    def apart() -> Tensor:
+        hidden, output = _beside_another(lm, ids)[:2], lm.get_output_embeddings()
+        bias, options = getattr(output, "bias", None), vars(policy.options)
+        with gathered(output.weight, bias):
+            return ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)[0]
+
+    # The model rounds its logits to its own dtype, we do not.
+    most = 1e-4 + 2 * eps * float(logits.abs().max())
+    error = float((_alone(engine, apart) - own).abs().max())
+    if policy.packs and not error <= most:
+        _pad(lm)
+        error = float((_alone(engine, apart) - own).abs().max())
+    if not error <= most:
+        raise ValueError(
+            f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
+            f"supported: its log-probs differ from ours by {error:.2g} nats; choose another family"
+        )
+
+
+@torch.no_grad()
+def verify_packing(engine: Any) -> None:
+    """Pads from now on, with a warning, what cannot be read end to end.
+
+    engine: of a ValueModel or ScoreModel. As verify_head: two forwards of a few tokens.
+    """
+    model = engine.module.model
+    if not engine.module.packs:
+        return
+    ids = torch.arange(3, device=engine.device)[None]
+    together = _alone(engine, lambda: _beside_another(model, ids))
+    with packed.padded(model):
+        alone = _alone(engine, lambda: _beside_another(model, ids))
+    rounding = torch.finfo(alone.dtype).eps ** 0.5
+    if not (together - alone).abs().max() <= rounding * alone.abs().max():
+        _pad(model)
+
+
+def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
+    """What a call of the engine's module returns; an engine that streams brings the weights."""
+    return engine.together([call])[0] if hasattr(engine, "together") else call()
+
+
+def _beside_another(model: nn.Module, ids: Tensor) -> Tensor:
+    """[T, H] of ids [1, T], read after another sequence in the same row where the model packs."""
+    packs = packed.packs(model)
+    rows = torch.cat([ids.flip(1), ids]) if packs else ids
+    reading, places = lay_out(rows, torch.ones_like(rows, dtype=torch.bool), packs=packs)
+    return hidden_states(model, reading)[places[-1]]
+
+
+def _pad(model: nn.Module) -> None:
+    packed.release(model)
+    logger.warning(
+        "%s: its rows are padded: %s reads a sequence otherwise where another precedes it",
+        model.name_or_path,
+        type(model).__name__,
+    )

@@ -6,7 +6,10 @@ partitioned before the next one is read. No rank ever holds a whole model.
 """
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +27,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from gearshift.engine.attention import packed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.streaming.store import Store, partitioning, place, room_of
 from gearshift.engine.zero import layout
 
 logger = logging.getLogger("gearshift")
 
+READERS = 8  # threads that read a checkpoint ahead
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AUTO_CLASSES = {
     "policy": AutoModelForCausalLM,
@@ -149,13 +155,35 @@ def load_model(
                 store.take(parameter)
     else:
         _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
+    return prepare(module, config, role)
+
+
+def prepare(module: PreTrainedModel, config: ModelConfig, role: str) -> PreTrainedModel:
+    """The module as the engine runs it: no dropout, no cache, rows end to end and layers fused
+    where they can be."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+    fuse(module, config.liger)
+    if config.attn == "auto":
+        _pack(module, role, config.path)
     if config.gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        module.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": packed.recompute_contexts}
+        )
     module.config.use_cache = False
     return module.eval()
+
+
+def _pack(module: PreTrainedModel, role: str, path: str | None) -> None:
+    """Rows lie end to end wherever the model allows it."""
+    pools = role == "reward" and not isinstance(getattr(module, "score", None), nn.Linear)
+    name = type(module).__name__
+    why = f"{name} pools its tokens by itself" if pools else packed.unpackable(module)
+    if why is None:
+        packed.adopt(module)
+    else:
+        logger.warning("%s: its rows are padded, sorted by length: %s", path, why)
 
 
 def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) -> str:
@@ -243,11 +271,13 @@ def _fill(
 ) -> None:
     """Reads every tensor of `module`, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
+    wanted = {id(parameter): name for name, parameter in module.named_parameters()}
+    values = _in_order(partial(_read, files, names), list(module.named_parameters()))
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if id(parameter) not in made:
-                full_name = f"{path}.{name}".removeprefix(".")
-                value = _read(files, names, full_name, parameter)
+                read, value = next(values)
+                assert read == wanted[id(parameter)], "a module names its parameters in one order"
                 made[id(parameter)] = nn.Parameter(value.to(dtype))
                 partition(made[id(parameter)])
                 beat()
@@ -256,6 +286,25 @@ def _fill(
             source = names.get(f"{path}.{name}".removeprefix("."))
             if source is not None:
                 buffer.copy_(files.read(source))
+
+
+def _in_order(
+    read: Callable[[str, Tensor], Tensor], parameters: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of each. Where there is a GPU several are read ahead: a mapped file comes page
+    by page, which one thread does at a fraction of what a disk or the page cache gives."""
+    if not torch.cuda.is_available():
+        yield from ((name, read(name, parameter)) for name, parameter in parameters)
+        return
+    coming: deque[tuple[str, Future]] = deque()
+    with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
+        for name, parameter in parameters:
+            coming.append((name, pool.submit(lambda *of: read(*of).clone(), name, parameter)))
+            if len(coming) > READERS:
+                first, value = coming.popleft()
+                yield first, value.result()
+        for name, value in coming:
+            yield name, value.result()
 
 
 def _read(

@@ -1,6 +1,6 @@
 """Forwards without gradients over the micro-batches of a rollout."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,12 +9,9 @@ from torch import Tensor
 
 from gearshift.engine.batch import Rollout
 from gearshift.engine.cluster.progress import beat
+from gearshift.engine.microbatch import Budget, pieces
+from gearshift.engine.models.reading import lay_out_rollout
 from gearshift.kernels import ops
-
-
-def pieces(rollout: Rollout, size: int) -> Iterator[tuple[int, Rollout]]:
-    """(first row, trimmed piece) of micro-batches of `size` rows."""
-    yield from zip(range(0, len(rollout), size), rollout.split(size), strict=True)
 
 
 def forwards(engine: Any, inputs: Iterable[tuple]) -> Iterator[Any]:
@@ -29,27 +26,30 @@ def forwards(engine: Any, inputs: Iterable[tuple]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def policy_logprobs(engine: Any, rollout: Rollout, batch_size: int, temperature: float) -> Tensor:
-    """[B, R] float32 log-probs of the responses, in micro-batches of `batch_size` rows.
-
-    engine: of a heads.Policy.
-    """
+def policy_logprobs(engine: Any, rollout: Rollout, budget: Budget, temperature: float) -> Tensor:
+    """[B, R] float32 log-probs of the responses; engine: of a heads.Policy."""
     engine.eval()
     options = vars(engine.module.options) | {"temperature": temperature}
+    parts = pieces(rollout, budget)
 
-    def head(micro: Rollout) -> Callable:
+    def inputs(micro: Rollout) -> tuple:
+        reading, before, _ = lay_out_rollout(micro, packs=engine.module.packs)
         targets = micro.response_ids[micro.response_mask]
-        return lambda hidden, weight, bias: ops.linear_logprob(
-            hidden, weight, targets, bias=bias, **options
-        )[0]
 
-    parts = list(pieces(rollout, batch_size))
-    inputs = [
-        (micro.input_ids, micro.attention_mask, micro.response_mask, head(micro))
-        for _, micro in parts
-    ]
-    result = torch.zeros_like(rollout.rollout_logprobs)
-    for (start, micro), scored in zip(parts, forwards(engine, inputs), strict=True):
-        live = micro.response_mask
-        result[start : start + len(micro), : live.shape[1]].masked_scatter_(live, scored)
-    return result
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return ops.linear_logprob(hidden, weight, targets, bias=bias, **options)[0]
+
+        return reading, before, head
+
+    made = torch.zeros_like(rollout.rollout_logprobs)
+    scores = forwards(engine, (inputs(micro) for _, micro in parts))
+    for (rows, micro), scored in zip(parts, scores, strict=True):
+        put(made, rows, micro.response_mask, scored)
+    return made
+
+
+def put(into: Tensor, rows: Tensor, live: Tensor, values: Tensor) -> None:
+    """Writes values [N] of the live tokens of a trimmed piece to where its rows are in [B, R]."""
+    into[rows, : live.shape[1]] = torch.zeros_like(live, dtype=into.dtype).masked_scatter(
+        live, values
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from gearshift.engine.config.schema import Config
@@ -57,10 +58,14 @@ def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Callable]]:
             "set run.export: false, and gearshift export the last checkpoint",
             lambda c, p: (replace(c, run=replace(c.run, export=False)), p),
         )
-    if ppo.micro_batch_size > 1:
-        yield "set ppo.micro_batch_size: 1", lambda c, p: (_ppo(c, micro_batch_size=1), p)
-    if ppo.score_batch_size > 1:
-        yield "set ppo.score_batch_size: 1", lambda c, p: (_ppo(c, score_batch_size=1), p)
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    for kind in ("micro", "score"):
+        tokens, rows = f"{kind}_batch_tokens", f"{kind}_batch_size"
+        if isinstance(getattr(ppo, tokens), int) and getattr(ppo, tokens) > longest:
+            least = {tokens: longest}
+            yield f"set ppo.{tokens}: {longest}", partial(_less, changes=least)
+        if (getattr(ppo, rows) or 1) > 1:
+            yield f"set ppo.{rows}: 1", partial(_less, changes={rows: 1})
     roles = (config.actor, config.critic)
     if any(role.sleep not in ("auto", "always") for role in roles):
         yield "set sleep: auto on actor and critic", lambda c, p: (_roles(c, sleep="auto"), p)
@@ -83,8 +88,8 @@ def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Callable]]:
         )
 
 
-def _ppo(config: Config, **changes: Any) -> Config:
-    return replace(config, ppo=replace(config.ppo, **changes))
+def _less(config: Config, parts: Parts, changes: dict[str, Any]) -> tuple[Config, Parts]:
+    return replace(config, ppo=replace(config.ppo, **changes)), parts
 
 
 def _roles(config: Config, **changes: Any) -> Config:

@@ -30,10 +30,11 @@ class Zero:
     max_live: float
     persistence: float
     sub_group: float
+    fused: bool  # RMSNorm, RoPE and SwiGLU are single kernels
     nvme_host: float  # elements of DeepSpeed's buffers for trained weights on NVMe
 
     @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Zero":
+    def of(cls, settings: dict[str, Any], *, fused: bool = False) -> "Zero":
         zero = settings["zero_optimization"]
         size = 2 if settings.get("bf16", {}).get("enabled") else 4
         wanted = settings.get("data_types", {}).get("grad_accum_dtype")
@@ -53,6 +54,7 @@ class Zero:
             max_live=zero.get("stage3_max_live_parameters", 1e9),
             persistence=zero.get("stage3_param_persistence_threshold", 1e5),
             sub_group=zero.get("sub_group_size", 1e9),
+            fused=fused,
             nvme_host=buffers + parameters.get("max_in_cpu", 1e9),
         )
 
@@ -105,14 +107,13 @@ def streamed_weights(shape: Shape, zero: Zero) -> float:
     return float(zero.size * shape.most_streamed)
 
 
-def paused_forwards(shape: Shape, zero: Zero, rows: int, length: int) -> float:
+def paused_forwards(shape: Shape, zero: Zero, tokens: int) -> float:
     """Bytes that the forwards of a streamed pass hold while others run, of all rows together.
 
     Of each token the embedding, which the decoder's loop keeps, the hidden state, the rotary sine
-    and cosine, its position, and its row of the attention mask. Checked against a walk.
+    and cosine, and its position. Checked against a walk.
     """
-    token = 2 * zero.size * (shape.hidden + shape.head_dim) + 8 + length
-    return float(rows * length * token)
+    return float(tokens * (2 * zero.size * (shape.hidden + shape.head_dim) + 8))
 
 
 def trained_states(shape: Shape, zero: Zero, world: int, optimizer: Any) -> States:
@@ -206,13 +207,17 @@ def live_weights(shape: Shape, zero: Zero, world: int) -> float:
     return zero.size * min(float(shape.total), at_once)
 
 
-def reduce_transient(shape: Shape, zero: Zero, world: int) -> float:
-    """Bytes of gradients on their way: whole ones, and the copy that is communicated."""
+def reduce_transient(shape: Shape, zero: Zero, world: int, *, several: bool) -> float:
+    """Bytes of gradients on their way: whole ones, and the copy that is communicated.
+
+    several: an update has several micro-batches. Stage 2 gathers each one's gradients in a buffer
+    of its own before it adds them to the first's; the stages below add in place.
+    """
     bucket = min(float(shape.total), max(zero.reduce_bucket, *shape.numels))
     whole = 0.0 if zero.stage >= 2 else zero.accumulation * shape.total
     part = state_elements(shape, zero, world)
     if zero.stage == 2:
-        whole += zero.accumulation * part
+        whole += (1 + several) * zero.accumulation * part
     return bucket * (zero.size + zero.communication) + whole
 
 
@@ -222,21 +227,23 @@ def step_transient(shape: Shape, zero: Zero, world: int) -> float:
     return zero.master * float(min(part, zero.sub_group) if zero.stage == 3 else part)
 
 
-def saved_per_token(shape: Shape, size: int) -> float:
+def saved_per_token(shape: Shape, size: int, *, fused: bool = False) -> float:
     """Bytes per token and layer that backward needs, without recomputation.
 
     A norm keeps its input in fp32, what it is before the weight, and its output; attention its
     query, keys and values expanded to all heads, its output and an fp32 log-sum; the MLP gate, its
-    activation, up and the product. Checked against autograd.
+    activation, up and the product. Checked against autograd. Fused layers keep a norm's input and
+    output, and neither the fp32 copy nor the activation.
     """
     attention = shape.heads * shape.head_dim
-    norms = 2 * shape.hidden * (4 + 2 * size)
-    return norms + size * (4 * attention + 4 * shape.mlp) + 4 * shape.heads
+    norms = 2 * shape.hidden * (2 * size if fused else 4 + 2 * size)
+    mlp = (3 if fused else 4) * shape.mlp
+    return norms + size * (4 * attention + mlp) + 4 * shape.heads
 
 
 def training_activations(shape: Shape, zero: Zero, tokens: int, recompute: bool) -> float:
     """Bytes at the start of backward. recompute: only each layer's input is kept."""
-    layer = saved_per_token(shape, zero.size) * tokens
+    layer = saved_per_token(shape, zero.size, fused=zero.fused) * tokens
     ends = 3 * shape.hidden * max(4, zero.size) * tokens
     if recompute:
         return layer + shape.layers * zero.size * shape.hidden * tokens + ends

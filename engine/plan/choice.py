@@ -1,4 +1,5 @@
-"""What a configuration leaves to the plan: how far trained roles sleep, and what is recomputed."""
+"""What a configuration leaves to the plan: how far trained roles sleep, what is recomputed, and how
+many tokens a forward reads."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -10,6 +11,10 @@ from gearshift.engine.zero.residence import Sleep
 # CPU ranks, which gain nothing from a move inside one memory.
 SLEEPS: tuple[Sleep, ...] = ("gradients", "exchange", "always")
 RECOMPUTE = (False, True)
+# Of a micro-batch. More than the first gains nothing: the products are as wide as they get, and
+# DeepSpeed's work per parameter is hidden behind them.
+GPU_TOKENS = (16384, 8192, 4096, 2048, 1024)
+CPU_TOKENS = (2048, 1024, 512)
 
 
 def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator[Config]:
@@ -24,13 +29,22 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
     recompute: tuple[bool, ...] = RECOMPUTE
     if all(role.gradient_checkpointing is not None for role in roles):
         recompute = RECOMPUTE[:1]
+    tokens = CPU_TOKENS if shared else GPU_TOKENS
+    if config.ppo.micro_batch_tokens != "auto" or config.ppo.micro_batch_size:
+        tokens = tokens[:1]
     for again in recompute:
-        for sleep in sleeps:
-            yield settled(config, sleep, recompute=again)
+        for budget in tokens:
+            for sleep in sleeps:
+                yield settled(config, sleep, recompute=again, tokens=budget)
 
 
-def settled(config: Config, sleep: Sleep, *, recompute: bool) -> Config:
+def settled(config: Config, sleep: Sleep, *, recompute: bool, tokens: int) -> Config:
     """The configuration with these choices where it makes none."""
+    ppo = config.ppo
+    if ppo.micro_batch_tokens == "auto" and ppo.micro_batch_size is None:
+        ppo = replace(ppo, micro_batch_tokens=tokens)
+    if ppo.score_batch_tokens == "auto" and ppo.score_batch_size is None:
+        ppo = replace(ppo, score_batch_tokens=tokens)
     roles = {}
     for name in ("actor", "critic"):
         role = getattr(config, name)
@@ -40,4 +54,4 @@ def settled(config: Config, sleep: Sleep, *, recompute: bool) -> Config:
             sleep=sleep if role.sleep == "auto" else role.sleep,
             gradient_checkpointing=recompute if own is None else own,
         )
-    return replace(config, **roles)
+    return replace(config, ppo=ppo, **roles)

@@ -2,10 +2,9 @@
 
 from gearshift.engine.phase import Phase
 from gearshift.engine.plan.hardware import GB, GPUS
+from gearshift.engine.plan.planner import TOLERANCE
 from gearshift.engine.plan.record import Plan
 from gearshift.engine.plan.seconds import Work, useful_flops
-
-TOLERANCE = 0.05
 
 
 def compare(plan: Plan, figures: dict[str, float], *, first: bool) -> list[str]:

@@ -6,6 +6,7 @@ rank, or per node of the host.
 """
 
 import math
+from bisect import bisect_left
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
 from gearshift.engine.gearbox.spec import BUCKET_MB
 from gearshift.engine.models.cast import Part
+from gearshift.engine.models.fused import fuses
 from gearshift.engine.models.shapes import Shape, shape_of
 from gearshift.engine.phase import Phase, update_of
 from gearshift.engine.plan import bytes as model
@@ -25,29 +27,46 @@ from gearshift.engine.plan.seconds import Work
 from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
+TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
+
 
 def plan(config: Config, parts: dict[str, Part], hardware: Hardware) -> Plan:
     """The Plan of a run: the fastest that fits of what the configuration leaves open.
 
     parts: of models.cast. Raises ConfigError where what they name cannot be read.
     """
-    roles = tuple(_role(config, part, hardware.world) for part in parts.values())
+    roles = tuple(_role(config, part, hardware) for part in parts.values())
     trained = [role.name for role in roles if role.trained]
     settled = choices(config, trained, shared=hardware.shared)
     plans = [_Planner(choice, roles, hardware).plan() for choice in settled]
     fitting = [made for made in plans if made.fits]
     if fitting:
-        return min(fitting, key=lambda made: made.step_seconds)
+        return min(fitting, key=_weighed_seconds)
     return min(plans, key=lambda made: made.peak.total)
 
 
-def _role(config: Config, part: Part, world: int) -> Role:
-    zero, shape = Zero.of(part.settings), _shape(_Key(part.hf_config), part.kind)
+def _weighed_seconds(made: Plan) -> float:
+    """Of a step; a fifth more where less room is left than the plan may be off by."""
+    tight = made.peak.total > (1 - TOLERANCE) * made.hardware.usable
+    return made.step_seconds * (1.2 if tight else 1.0)
+
+
+def _role(config: Config, part: Part, hardware: Hardware) -> Role:
+    world, fused = hardware.world, not hardware.shared and fuses(part.hf_config, part.section.liger)
+    zero, shape = Zero.of(part.settings, fused=fused), _shape(_Key(part.hf_config), part.kind)
     if part.trained:
         states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
     else:
         states = model.frozen_states(shape, zero, world)
     return Role(part=part, shape=shape, zero=zero, states=states)
+
+
+def _forward_rows(rows: int, length: int, most: int | None, budget: int | None) -> int:
+    """Of `rows` full rows, how many the largest forward reads; most: as many as the user allows."""
+    together = min(rows, most or rows)
+    if budget is not None:
+        together = min(together, max(1, budget // length))
+    return math.ceil(rows / math.ceil(rows / together))
 
 
 class _Key:
@@ -75,12 +94,18 @@ class _Planner:
         self.actor = self.by_name["actor"]
         ppo = config.ppo
         rows = math.ceil(ppo.rows_per_step / hardware.world)
+        length = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+        update = math.ceil(ppo.minibatch_size / hardware.world)
+        scored = _forward_rows(rows, length, ppo.score_batch_size, ppo.score_tokens)
+        learned = _forward_rows(update, length, ppo.micro_batch_size, ppo.micro_tokens)
+        self.scored, self.learned = scored * length, learned * length
+        self.several = learned < update
         self.work = Work(
             rows=rows,
             prompt=config.data.max_prompt_tokens,
             response=config.sampling.max_new_tokens,
-            score_pieces=math.ceil(rows / ppo.score_batch_size),
-            train_pieces=math.ceil(rows / ppo.micro_batch_size),
+            score_pieces=math.ceil(rows / scored),
+            train_pieces=rows // update * math.ceil(update / learned),
             epochs=ppo.epochs,
             updates=ppo.optimizer_steps_per_step,
         )
@@ -99,7 +124,7 @@ class _Planner:
             roles=self.roles,
             phases=tuple(phases),
             tp=self.tp,
-            micro_batch=self._largest_micro_batch(),
+            most_tokens=self._most_tokens(),
             kv_slots=slots,
             kv_wanted=wanted,
             swap_seconds=plan_time.swap_seconds(moving, self.sleeps, self.hw),
@@ -196,19 +221,19 @@ class _Planner:
         return [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
 
     def _score(self, role: Role, phase: Phase) -> PhasePlan:
-        ppo, work, zero = self.config.ppo, self.work, role.zero
-        rows = min(ppo.score_batch_size, work.rows)
-        if phase is Phase.REWARDS:
-            rows = min(role.part.section.batch_size, work.rows)
+        ppo, work, zero, tokens = self.config.ppo, self.work, role.zero, self.scored
+        if phase is Phase.REWARDS and role.part.section.batch_size:
+            most = role.part.section.batch_size
+            tokens = work.length * _forward_rows(work.rows, work.length, most, ppo.score_tokens)
         gpu = self._resident(phase)
         if role.streamed:
             gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
-            gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.rows, work.length)
+            gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.tokens)
         else:
             gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)
-        gpu["activations"] = model.scoring_activations(role.shape, zero, rows * work.length)
+        gpu["activations"] = model.scoring_activations(role.shape, zero, tokens)
         if role.shape.head:
-            response = rows * work.response
+            response = self._responses(tokens)
             gpu["logits chunk"] = model.logits_chunk(
                 role.shape, zero, response, training=False, most=self._logits_bytes
             )
@@ -222,23 +247,25 @@ class _Planner:
         zero, shape = role.zero, role.shape
         recompute = getattr(self.config, role.name).gradient_checkpointing
         phase = update_of(role.name)
-        gpu = self._resident(phase) | self._update_parts(role, self.config.ppo.micro_batch_size)
+        gpu = self._resident(phase) | self._update_parts(role, self.learned)
         seconds = plan_time.train_seconds(shape, zero, self.work, self.hw, recompute)
         return PhasePlan(name=phase, gpu=gpu, host=self.host, seconds=seconds)
 
-    def _update_parts(self, role: Role, rows: int) -> dict[str, float]:
-        """The larger of a backward and an optimizer step; they do not meet."""
+    def _responses(self, tokens: int) -> int:
+        """How many of a forward's tokens are of responses."""
+        return math.ceil(tokens * self.work.response / self.work.length)
+
+    def _update_parts(self, role: Role, tokens: int) -> dict[str, float]:
+        """The larger of a backward over `tokens` and an optimizer step; they do not meet."""
         zero, shape, world = role.zero, role.shape, self.hw.world
         recompute = getattr(self.config, role.name).gradient_checkpointing
-        rows = min(rows, max(1, math.ceil(self.config.ppo.minibatch_size / world)))
-        tokens, response = rows * self.work.length, rows * self.work.response
         backward = {
             "gathered weights": model.live_weights(shape, zero, world),
             "activations": model.training_activations(shape, zero, tokens, recompute),
             "logits chunk": model.logits_chunk(
-                shape, zero, response, training=True, most=self._logits_bytes
+                shape, zero, self._responses(tokens), training=True, most=self._logits_bytes
             ),
-            "gradients in flight": model.reduce_transient(shape, zero, world),
+            "gradients in flight": model.reduce_transient(shape, zero, world, several=self.several),
         }
         step = {"optimizer step": model.step_transient(shape, zero, world)}
         if zero.optimizer != "gpu":
@@ -270,18 +297,18 @@ class _Planner:
     def _logits_bytes(self) -> int:
         return CPU_LOGITS_BYTES if self.hw.shared else CUDA_LOGITS_BYTES
 
-    def _largest_micro_batch(self) -> int:
-        most = max(1, math.ceil(self.config.ppo.minibatch_size / self.hw.world))
+    def _most_tokens(self) -> int:
         trained = [role for role in self.roles if role.trained]
         rooms = {
             r.name: self.hw.usable - sum(self._resident(update_of(r.name)).values())
             for r in trained
         }
 
-        def holds(rows: int) -> bool:
-            return all(sum(self._update_parts(r, rows).values()) <= rooms[r.name] for r in trained)
+        def exceeds(tokens: int) -> bool:
+            return any(sum(self._update_parts(r, tokens).values()) > rooms[r.name] for r in trained)
 
-        return next((rows for rows in range(most, 0, -1) if holds(rows)), 0)
+        rows = math.ceil(self.config.ppo.minibatch_size / self.hw.world)
+        return bisect_left(range(1, rows * self.work.length + 1), True, key=exceeds)
 
     def _refusal(self, phases: list[PhasePlan], slots: int) -> str | None:
         worst = max(phases, key=lambda phase: phase.total)

@@ -55,9 +55,10 @@ class PhasePlan:
 class Plan:
     """What a step is expected to take. refuse_reason: None where it fits.
 
-    config: the run's, with every choice made that it leaves to the plan. micro_batch: the largest
-    ppo.micro_batch_size that fits, 0 for none; kv_slots: sequences of full length that the cache of
-    a TP group holds, at most kv_wanted. swap_seconds: of states on their way to and from the host.
+    config: the run's, with every choice made that it leaves to the plan. most_tokens: the largest
+    ppo.micro_batch_tokens that fits, 0 for none. kv_slots: sequences of full length that the cache
+    of a TP group holds, at most kv_wanted. swap_seconds: of states on their way to and from the
+    host.
     """
 
     config: Config
@@ -65,7 +66,7 @@ class Plan:
     roles: tuple[Role, ...]
     phases: tuple[PhasePlan, ...]
     tp: int
-    micro_batch: int
+    most_tokens: int
     kv_slots: int
     kv_wanted: int
     swap_seconds: float
@@ -93,10 +94,13 @@ class Plan:
     def told(self) -> str:
         """What was chosen for the trained roles, in a line."""
         chosen = {role.name: getattr(self.config, role.name) for role in self.roles if role.trained}
+        ppo = self.config.ppo
+        rows = f"at most {ppo.micro_batch_size} rows a micro-batch" if ppo.micro_batch_size else ""
+        tokens = f"micro_batch_tokens={ppo.micro_tokens}" if ppo.micro_tokens else ""
         return "; ".join(
             f"{name} sleep={own.sleep}, recompute {'on' if own.gradient_checkpointing else 'off'}"
             for name, own in chosen.items()
-        )
+        ) + "".join(f"; {said}" for said in (tokens, rows) if said)
 
     @property
     def assumed(self) -> str | None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gearshift.engine.attention import paged, prefill
+from gearshift.engine.attention import paged, sequences
 from gearshift.engine.attention.cache import KVCache
 from gearshift.engine.rollout.scheduler import Batch
 from gearshift.kernels.paged_attention import Gather
@@ -73,29 +73,29 @@ def to_step(inputs: Inputs, cache: KVCache) -> paged.Step:
     )
 
 
-def _prompts(inputs: Inputs, device: torch.device) -> prefill.Prompts:
+def _prompts(inputs: Inputs, device: torch.device) -> sequences.Sequences:
     """The chunks of prompts; their rows are counted from the end of the decoding ones."""
     if not inputs.spans:
-        return prefill.NONE
+        return sequences.NONE
     first = inputs.spans[0][0]
     spans = [
-        prefill.Span(
+        sequences.Span(
             start=start - first,
             stop=stop - first,
             context=None if slots is None else send(slots, device),
         )
         for start, stop, slots in inputs.spans
     ]
-    packed = _packed(inputs, device) if prefill.packs(device) else None
-    return prefill.Prompts(spans=spans, packed=packed)
+    packed = _packed(inputs, device) if sequences.packs(device) else None
+    return sequences.Sequences(spans=spans, packed=packed)
 
 
-def _packed(inputs: Inputs, device: torch.device) -> prefill.Packed:
+def _packed(inputs: Inputs, device: torch.device) -> sequences.Packed:
     fresh = all(slots is None for _, _, slots in inputs.spans)
     # A span without a past has its own rows as keys, which are in the cache by then.
     places = [inputs.slots[a:b] if slots is None else slots for a, b, slots in inputs.spans]
     queries, keys = [b - a for a, b, _ in inputs.spans], [len(slots) for slots in places]
-    return prefill.Packed(
+    return sequences.Packed(
         queries=send(np.cumsum([0, *queries], dtype=np.int32), device),
         keys=send(np.cumsum([0, *keys], dtype=np.int32), device),
         longest_query=max(queries),

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gearshift.engine.attention.packed import padded
 from gearshift.engine.attention.paged import accepts
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.linear import fast_linear
@@ -42,7 +43,7 @@ def hf_generate(
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
     completions = []
-    with evaluating(module), fast_linear():
+    with evaluating(module), padded(module), fast_linear():
         for start in range(0, len(prompts), max_sequences):
             rows = list(range(start, min(start + max_sequences, len(prompts))))
             completions += _complete(module, request, rows, ending, pad_token_id, group, device)

@@ -3,20 +3,26 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 
-def start(module: str, args: argparse.Namespace) -> int:
-    """Runs `module` with the same arguments on `args.ranks` processes; returns their status."""
+def start(module: str, args: argparse.Namespace, launcher: Sequence[str] | None = None) -> int:
+    """Runs `module` with the same arguments on `args.ranks` processes; returns their status.
+
+    launcher: words between the interpreter and the module; none: torchrun's.
+    """
     words = []
     for key, value in vars(args).items():
         if value is None or value is False or value == []:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.ranks)]
+    if launcher is None:
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+        launcher = (*launcher, str(args.ranks))
     return subprocess.run([sys.executable, *launcher, "-m", module, *words]).returncode
 
 

@@ -10,6 +10,7 @@ import importlib
 
 PARTS = {
     "step": ("gearshift.launch.bench.step", "time and memory of one PPO step, by phase"),
+    "train": ("gearshift.launch.bench.train", "forward and backward of one role, by token"),
     "generation": ("gearshift.launch.bench.generation", "tokens per second of the rollout engine"),
     "checkpoint": ("gearshift.launch.bench.checkpoint", "seconds and bytes of a checkpoint"),
     "shift": ("gearshift.launch.bench.shift", "bytes and seconds of a change of gear"),

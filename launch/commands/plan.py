@@ -1,7 +1,7 @@
 """Plan a run before it starts: memory by phase and role, seconds by phase, and whether it fits.
 
 Needs no GPU and no weights: a model's config.json is read, or a published architecture is named, as
---actor.path shape:qwen2.5-7b. Any key can be overridden: --ppo.micro_batch_size 2.
+--actor.path shape:qwen2.5-7b. Any key can be overridden: --ppo.micro_batch_tokens 4096.
 Exit status: 0 it fits, 3 it does not, 2 a mistake. Seconds are estimates until measured.
 """
 
@@ -66,7 +66,7 @@ def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
         "usable_gpu_bytes": made.hardware.usable,
         "usable_host_bytes": made.hardware.usable_host,
         "tp": made.tp,
-        "largest_micro_batch": made.micro_batch,
+        "largest_micro_batch_tokens": made.most_tokens,
         "kv_slots": made.kv_slots,
         "kv_slots_wanted": made.kv_wanted,
         "sleep": made.sleeps,
@@ -103,7 +103,7 @@ def summary(made: Plan, advice: str | None) -> list[str]:
     lines = [
         f"{place.world} x {place.name}: {place.usable / GB:.1f} GB usable of a GPU, "
         f"{max(0, place.usable_host) / GB:.1f} GB of a host",
-        f"largest ppo.micro_batch_size {made.micro_batch}; sequences in the KV cache {cache} per "
+        f"largest ppo.micro_batch_tokens {made.most_tokens}; sequences in the KV cache {cache} per "
         f"group of {made.tp}",
         made.told,
         f"a PPO step: {made.step_seconds:.0f} s at full lengths, {made.swap_seconds:.1f} of them "

@@ -58,7 +58,7 @@ def row(recipe: str, place: Hardware) -> str:
         f"{_host_peak(made) / GB:.0f} of {max(0, place.usable_host) / GB:.0f}",
         _chosen(made),
         str(made.tp),
-        str(made.micro_batch),
+        str(made.most_tokens),
         f"{made.kv_slots} of {made.kv_wanted}",
         f"{made.step_seconds:.0f}" if made.fits else "",
         "FITS" if made.fits else f"DOES NOT FIT: {made.refuse_reason}; {advice}",
@@ -80,7 +80,7 @@ def table() -> str:
     """All recipes on their hardware."""
     head = (
         "| recipe | hardware, host memory | GPU GB at the peak | host GB | sleep, recompute | tp"
-        " | largest micro-batch | KV slots | s per step | verdict |\n"
+        " | most tokens a micro-batch | KV slots | s per step | verdict |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(f"{row(name, hardware(*place))}\n" for name, *place in CASES)

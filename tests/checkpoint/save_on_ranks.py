@@ -21,6 +21,7 @@ from gearshift.engine.checkpoint import store as checkpoint_store
 from gearshift.engine.checkpoint.export import export, whole_weights
 from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
+from gearshift.engine.models.reading import lay_out
 from gearshift.engine.ppo import PPOTrainer
 from tests.tiny import run as tiny_run
 
@@ -80,12 +81,13 @@ def moments(optimizer) -> list[torch.Tensor]:
 def tables(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     """Log-probs and values of a fixed batch, from the engines."""
     ids = torch.arange(12).view(2, 6)
-    live = torch.ones_like(ids, dtype=torch.bool)
+    reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=True)
+    before = places[:, :-1].flatten()
     with torch.no_grad():
         logprobs = trainer.actor.engine(
-            ids, live, live[:, 1:], lambda rows, weight, bias: (rows @ weight.T).log_softmax(-1)
+            reading, before, lambda rows, weight, bias: (rows @ weight.T).log_softmax(-1)
         )
-        values = trainer.critic.engine(ids, live, 5)
+        values = trainer.critic.engine(reading, before)
     return {"actor": logprobs.view(2, 5, -1), "critic": values}
 
 

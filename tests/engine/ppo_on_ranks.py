@@ -6,6 +6,7 @@ OUT/<case>.pt gets the weights of actor and critic and the figures of every step
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,18 @@ from gearshift.engine.checkpoint.export import whole_weights
 from gearshift.engine.cluster import distributed
 from tests.tiny import run as tiny_run
 
+BY_TOKENS = {"micro_batch_size": None}  # a minibatch has four rows of 2 to 12 tokens each
+
 # ZeRO setting, PPO steps, and what is changed: together every loss aggregation, both kinds of
-# update, pretraining text, tied weights and an estimator that compares a prompt's samples.
+# update, pretraining text, tied weights, an estimator that compares a prompt's samples, and every
+# way of dealing rows to micro-batches. `attn` is the actor's.
 CASES = {
     "zero3_micro1": ("zero3", 2, {"micro_batch_size": 1, "score_batch_size": 3}),
     "zero2_micro8": ("zero2", 2, {"micro_batch_size": 8}),
+    "tokens1": ("zero3", 1, {**BY_TOKENS, "micro_batch_tokens": 1, "score_batch_tokens": 1}),
+    "tokens24": ("zero2", 1, {**BY_TOKENS, "micro_batch_tokens": 24, "score_batch_tokens": 24}),
+    "tokens10000": ("zero3", 1, {**BY_TOKENS, "micro_batch_tokens": 10_000}),
+    "padded": ("zero3", 1, {**BY_TOKENS, "attn": "sdpa", "micro_batch_tokens": 24}),
     "zero2_text": ("zero2", 1, {"ptx_coef": 0.3}),
     "zero0": ("zero0", 1, {}),
     "tied": (
@@ -53,7 +61,10 @@ def run(models: Path, case: str, *, zero: str | None = None, **changes) -> dict:
     """Trains a case and returns its whole weights (rank 0's) and its figures."""
     own_zero, steps, own = CASES[case]
     model = "tied" if case == "tied" else "policy"
-    config = tiny_run.config(models, zero or own_zero, model, **own | changes)
+    ppo = own | changes
+    attn = ppo.pop("attn", "auto")
+    config = tiny_run.config(models, zero or own_zero, model, **ppo)
+    config = replace(config, actor=replace(config.actor, attn=attn))
     trainer = tiny_run.trainer(config, Text() if config.ppo.ptx_coef else None)
     figures = [trainer.step(tiny_run.prompts(config.ppo, step))[0] for step in range(steps)]
     weights = {"actor": whole_weights(trainer.actor.lm)}

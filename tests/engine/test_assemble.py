@@ -17,4 +17,4 @@ def test_zero3_at_one_rank_is_said_to_be_slow(tmp_path, zero, world_size, named)
     config = replace(config, data=replace(config.data, max_prompt_tokens=16))
     said = assemble.slower_than_need_be(assemble.draw_up(config), world_size)
     assert [text.split(".deepspeed=")[0] for text in said] == named
-    assert all("trained_zero2_bf16_split.json" in text and "\n" not in text for text in said)
+    assert all("trained_zero1_bf16_split.json" in text and "\n" not in text for text in said)

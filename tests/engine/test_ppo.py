@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gearshift.engine.attention import packed
 from gearshift.engine.config.schema import OptimizerConfig
 from gearshift.engine.metrics import StepMetrics
 from tests.engine import ppo_on_ranks as ranks_ppo
@@ -14,6 +15,9 @@ from tests.tiny import run as tiny_run
 # Measured: 1.2e-7, one or two units in the last place of the largest weights.
 SAME = 1e-6
 CPU = torch.device("cpu")
+# What the other runs are held against.
+BY_TWO = {"attn": "auto", "micro_batch_size": 2}
+BY_TWO |= {"micro_batch_tokens": "auto", "score_batch_tokens": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,12 @@ def two_ranks(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("two_ranks")
     on_ranks.launch("engine/ppo_on_ranks.py", models, out, ",".join(ranks_ppo.CASES))
     return {case: torch.load(out / f"{case}.pt") for case in ranks_ppo.CASES}
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    """The first step of one rank, packed, in micro-batches of two."""
+    return ranks_ppo.run(models, "zero0", **BY_TWO)
 
 
 def make(models, **ppo):
@@ -48,13 +58,24 @@ def largest_difference(first: dict, second: dict) -> float:
 def test_neither_ranks_nor_micro_batches_change_the_update(models, two_ranks, case):
     """Ragged rows, two epochs of two minibatches: all weights and figures of every optimizer step.
 
-    One rank runs without ZeRO and in micro-batches of two.
+    One rank runs without ZeRO, packed and in micro-batches of two.
     """
-    alone, together = ranks_ppo.run(models, case, zero="zero0", micro_batch_size=2), two_ranks[case]
-    for role, weights in alone["weights"].items():
-        assert largest_difference(weights, together["weights"][role]) < SAME
+    alone, together = ranks_ppo.run(models, case, zero="zero0", **BY_TWO), two_ranks[case]
     assert alone["figures"][0]["response_length/min"] < alone["figures"][0]["response_length/max"]
-    for one, two in zip(alone["figures"], together["figures"], strict=True):
+    check_same(alone, together)
+
+
+@pytest.mark.parametrize("case", ["tokens1", "tokens24", "tokens10000", "padded"])
+def test_micro_batches_by_tokens_change_nothing_on_one_rank(models, reference, case):
+    """Nor does padding."""
+    check_same(reference, ranks_ppo.run(models, case, zero="zero0"))
+
+
+def check_same(first: dict, second: dict) -> None:
+    """Weights and figures of two runs."""
+    for role, weights in first["weights"].items():
+        assert largest_difference(weights, second["weights"][role]) < SAME
+    for one, two in zip(first["figures"], second["figures"], strict=True):
         assert one.keys() == two.keys()
         for name, value in one.items():
             if not name.startswith(("timing_s/", "memory_gb/", "states_gb/", "throughput/")):
@@ -194,7 +215,8 @@ def gradient_of_first_minibatch(trainer, experience):
 def token_logprobs(lm, ids, mask, length):
     """[B, length, V] of the last tokens, by the model's own forward."""
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    with packed.padded(lm):
+        logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     return logits[:, -length - 1 : -1].log_softmax(-1)
 
 

@@ -16,7 +16,7 @@ from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint.export import export
 from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.config import deepspeed as ds_config
-from gearshift.engine.config.schema import RewardConfig
+from gearshift.engine.config.schema import PPOConfig, RewardConfig
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models.heads import HeadOptions
 from gearshift.engine.models.load import load_model, load_tokenizer
@@ -206,11 +206,17 @@ def test_the_gradient_norm_is_that_before_clipping(models, zero):
     assert norm == pytest.approx(squares**0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("limits", "rows"), [({}, 2), ({}, None), ({"score_batch_tokens": 1}, None)]
+)
+@pytest.mark.parametrize("attn", ["auto", "sdpa"])
 @pytest.mark.parametrize("deepspeed", ["frozen_zero3", "frozen_zero3_cpu"])
-def test_reward_models_read_the_last_live_token_in_any_batch(models, deepspeed):
-    config = RewardConfig(path=str(models / "reward"), kind="model", deepspeed=deepspeed)
+def test_reward_models_read_the_last_live_token_in_any_batch(models, deepspeed, attn, limits, rows):
+    place = {"path": str(models / "reward"), "deepspeed": deepspeed}
+    config = RewardConfig(**place, kind="model", attn=attn)
     settings = ds_config.load(deepspeed)
-    role = RewardModel(load_model(config, "reward", settings), load_tokenizer(config), 2, settings)
+    module, tokenizer = load_model(config, "reward", settings), load_tokenizer(config)
+    role = RewardModel(module, tokenizer, PPOConfig(**limits), rows, settings)
     sequences = [[1, 5, 0, 2], [4], [0, 0, 0], [6, 7, 8, 9, 10]]  # 0 is a token here, not padding
     judge = AutoModelForSequenceClassification.from_pretrained(models / "reward")
     with torch.no_grad():

@@ -21,6 +21,7 @@ from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.heads import HeadOptions, Policy, verify_head
 from gearshift.engine.models.load import load_model
+from gearshift.engine.models.reading import lay_out
 from gearshift.engine.roles import frozen_engine
 
 
@@ -72,15 +73,16 @@ def logprob_table(path: Path, ids: torch.Tensor) -> torch.Tensor:
     """[B, T, V]: through a real engine, so that hooks gather what ZeRO-3 has cut."""
     engine = frozen_engine(Policy(load(path, "policy")), ds_config.load("frozen_zero3"))
     verify_head(engine)
-    predicted = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=True)
+    before = places[:, :-1]
 
     def head(hidden, weight, bias):
-        assert hidden.shape[0] == predicted.numel() and bias is None
+        assert hidden.shape[0] == before.numel() and bias is None
         return (hidden @ weight.T).log_softmax(-1)
 
     with torch.no_grad():
-        table = engine(ids, torch.ones_like(ids, dtype=torch.bool), predicted, head)
-    return table.view(*predicted.shape, -1)
+        table = engine(reading, before.flatten(), head)
+    return table.view(*before.shape, -1)
 
 
 def refusal(path: Path) -> str:

@@ -6,13 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from gearshift.engine.models.heads import (
-    HeadOptions,
-    Policy,
-    ValueModel,
-    position_ids,
-    verify_head,
-)
+from gearshift.engine.attention import packed
+from gearshift.engine.batch import Rollout
+from gearshift.engine.models.heads import HeadOptions, Policy, ValueModel, verify_head
+from gearshift.engine.models.reading import lay_out, lay_out_rollout
 from gearshift.kernels import ops
 from tests.tiny import models as tiny
 
@@ -65,11 +62,25 @@ def engine_of(lm):
     return SimpleNamespace(module=Policy(lm), device=torch.device("cpu"))
 
 
+def read(model, ids, mask, response):
+    """A reading, and the places [N] before the live response tokens."""
+    reading, places = lay_out(ids, mask, packs=packed.packs(model))
+    return reading, places[:, -4:][response] - 1
+
+
+WAYS = pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+
+
+@WAYS
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_are_those_of_the_model_itself(family, temperature):
+def test_logprobs_are_those_of_the_model_itself(family, temperature, packs):
     """Each row alone, without padding, through the family's own forward."""
     lm = build(family)
+    if packs and (why := packed.unpackable(lm)):
+        pytest.skip(why)
+    if packs:
+        packed.adopt(lm)
     ids, mask, response = ragged_rows()
     policy = Policy(lm)
     options = vars(policy.options)
@@ -81,7 +92,8 @@ def test_logprobs_are_those_of_the_model_itself(family, temperature):
         )[0]
 
     with torch.no_grad():
-        found = policy(ids, mask, response, head)
+        found = policy(*read(lm, ids, mask, response), head)
+    with torch.no_grad(), packed.padded(lm):
         expected = []
         for row in range(3):
             live = ids[row][mask[row]][None]
@@ -92,9 +104,15 @@ def test_logprobs_are_those_of_the_model_itself(family, temperature):
     torch.testing.assert_close(found, torch.cat(expected), atol=2e-5, rtol=1e-5)
 
 
+@WAYS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_check_passes_every_family_that_is_right(family):
-    verify_head(engine_of(build(family)))
+def test_the_check_passes_every_family_that_is_right(family, packs):
+    lm = build(family)
+    if packs and packed.unpackable(lm) is None:
+        packed.adopt(lm)
+    before = packed.packs(lm)
+    verify_head(engine_of(lm))
+    assert packed.packs(lm) is before
 
 
 def test_the_check_passes_rounded_logits():
@@ -126,26 +144,66 @@ def test_the_check_refuses_a_layer_between_trunk_and_head():
         verify_head(engine_of(lm))
 
 
-def test_positions_count_live_tokens():
+def test_a_padded_reading_is_the_rows_as_they_are():
+    ids = torch.arange(10).view(2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
-    assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    reading, places = lay_out(ids, mask, packs=False)
+    assert reading.input_ids is ids and reading.attention_mask is mask
+    assert reading.sequences is None
+    assert reading.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
+    assert torch.equal(places, ids)
 
 
-def test_values_are_read_before_the_token_they_judge():
+def test_a_packed_reading_is_the_live_tokens_end_to_end():
+    ids = torch.arange(10).view(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    reading, places = lay_out(ids, mask, packs=True)
+    assert reading.input_ids.tolist() == [[2, 3, 4, 5, 6, 7]] and reading.attention_mask is None
+    assert reading.position_ids.tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert [(span.start, span.stop) for span in reading.sequences.spans] == [(0, 3), (3, 6)]
+    assert torch.equal(reading.input_ids[0][places[mask]], ids[mask])
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_places_of_a_rollout(packs):
+    """Of the token before each response token, and of each row's last."""
+    ids, mask, response = ragged_rows()
+    rollout = Rollout(
+        prompt_ids=ids[:, :3],
+        prompt_mask=mask[:, :3],
+        row_ids=torch.arange(3),
+        columns={},
+        response_ids=ids[:, 3:],
+        response_mask=response,
+        rollout_logprobs=torch.zeros(3, 4),
+        finished=torch.ones(3, dtype=torch.bool),
+    )
+    reading, before, last = lay_out_rollout(rollout, packs=packs)
+    read = reading.input_ids.flatten()
+    assert torch.equal(read[before + 1], ids[:, 3:][response])
+    earlier = torch.cat([ids[0, 2:6], ids[1, 2:3], ids[2, 2:4]])
+    assert torch.equal(read[before], earlier)
+    assert read[last].tolist() == [ids[0, 6], ids[1, 3], ids[2, 4]]
+
+
+@WAYS
+def test_values_are_read_before_the_token_they_judge(packs):
     torch.manual_seed(0)
     model = AutoModelForTokenClassification.from_config(tiny.llama_config(num_labels=1)).eval()
     ids, mask, response = ragged_rows()
     with torch.no_grad():
-        values = ValueModel(model)(ids, mask, 4)
-        assert values.shape == (3, 5) and values.dtype == torch.float32
-        for row in range(3):
-            live = ids[row][mask[row]][None]
-            count = int(response[row].sum())
-            expected = model(input_ids=live).logits[0, -count - 1 :, 0]
-            torch.testing.assert_close(values[row, : count + 1], expected, atol=1e-6, rtol=1e-5)
-    # Changing token t changes no value up to and including that before t.
+        own = [model(input_ids=ids[row][mask[row]][None]).logits[0, :, 0] for row in range(3)]
+    counts = response.sum(1).tolist()
+    expected = torch.cat([v[-n - 1 : -1] for v, n in zip(own, counts, strict=True)])
+    if packs:
+        packed.adopt(model)
+    with torch.no_grad():
+        values = ValueModel(model)(*read(model, ids, mask, response))
+    assert values.shape == (7,) and values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-5)
+    # Changing token t changes no value up to and including that before t, nor another row's.
     other = ids.clone()
     other[0, 5] = (other[0, 5] + 1) % 32
     with torch.no_grad():
-        changed = ValueModel(model)(other, mask, 4)[0] != values[0]
-    assert changed.tolist() == [False, False, False, True, True]
+        changed = ValueModel(model)(*read(model, other, mask, response)) != values
+    assert changed.tolist() == [False, False, False, True, False, False, False]

@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Config,
 )
 
+from gearshift.engine.attention import packed
 from gearshift.engine.config.assets import FILES, cache_dir
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.load import (
@@ -24,6 +25,7 @@ from gearshift.engine.models.load import (
     load_tokenizer,
     place_buffers,
 )
+from gearshift.engine.models.reading import hidden_states, lay_out
 from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run
@@ -82,7 +84,9 @@ def test_every_rank_reads_the_checkpoint_as_transformers_does(models, two_ranks,
     model = AutoModelForCausalLM.from_pretrained(models / name)
     with torch.no_grad():
         expected = model(ids).logits[:, :-1].log_softmax(-1)
-        alone = load(models / name)(ids).logits[:, :-1].log_softmax(-1)
+        lm = load(models / name)
+        with packed.padded(lm):
+            alone = lm(ids).logits[:, :-1].log_softmax(-1)
     together = torch.load(two_ranks / "tables.pt")[name]
     torch.testing.assert_close(alone, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5)
@@ -121,7 +125,7 @@ def test_reward_models_score_as_transformers_does(models):
     ids = torch.tensor([[1, 5, 7, 2]])
     own = load(models / "reward", "reward")
     expected = AutoModelForSequenceClassification.from_pretrained(models / "reward")
-    with torch.no_grad():
+    with torch.no_grad(), packed.padded(own):
         torch.testing.assert_close(own(ids).logits, expected(ids).logits)
 
 
@@ -145,12 +149,34 @@ def test_dropout_is_off_everywhere(tmp_path):
     assert len(dropouts) == 4 and all(part.p == 0 for part in dropouts)
     rates = {name: value for name, value in vars(lm.config).items() if "drop" in name}
     assert len(rates) >= 3 and not any(rates.values())
-    ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(lm(ids).logits, lm(ids).logits)
+    assert reads_the_same_twice(lm)
 
     tiny.save_policy(tmp_path / "llama", attention_dropout=0.5)
-    lm = load(tmp_path / "llama").train()
-    assert torch.equal(lm(ids).logits, lm(ids).logits)
+    assert reads_the_same_twice(load(tmp_path / "llama").train())
+
+
+def reads_the_same_twice(lm) -> bool:
+    """Padded and packed."""
+    ids = torch.tensor([[1, 2, 3]])
+    reading, _ = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=True)
+    same = torch.equal(hidden_states(lm, reading), hidden_states(lm, reading))
+    with packed.padded(lm):
+        return same and torch.equal(lm(ids).logits, lm(ids).logits)
+
+
+def test_rows_lie_end_to_end_where_attention_is_left_to_us(models, caplog):
+    assert packed.packs(load(models / "policy"))
+    plain = ModelConfig(path=str(models / "policy"), attn="sdpa")
+    assert not packed.packs(load_model(plain, "policy", PLAIN))
+    assert not caplog.records
+
+
+def test_rows_of_a_model_that_pools_by_itself_are_padded(tmp_path, caplog):
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
+    bert = AutoConfig.for_model("bert", **sizes, num_attention_heads=2, num_labels=1)
+    AutoModelForSequenceClassification.from_config(bert).save_pretrained(tmp_path)
+    assert not packed.packs(load(tmp_path, "reward"))
+    assert "rows are padded" in caplog.text and "pools its tokens by itself" in caplog.text
 
 
 def test_bf16_and_buffers(models):
@@ -248,7 +274,7 @@ def test_a_gguf_file_is_converted_once_and_reads_as_transformers_reads_it(tmp_pa
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     ids = torch.tensor([[1, 9906, 856, 836]])
-    with torch.no_grad():
+    with torch.no_grad(), packed.padded(lm):
         assert torch.equal(lm(ids).logits, expected(ids).logits)
 
 

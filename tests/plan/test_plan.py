@@ -45,7 +45,7 @@ def test_a_run_that_fits(capsys, run_yaml):
         *("update_actor", "update_critic", "save"),
     }
     assert made["kv_slots"] == made["kv_slots_wanted"] == 8
-    assert made["largest_micro_batch"] == 8
+    assert made["largest_micro_batch_tokens"] == 8 * 1024
     # The published count: 494,032,768 parameters with tied embeddings.
     assert made["roles"][0]["parameters"] == 494_032_768
 
@@ -101,7 +101,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(capsys, run_yaml):
     large = ["--actor.path", "shape:llama3-8b", "--ppo.micro_batch_size=8"]
     status, made = plan_json(capsys, "--config", run_yaml, "--gpu", "rtx4090", *large)
     assert (status, made["verdict"]) == (3, "DOES NOT FIT")
-    assert made["largest_micro_batch"] == 0
+    assert made["largest_micro_batch_tokens"] == 0
     assert "GB" in made["reason"] and made["change"]
 
 
@@ -113,6 +113,20 @@ def test_the_change_it_names_makes_the_run_fit(capsys, run_yaml):
     status, made = plan_json(capsys, *where)
     assert (status, made["change"]) == (3, "set ppo.micro_batch_size: 1")
     assert plan_json(capsys, *where, "--ppo.micro_batch_size=1")[0] == 0
+
+
+def test_fewer_tokens_are_advised_where_tokens_were_given(capsys, run_yaml):
+    """The longest row's: fewer would change nothing."""
+    wide = ["--ppo.micro_batch_size=null", "--sampling.max_new_tokens=4096"]
+    fixed = ["--actor.sleep=never", "--critic.sleep=never"]
+    fixed += ["--actor.gradient_checkpointing=false", "--critic.gradient_checkpointing=false"]
+    where = ["--config", run_yaml, "--gpu", "a100-40", *wide, *fixed]
+    status, made = plan_json(capsys, *where, f"--ppo.micro_batch_tokens={8 * 4608}")
+    assert (status, made["change"]) == (3, "set ppo.micro_batch_tokens: 4608")
+    assert 4608 <= made["largest_micro_batch_tokens"] < 8 * 4608
+    most = made["largest_micro_batch_tokens"]
+    for tokens, expected in ((4608, 0), (most, 0), (most + 1, 3)):
+        assert plan_json(capsys, *where, f"--ppo.micro_batch_tokens={tokens}")[0] == expected
 
 
 def test_sleep_is_advised_where_it_was_forbidden(capsys, run_yaml):

@@ -90,6 +90,34 @@ def test_the_first_rung_that_fits_is_taken():
     assert (start.plan.config.actor.sleep, start.plan.config.critic.sleep) == ("never", "always")
 
 
+BY_THE_PLAN = {"micro_batch_size": None, "micro_batch_tokens": "auto"}
+BY_THE_PLAN |= {"score_batch_size": None, "score_batch_tokens": "auto"}
+
+
+def test_micro_batches_are_as_large_as_memory_allows():
+    config = recipe("0.5b_24gb", *PLAIN)
+    config = replace(config, ppo=replace(config.ppo, **BY_THE_PLAN))
+    chosen = []
+    for gib in (80, 16, 14):
+        start = plan_run(config, machine(gib * GIB))
+        ppo = start.plan.config.ppo
+        assert start.warning is None and ppo.micro_batch_tokens <= start.plan.most_tokens
+        assert f"micro_batch_tokens={ppo.micro_batch_tokens}" in start.plan.told
+        assert ppo.score_batch_tokens == ppo.micro_batch_tokens
+        chosen.append(ppo.micro_batch_tokens)
+    assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == 3
+
+
+def test_micro_batches_that_a_user_gives_are_kept():
+    config = recipe("0.5b_24gb", *PLAIN)
+    for given in ({"micro_batch_tokens": 3000}, {"micro_batch_size": 2}):
+        settled = replace(config, ppo=replace(config.ppo, **BY_THE_PLAN | given))
+        ppo = plan_run(settled, machine(80 * GIB)).plan.config.ppo
+        for name, value in {"micro_batch_tokens": "auto", **given}.items():
+            assert getattr(ppo, name) == value
+        assert isinstance(ppo.score_batch_tokens, int)
+
+
 def test_cpu_ranks_share_the_memory_of_the_host():
     """And one memory is not left for itself."""
     config = recipe("0.5b_24gb", *PLAIN, "--ppo.micro_batch_size=1")

@@ -22,6 +22,7 @@ from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.heads import Policy, ScoreModel, verify_head
 from gearshift.engine.models.load import load_config, load_model, room_for
+from gearshift.engine.models.reading import lay_out
 from gearshift.engine.models.scoring import forwards
 from gearshift.engine.models.shapes import shape_of
 from gearshift.engine.plan import bytes as memory_model
@@ -48,19 +49,20 @@ def engine_of(path: Path, role: str, place: str, disk: Path):
     return frozen_engine(Policy(module) if role == "policy" else ScoreModel(module), ds)
 
 
-def inputs(role: str, count: int) -> list[tuple]:
+def inputs(role: str, count: int, *, packs: bool) -> list[tuple]:
     """Micro-batches of one rank: ragged in length, different on every rank."""
     draw = torch.Generator().manual_seed(7 + distributed.rank())
     found = []
     for i in range(count):
         ids = torch.randint(3, 32, (2, 5 + i), generator=draw)
         mask = torch.ones_like(ids, dtype=torch.bool)
+        if role == "policy":
+            mask[0, :2] = False  # left padding
+        reading, places = lay_out(ids, mask, packs=packs)
         if role == "reward":
-            found.append((ids, mask))
+            found.append((reading, places[:, -1]))
             continue
-        mask[0, :2] = False  # left padding
-        live = torch.ones(2, 3, dtype=torch.bool)
-        found.append((ids, mask, live, head(ids[:, -3:].flatten())))
+        found.append((reading, places[:, -4:-1].flatten(), head(ids[:, -3:].flatten())))
     return found
 
 
@@ -70,7 +72,7 @@ def head(targets: torch.Tensor):
 
 def scores(engine, role: str, count: int) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat(list(forwards(engine, inputs(role, count))))
+        return torch.cat(list(forwards(engine, inputs(role, count, packs=engine.module.packs))))
 
 
 def case(models: Path, name: str, role: str, place: str, disk: Path) -> dict:
@@ -104,19 +106,21 @@ def footprint(models: Path, place: str, disk: Path) -> dict:
     host memory of its weights, each beside the plan."""
     gc.freeze()  # the libraries' objects: a walk leaves them out
     engine = engine_of(models / "wide", "policy", place, disk)
-    calls, rows, length = [], 0, 48
-    for ids, _, live, _ in inputs("policy", 3):
-        wide = torch.ones(len(ids), length, dtype=torch.long)
-        mask = wide.bool()
-        mask[0, :2] = False  # a row of padding: every micro-batch has a mask
-        calls.append(partial(engine.module, wide, mask, live, head(ids[:, -3:].flatten())))
-        rows += len(ids)
-    before, most, bring = live_bytes(), 0, engine._bring
+    calls, tokens = [], 0
+    for _ in range(3):
+        ids = torch.ones(2, 48, dtype=torch.long)
+        mask = ids.bool()
+        mask[0, :2] = False
+        reading, places = lay_out(ids, mask, packs=True)
+        before, targets = places[:, -4:-1].flatten(), ids[:, -3:].flatten()
+        calls.append(partial(engine.module, reading, before, head(targets)))
+        tokens += int(mask.sum())
+    empty, most, bring = live_bytes(), 0, engine._bring
 
     def watched(index: int) -> None:
         nonlocal most
         bring(index)
-        most = max(most, live_bytes() - before)
+        most = max(most, live_bytes() - empty)
 
     engine._bring = watched
     engine.together(calls)
@@ -126,7 +130,7 @@ def footprint(models: Path, place: str, disk: Path) -> dict:
         "case": f"footprint {place}",
         "device": most,
         "device planned": memory_model.streamed_weights(shape, zero)
-        + memory_model.paused_forwards(shape, zero, rows, length),
+        + memory_model.paused_forwards(shape, zero, tokens),
         "host": engine.store.nbytes,
         "host planned": memory_model.frozen_states(
             shape, zero, distributed.world_size()
@@ -138,7 +142,7 @@ def footprint(models: Path, place: str, disk: Path) -> dict:
 def one_fails(models: Path, disk: Path) -> dict:
     """What each rank is told when the last rank's head raises in the middle of a pass."""
     engine = engine_of(models / "policy", "policy", "host", disk)
-    *inside, head = inputs("policy", 1)[0]
+    *inside, head = inputs("policy", 1, packs=True)[0]
     if distributed.rank() == distributed.world_size() - 1:
         engine.module.lm.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     start = time.monotonic()

@@ -16,6 +16,7 @@ from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models import load as models
 from gearshift.engine.models.heads import Policy, ScoreModel
+from gearshift.engine.models.reading import lay_out
 from gearshift.engine.roles import frozen_engine
 from gearshift.engine.streaming.lockstep import Lockstep
 from tests.tiny import models as tiny
@@ -150,12 +151,12 @@ def test_an_engine_works_after_a_failed_pass(folder):
     with alone():
         engine = host_engine(ModelConfig(path=str(folder / "policy")), "policy")
         ids = torch.arange(3, 9)[None]
-        live = torch.ones(1, 2, dtype=torch.bool)
+        reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=True)
 
         def head(hidden, weight, bias):
             return hidden @ weight.T
 
-        inputs = (ids, torch.ones_like(ids, dtype=torch.bool), live)
+        inputs = (reading, places[0, -3:-1])
         before = engine(*inputs, head)
         with pytest.raises(ZeroDivisionError):
             engine(*inputs, lambda *_: 1 / 0)
@@ -204,6 +205,12 @@ FAMILIES = {
 }
 
 
+def rows_of(ids):
+    """A padded reading of whole rows, and each one's last place."""
+    reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=False)
+    return reading, places[:, -1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_use_their_weights_unusually(family, tmp_path):
     torch.manual_seed(0)
@@ -214,7 +221,7 @@ def test_families_that_use_their_weights_unusually(family, tmp_path):
         resident = ScoreModel(models.load_model(path, "reward", WHOLE))
         engine = host_engine(path, "reward")
         ids = [torch.randint(3, 32, (2, 6 + i)) for i in range(3)]
-        inputs = [(row, torch.ones_like(row, dtype=torch.bool)) for row in ids]
+        inputs = [rows_of(row) for row in ids]
         with torch.no_grad():
             expected = torch.cat([resident(*each) for each in inputs])
         before = engine.traffic
@@ -231,7 +238,8 @@ def test_what_a_pass_does_not_use_comes_once_at_most(folder):
     """As the vision tower of a model that reads text."""
     with alone():
         ds = ds_config.load("frozen_zero3_cpu")
-        paths = [ModelConfig(path=str(folder / name)) for name in ("tied", "policy")]
+        names = ("tied", "policy")
+        paths = [ModelConfig(path=str(folder / name), attn="sdpa") for name in names]
         tower, lm = (models.load_model(path, "policy", ds) for path in paths)
         used = 4 * sum(p.ds_numel for p in lm.parameters())
         engine = frozen_engine(_Tower(tower, lm), ds)

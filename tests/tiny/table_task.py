@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gearshift.engine.attention import packed
 from gearshift.engine.batch import PromptBatch
 from gearshift.engine.config.schema import Config, OptimizerConfig, RunConfig
 from gearshift.engine.data.streams import left_padded
@@ -99,7 +100,8 @@ def response_logprobs(lm: torch.nn.Module) -> Tensor:
     table = torch.zeros(len(PROMPTS), len(responses), dtype=torch.float64)
     for x, prompt in enumerate(PROMPTS):
         ids = torch.tensor([prompt + y + [END] * (LONGEST - len(y)) for y in responses])
-        logprobs = lm(input_ids=ids).logits.double().log_softmax(-1)
+        with packed.padded(lm):
+            logprobs = lm(input_ids=ids).logits.double().log_softmax(-1)
         for i, y in enumerate(responses):
             table[x, i] = sum(logprobs[i, len(prompt) - 1 + t, token] for t, token in enumerate(y))
     return table

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from gearshift.engine.attention import prefill
+from gearshift.engine.attention import sequences
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from tests.tiny.rollout import build, make_prompts
@@ -41,9 +41,9 @@ def by_definition(q, k, v, cu_q, cu_k, scale, window, softcap=0.0):
 @pytest.fixture
 def gpu(monkeypatch):
     """Chunks are packed as on a GPU; flash-attn is installed if the test puts it there."""
-    monkeypatch.setattr(prefill, "packs", lambda device: True)
-    monkeypatch.setattr(prefill, "_half_on_gpu", lambda query: True)
-    found = prefill.flash_attn
+    monkeypatch.setattr(sequences, "packs", lambda device: True)
+    monkeypatch.setattr(sequences, "_half_on_gpu", lambda query: True)
+    found = sequences.flash_attn
     found.cache_clear()
     yield monkeypatch
     found.cache_clear()
@@ -96,8 +96,8 @@ def varlen_spy(calls):
 def by_torch(gpu):
     calls = []
     spy = varlen_spy(calls)
-    gpu.setattr(prefill, "flash_attn", lambda: None)
-    gpu.setattr(prefill, "torch_varlen", lambda: spy)
+    gpu.setattr(sequences, "flash_attn", lambda: None)
+    gpu.setattr(sequences, "torch_varlen", lambda: spy)
     return calls
 
 
@@ -110,7 +110,7 @@ def by_torch_2_11(by_torch, gpu):
         options = dict(scale=scale, window_size=window_size, enable_gqa=False)
         return spy(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
-    gpu.setattr(prefill, "torch_varlen", lambda: varlen_attn)
+    gpu.setattr(sequences, "torch_varlen", lambda: varlen_attn)
     return by_torch
 
 
@@ -158,7 +158,7 @@ def test_what_a_kernel_cannot_do_goes_chunk_by_chunk(family, request):
 
 
 def test_this_pytorchs_kernel_is_recognised():
-    found = prefill.torch_varlen()
+    found = sequences.torch_varlen()
     assert found is None or callable(found)
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11):
         assert found is not None
