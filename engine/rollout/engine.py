@@ -5,7 +5,8 @@ forward; knows no DeepSpeed. A response depends on its prompt, its seed and the 
 not on the batch it shares, the block size, preemption or the number of ranks (up to rounding).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capt
 from gearshift.engine.rollout.linear import fast_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
-from gearshift.engine.rollout.scheduler import Batch, Prefix, Scheduler, Sequence
+from gearshift.engine.rollout.scheduler import Prefix, Scheduler, Sequence
 
 GB = 1e9
+Ended = tuple[Sequence, bool]  # whether an end token or stop string ended it, else its limit
 # Longer chunks of prompts leave the CPU's caches, and decoding rows wait for them: 2 % slower.
 CPU_BATCH_TOKENS = 512
 
@@ -103,7 +105,7 @@ class RolloutEngine:
             self._drop_stale_graphs()
             scheduler = self._schedule(request)
             while not scheduler.done:
-                for sequence, over in self._step(scheduler, sampling, ending):
+                for sequence, over in self._round(scheduler, sampling, ending):
                     completions[sequence.index] = Completion(
                         token_ids=sequence.response, logprobs=sequence.logprobs, finished=over
                     )
@@ -222,44 +224,89 @@ class RolloutEngine:
             self.module(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
         return probe.shapes
 
-    def _step(
+    def _round(
         self, scheduler: Scheduler, sampling: SamplingConfig, ending: Ending
-    ) -> list[tuple[Sequence, bool]]:
-        """One forward and one token for each sequence that is up to date; returns the ended."""
+    ) -> Iterator[Ended]:
+        """One forward over what the scheduler plans, or decode steps for as long as they need no
+        other plan; a token each for the sequences that are up to date. Gives those that ended."""
         batch = scheduler.next()
         batch.decode.sort(key=lambda s: s.cached)  # rows of like length attend together
         self._cache.copy(batch.copies)
-        drawing = batch.drawing
-        token_ids, logprobs = self._draw(batch, drawing, scheduler.table, sampling)
+        inputs, drawing = pack(batch, scheduler.table, self.config.block_size), batch.drawing
+        seeds, positions = [s.seed for s in drawing], [len(s.logprobs) for s in drawing]
+        if self._use_graphs and not batch.prefill:
+            graphs = self._graphs_for(sampling, scheduler.table)
+            graphs.load(inputs, seeds, positions)
+            yield from self._decode(drawing, scheduler, graphs, ending)
+            return
+        logits = self._forward(inputs)
+        drawn = draw(logits, sampling, seeds, positions, self.group) if seeds else ([], [])
         for sequence in batch.decode:
             scheduler.computed(sequence, 1)
         for sequence, count in batch.prefill:
             scheduler.computed(sequence, count)
-        ended = []
-        for sequence, token, logprob in zip(drawing, token_ids, logprobs, strict=True):
+        yield from self._append(zip(drawing, *drawn, strict=True), scheduler, ending)
+
+    def _decode(
+        self,
+        rows: list[Sequence],
+        scheduler: Scheduler,
+        graphs: DecodeGraphs,
+        ending: Ending,
+    ) -> Iterator[Ended]:
+        """Steps of the same rows. The device works on the next step while the host reads one, so a
+        sequence that ended is noticed a step late, and what it drew then is dropped."""
+        flying, live = graphs.launch(), [True] * len(rows)
+        while flying:
+            following = [
+                here and s.row >= 0 and len(s.logprobs) + 1 < s.limit
+                for s, here in zip(rows, live, strict=True)
+            ]
+            goes_on = self._extend(rows, live, following, scheduler, graphs)
+            launched = graphs.launch() if goes_on else None
+            drawn = zip(rows, live, *flying.read(), strict=True)
+            kept = [(s, token, value) for s, here, token, value in drawn if here and s.row >= 0]
+            for sequence, _, _ in kept:
+                scheduler.computed(sequence, 1)
+            yield from self._append(kept, scheduler, ending)
+            flying, live = launched, following
+            beat()
+
+    def _extend(
+        self,
+        rows: list[Sequence],
+        live: list[bool],
+        following: list[bool],
+        scheduler: Scheduler,
+        graphs: DecodeGraphs,
+    ) -> bool:
+        """Has places for one more token of the rows `following`; False where another plan is due.
+
+        live: the rows of the step before.
+        """
+        going = list(compress(rows, following))
+        if not going or scheduler.idle_places or not graphs.holds(len(going)):
+            return False
+        free = scheduler.pool.free
+        if not all(scheduler.reserve_ahead(sequence) for sequence in going):
+            return False
+        if scheduler.pool.free != free or following != live:
+            tables = scheduler.table[[max(s.row, 0) for s in rows]]
+            tables[[not here for here in following]] = self._cache.dummy_block
+            graphs.move(tables)
+        return True
+
+    def _append(
+        self, drawn: Iterable[tuple[Sequence, int, float]], scheduler: Scheduler, ending: Ending
+    ) -> Iterator[Ended]:
+        """Takes drawn tokens and their log-probs; gives the sequences that ended."""
+        for sequence, token, logprob in drawn:
             sequence.tokens.append(token)
             sequence.logprobs.append(logprob)
             over = ending.reached(sequence.tokens, len(sequence.logprobs))
             if over or len(sequence.logprobs) == sequence.limit:
                 scheduler.finish(sequence)
-                ended.append((sequence, over))
-        return ended
-
-    def _draw(
-        self,
-        batch: Batch,
-        drawing: list[Sequence],
-        table: np.ndarray,
-        sampling: SamplingConfig,
-    ) -> tuple[list[int], list[float]]:
-        """Computes the batch; returns a token and its log-prob for each sequence of `drawing`."""
-        inputs = pack(batch, table, self.config.block_size)
-        seeds = [s.seed for s in drawing]
-        positions = [len(s.logprobs) for s in drawing]
-        if self._use_graphs and not batch.prefill:
-            return self._graphs_for(sampling, table).draw(inputs, seeds, positions)
-        logits = self._forward(inputs)
-        return draw(logits, sampling, seeds, positions, self.group) if seeds else ([], [])
+                yield sequence, over
 
     def _graphs_for(self, sampling: SamplingConfig, table: np.ndarray) -> DecodeGraphs:
         rows, width = table.shape

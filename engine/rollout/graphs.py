@@ -2,15 +2,18 @@
 
 A graph is captured per number of rows (1, 2, 4, 8, 16, 32, 48, ...) when it is first needed, from
 the model's forward to the drawn tokens, tensor-parallel all-reduces included; all share one memory
-pool. Rows that fill a bucket up read and write the cache's dummy block. Graphs hold addresses: of
-the weights, which may be refreshed in place (the engine checks that they did not move), and of one
-KVCache.
+pool. A step leaves its tokens where the next one reads them, so that the host may start the next
+before it has read any. Rows that fill a bucket up read and write the cache's dummy block. Graphs
+hold addresses: of the weights, which may be refreshed in place (the engine checks that they did not
+move), and of one KVCache.
 """
 
 import bisect
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,46 +101,66 @@ class DecodeGraphs:
         """Whether these graphs serve such a call, too."""
         return sampling == self.sampling and rows <= self.rows and width <= self.width
 
-    def draw(
-        self, inputs: Inputs, seeds: list[int], positions: list[int]
-    ) -> tuple[list[int], list[float]]:
-        """Forward and draw for decoding rows only; returns token ids and log-probs."""
+    def load(self, inputs: Inputs, seeds: list[int], positions: list[int]) -> None:
+        """Takes decoding rows only, for the launches that follow; none may be in flight."""
         count = len(inputs.lengths)
-        bucket = self._buckets[bisect.bisect_left(self._buckets, count)]
-        self._fill(inputs, seeds, positions, bucket)
-        if bucket not in self._replays:
+        self._count = count
+        self._bucket = self._buckets[bisect.bisect_left(self._buckets, count)]
+        self._fill(inputs, seeds, positions)
+        if self._bucket not in self._replays:
             start = time.perf_counter()
-            self._replays[bucket] = self._prepare(bucket)
+            self._replays[self._bucket] = self._prepare(self._bucket)
             self.capture_seconds += time.perf_counter() - start
-        replay, packed = self._replays[bucket]
+            self._fill(inputs, seeds, positions)  # the first run has moved on
+
+    def launch(self) -> "Drawn":
+        """Starts forward and draw of every row, each from the token that it drew before."""
+        replay, packed = self._replays[self._bucket]
         replay()
-        token_ids, bits = packed[:, :count].cpu()
-        return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+        self._turn ^= 1
+        host = self._host_draws[self._turn, :, : self._count]
+        host.copy_(packed[:, : self._count], non_blocking=True)
+        event = None
+        if self._capture:
+            event = torch.cuda.Event()
+            event.record()
+        return Drawn(host, event)
+
+    def move(self, tables: np.ndarray) -> None:
+        """Other block tables [rows, blocks] for the launches to come; one may be in flight.
+
+        A row of the cache's dummy block belongs to nobody any more: what it draws is waste.
+        """
+        host = self._host_tables[self._turn]
+        host[: self._bucket] = self.cache.dummy_block
+        host.numpy()[: len(tables), : tables.shape[1]] = tables
+        self._tables[: self._bucket].copy_(host[: self._bucket], non_blocking=True)
+
+    def holds(self, rows: int) -> bool:
+        """Whether as few rows as these would still be run by the graph in use."""
+        return self._buckets[bisect.bisect_left(self._buckets, rows)] == self._bucket
 
     def _allocate(self, rows: int) -> None:
         """Buffers at fixed addresses; graphs read their first `bucket` rows."""
-        device = self.cache.device
-        # Ids, positions, slots, seeds, draws and lengths in one: a single copy to the device.
-        self._numbers = torch.zeros(6, rows, dtype=torch.int64, device=device)
+        device, pinned = self.cache.device, self._capture
+        # Ids, positions, draws, lengths and seeds in one: a single copy to the device.
+        self._numbers = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(rows, self.width, dtype=torch.int32, device=device)
-        pinned = self._capture
-        self._host_numbers = torch.zeros(6, rows, dtype=torch.int64, pin_memory=pinned)
-        self._host_tables = torch.zeros(rows, self.width, dtype=torch.int32, pin_memory=pinned)
+        self._host_numbers = torch.zeros(5, rows, dtype=torch.int64, pin_memory=pinned)
+        # Two: one is still on its way when the next is written.
+        self._host_tables = torch.zeros(2, rows, self.width, dtype=torch.int32, pin_memory=pinned)
+        self._host_draws = torch.zeros(2, 2, rows, dtype=torch.int64, pin_memory=pinned)
+        self._turn = self._count = self._bucket = 0
 
-    def _fill(self, inputs: Inputs, seeds: list[int], positions: list[int], bucket: int) -> None:
-        """Copies a step to the device, padded to `bucket` rows."""
-        dummy, size = self.cache.dummy_block, self.cache.block_size
-        numbers, tables = self._host_numbers.numpy(), self._host_tables.numpy()
-        count, width = inputs.block_tables.shape
-        rows = (inputs.token_ids, inputs.positions, inputs.slots, seeds, positions, inputs.lengths)
+    def _fill(self, inputs: Inputs, seeds: list[int], positions: list[int]) -> None:
+        """Copies a step to the device, padded to the bucket's rows."""
+        numbers, count = self._host_numbers.numpy(), self._count
+        rows = (inputs.token_ids, inputs.positions, positions, inputs.lengths, seeds)
         for row, values in enumerate(rows):
             numbers[row, :count] = values
-        numbers[:, count:bucket] = np.array([0, 0, dummy * size, 0, 0, 1])[:, None]
-        tables[:bucket] = dummy
-        tables[:count, :width] = inputs.block_tables
-        # The read-back that ends every step has waited for the copies of the step before.
+        numbers[:, count : self._bucket] = np.array([0, 0, 0, 1, 0])[:, None]
         self._numbers.copy_(self._host_numbers, non_blocking=True)
-        self._tables[:bucket].copy_(self._host_tables[:bucket], non_blocking=True)
+        self.move(inputs.block_tables)
 
     def _prepare(self, bucket: int) -> tuple[Callable[[], None], Tensor]:
         """What runs a step of `bucket` rows, and where it leaves its draws."""
@@ -157,11 +180,37 @@ class DecodeGraphs:
         return graph.replay, packed
 
     def _forward(self, bucket: int) -> Tensor:
-        """[2, bucket] int64, see draw_packed; reads the buffers only, and nothing on the host."""
-        token_ids, positions, slots, seeds, draws, lengths = self._numbers[:, :bucket]
-        step = paged.decode_step(self.cache, slots, self._tables[:bucket], lengths)
+        """[2, bucket] int64, see draw_packed; reads the buffers only, and nothing on the host.
+
+        Leaves the buffers as the next step needs them, but for new blocks.
+        """
+        token_ids, positions, draws, lengths, seeds = self._numbers[:, :bucket]
+        tables, size = self._tables[:bucket], self.cache.block_size
+        # A row that is waste may have counted beyond its table.
+        place = (positions // size).clamp(max=self.width - 1)
+        slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
+        step = paged.decode_step(self.cache, slots, tables, lengths.clamp(max=self.width * size))
         with paged.running(step):
             output = self.module(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False
             )
-        return draw_packed(output.logits[0], self.sampling, seeds, draws, self.group)
+        logits = output.logits[0]
+        packed = draw_packed(logits, self.sampling, seeds, draws, self.group)
+        self._numbers[0, :bucket] = packed[0].clamp(0, logits.shape[-1] - 1)
+        self._numbers[1:4, :bucket] += 1
+        return packed
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens and log-probs on their way to the host."""
+
+    host: Tensor  # [2, rows], see draw_packed
+    event: Any  # a torch.cuda.Event, None where the device is the host
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Waits for them; valid until two launches later."""
+        if self.event:
+            self.event.synchronize()
+        token_ids, bits = self.host
+        return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()

@@ -93,6 +93,11 @@ class Scheduler:
         self.preemptions = 0
 
     @property
+    def idle_places(self) -> bool:
+        """Whether a waiting sequence could start, were there memory for it."""
+        return bool(self.waiting and self._rows)
+
+    @property
     def done(self) -> bool:
         return not self.waiting and not self.running
 
@@ -109,6 +114,15 @@ class Scheduler:
                 budget -= self._plan(sequence, budget, decode, prefill)
         self._admit(budget, decode, prefill)
         return Batch(decode=decode, prefill=prefill, copies=self._copies)
+
+    def reserve_ahead(self, sequence: Sequence) -> bool:
+        """A place for the token that is being drawn; False where nobody's block is free."""
+        if len(sequence.tokens) < len(sequence.blocks) * self.block_size:
+            return True
+        if self.pool.free:
+            self._extend(sequence, [self.pool.take()])
+            return True
+        return False
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Notes that `count` further tokens of the sequence are in the cache."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import RolloutConfig
+from gearshift.engine.rollout import engine as rollout_engine
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.launch.bench import ranks
 from gearshift.launch.bench.record import write_json
@@ -70,7 +71,7 @@ class EngineFigures:
     decode_tokens_per_s: float | None  # None: no step was timed
     decode_step_ms: float | None
     decode_steps: int  # timed, out of those without prompt tokens
-    capturing_steps: int  # left out of the decode figures: each captured a graph
+    capturing_rounds: int  # left out of the decode figures: each captured a graph
     outside_forward: float | None  # share of a decode step; None: graphs, whose replays call none
     graphs: bool
     kv_bytes: int
@@ -108,16 +109,16 @@ def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
     """Splits a run into prefill (a run of one token each) and the steps that only decode."""
     first = Workload(prompts=work.prompts, limits=[1] * len(work.limits))
     prefill = measure({"": lambda: engine_run(engine, first)}, 2)[""].wall_s
-    decoding = [step for step in timed_steps(engine, work) if not step.prefill]
-    steps = [step for step in decoding if not step.captured]
-    seconds = sum(step.seconds for step in steps)
-    forward = None if engine._use_graphs else sum(step.forward_s for step in steps)
+    decoding = [played for played in timed_rounds(engine, work) if not played.prefill]
+    rounds = [played for played in decoding if not played.captured]
+    seconds, steps = sum(r.seconds for r in rounds), sum(r.forwards for r in rounds)
+    forward = None if engine._use_graphs else sum(r.forward_s for r in rounds)
     return EngineFigures(
         prefill_tokens_per_s=sum(map(len, work.prompts)) / prefill,
-        decode_tokens_per_s=sum(step.tokens for step in steps) / seconds if steps else None,
-        decode_step_ms=1e3 * seconds / len(steps) if steps else None,
-        decode_steps=len(steps),
-        capturing_steps=len(decoding) - len(steps),
+        decode_tokens_per_s=sum(r.tokens for r in rounds) / seconds if steps else None,
+        decode_step_ms=1e3 * seconds / steps if steps else None,
+        decode_steps=steps,
+        capturing_rounds=len(decoding) - len(rounds),
         outside_forward=1 - forward / seconds if steps and forward is not None else None,
         graphs=engine._use_graphs,
         kv_bytes=engine.kv_bytes,
@@ -127,36 +128,44 @@ def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the engine, from planning its batch to the tokens on the host."""
+class Round:
+    """Forwards of the engine that one plan serves, to the tokens on the host."""
 
     seconds: float
     forward_s: float  # inside the model's forward; 0 with graphs
+    forwards: int
     tokens: int  # drawn
     prefill: bool  # computed prompt tokens, too
     captured: bool
 
 
-def timed_steps(engine: RolloutEngine, work: Workload) -> list[Step]:
-    """A run, step by step. With graphs the forward has no hooks: they would wait in a capture."""
-    steps: list[Step] = []
-    batches: list[tuple[int, bool]] = []
+def timed_rounds(engine: RolloutEngine, work: Workload) -> list[Round]:
+    """A run, round by round. With graphs the forward has no hooks: they would wait in a capture."""
+    rounds: list[Round] = []
+    drawn: list[int] = []
+    plans: list[bool] = []
     inside: list[float] = []
-    step, draw = engine._step, engine._draw
+    play, append, pack = engine._round, engine._append, rollout_engine.pack
 
-    def drawn(batch, drawing, *rest):
-        batches.append((len(drawing), bool(batch.prefill)))
-        return draw(batch, drawing, *rest)
+    def counted(tokens, *rest):
+        tokens = list(tokens)
+        drawn.append(len(tokens))
+        return append(tokens, *rest)
+
+    def planned(batch, *rest):
+        plans.append(bool(batch.prefill))
+        return pack(batch, *rest)
 
     def timed(*args):
         inside.clear()
+        drawn.clear()
         capturing, start = engine.capture_seconds, _now()
-        ended = step(*args)
+        ended = list(play(*args))
         seconds = _now() - start
-        tokens, prefill = batches[-1]
         captured = engine.capture_seconds != capturing
-        values = dict(tokens=tokens, prefill=prefill, captured=captured)
-        steps.append(Step(seconds=seconds, forward_s=sum(inside), **values))
+        values = dict(prefill=plans[-1], captured=captured, forwards=len(drawn))
+        made = Round(seconds=seconds, forward_s=sum(inside), tokens=sum(drawn), **values)
+        rounds.append(made)
         return ended
 
     with ExitStack() as stack:
@@ -165,10 +174,11 @@ def timed_steps(engine: RolloutEngine, work: Workload) -> list[Step]:
             after = engine.module.register_forward_hook(lambda *_: inside.append(_now()))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        stack.enter_context(mock.patch.object(engine, "_step", timed))
-        stack.enter_context(mock.patch.object(engine, "_draw", drawn))
+        stack.enter_context(mock.patch.object(engine, "_round", timed))
+        stack.enter_context(mock.patch.object(engine, "_append", counted))
+        stack.enter_context(mock.patch.object(rollout_engine, "pack", planned))
         engine_run(engine, work)
-    return steps
+    return rounds
 
 
 def _now() -> float:
@@ -213,8 +223,8 @@ def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> 
 
 def decode_text(figures: EngineFigures) -> str:
     """The decode figures in words; names what was not measured."""
-    left_out = figures.capturing_steps
-    note = f" ({left_out} steps that captured a graph left out)" if left_out else ""
+    left_out = figures.capturing_rounds
+    note = f" ({left_out} rounds that captured a graph left out)" if left_out else ""
     if figures.decode_steps == 0:
         return f"decode not measured{note}"
     outside = "share outside the forward not measured with graphs"

@@ -2,8 +2,8 @@
 
 Actor, critic, reference and reward of one shape, with random weights, through the real main job and
 its recipe; only files, batch, lengths and the critic's warm-up are changed. Writes memory and
-seconds by phase, planned and measured. Needs disk for two bf16 checkpoints of the shape: 30 GB for
-7B. A run that --limit-s cuts short is reported as far as it came, with exit status 1.
+seconds by phase, planned and measured. Needs disk for a bf16 checkpoint of the shape: 15 GB for 7B.
+A run that --limit-s cuts short is reported as far as it came, with exit status 1.
 """
 
 import argparse
@@ -27,29 +27,47 @@ from gearshift.launch.bench.table import plain_lines
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "7b_1xh200.yaml"
 WORDS = 4000  # of the tokenizer; the embedding has all rows of the shape
+INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 2e9
 
 
-def write_model(folder: Path, config: Any, auto: Any, device: torch.device) -> None:
-    """A Hugging Face directory of random bf16 weights, written shard by shard."""
+def write_model(
+    folder: Path, config: Any, auto: Any, device: torch.device, trunk: Path | None = None
+) -> None:
+    """A Hugging Face directory of random bf16 weights, written shard by shard.
+
+    trunk: another one's directory, from which the weights of the same names are taken, as links.
+    """
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
         module = auto.from_config(config)
     index: dict[str, str] = {}
-    for number, shard in enumerate(_shards(module, device)):
+    if trunk:
+        theirs = json.loads((trunk / INDEX).read_text())["weight_map"]
+        own = dict(module.named_parameters())
+        index = {name: f"trunk-{file}" for name, file in theirs.items() if name in own}
+        for file in set(index.values()):
+            (folder / file).symlink_to(trunk / file.removeprefix("trunk-"))
+    for number, shard in enumerate(_shards(module, device, set(index))):
         name = f"model-{number:05d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, name)
-    text = json.dumps({"metadata": {}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def _shards(module: torch.nn.Module, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """Vectors are ones (norms) or zeros (biases), matrices normal as transformers starts them."""
+def _shards(
+    module: torch.nn.Module, device: torch.device, there: set[str]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Vectors are ones (norms) or zeros (biases), matrices normal as transformers starts them.
+
+    there: names to leave out.
+    """
     draw = torch.Generator(device).manual_seed(0)
     shard: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
+        if name in there:
+            continue
         if parameter.dim() == 1:
             value = torch.full(parameter.shape, float("norm" in name), device=device)
         else:
@@ -71,17 +89,21 @@ def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.d
 
     write_model(folder / "policy", config, AutoModelForCausalLM, device)
     config.num_labels = 1
-    write_model(folder / "reward", config, AutoModelForSequenceClassification, device)
-    for name in ("policy", "reward"):
-        write_tokenizer(folder / name, WORDS)
+    scorer, trunk = AutoModelForSequenceClassification, folder / "policy"
+    write_model(folder / "reward", config, scorer, device, trunk)
+    # By itself: beside a model, its type decides how a tokenizer's file is read.
+    write_tokenizer(folder / "tokenizer", WORDS)
     write_prompts(folder / "prompts.jsonl", random_prompts(rows, prompt, WORDS))
     changes = {
         "run.dir": folder / "run",
         "run.export": "false",
         "run.save_last": "false",
         "actor.path": folder / "policy",
+        "actor.tokenizer": folder / "tokenizer",
         "critic.path": folder / "policy",
+        "critic.tokenizer": folder / "tokenizer",
         "rewards.0.path": folder / "reward",
+        "rewards.0.tokenizer": folder / "tokenizer",
         "data.sources.0.path": folder / "prompts.jsonl",
         "data.max_prompt_tokens": prompt,
         "ppo.critic_warmup_steps": 0,  # the first step is to have every phase
@@ -106,6 +128,17 @@ def train(
     if not steps:
         raise RuntimeError(f"no step was finished, the run had {limit_s:.0f} s; raise --limit-s")
     return steps, timed_out
+
+
+def check_work(steps: list[dict[str, float]], rows: int, prompt: int) -> None:
+    """Raises RuntimeError where prompts were not as long as asked, or a role did not train."""
+    for step in steps:
+        read = (step["tokens"] - step["generated_tokens"]) / rows
+        if read != prompt:
+            raise RuntimeError(f"prompts had {read:g} tokens, not {prompt}")
+        missing = {"timing_s/update_actor", "timing_s/update_critic"} - set(step)
+        if missing:
+            raise RuntimeError(f"not measured: {', '.join(sorted(missing))}")
 
 
 def finished(metrics: Path) -> list[dict[str, float]]:
@@ -153,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         words += [word for key, value in lengths.items() for word in (f"--{key}", str(value))]
         left = args.limit_s - (time.monotonic() - started)
         steps, timed_out = train(folder, [*words, *args.overrides], left)
+    check_work(steps, args.rows, args.prompt)
     show(steps)
     work = {
         "shape": args.shape,

@@ -54,7 +54,9 @@ folder.mkdir()
 time.sleep({rest})
 sys.exit({status})
 """
-LINE = '{"step": 1, "timing_s/step": 2.5, "memory_gb/generate": 7.0}\n'
+FIGURES = {"step": 1, "timing_s/step": 2.5, "memory_gb/generate": 7.0, "generated_tokens": 9.0}
+FIGURES |= {"tokens": 64 * 256 + 9.0, "timing_s/update_actor": 1.0, "timing_s/update_critic": 1.0}
+LINE = json.dumps(FIGURES) + "\n"
 
 
 @pytest.fixture
@@ -90,6 +92,19 @@ def test_a_run_that_ends_in_time_is_not_marked(stub, tmp_path):
 def test_a_run_cut_short_before_its_first_step_has_no_figures(stub, tmp_path):
     with pytest.raises(RuntimeError, match="no step was finished"):
         stub("", rest=60)
+    assert not (tmp_path / "ppo.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"tokens": 64 + 9.0}, "prompts had 1 tokens, not 256"), ({"tokens": None}, "update_actor")],
+)
+def test_other_work_than_was_asked_for_is_no_result(stub, tmp_path, changes, told):
+    figures = FIGURES | changes
+    if changes["tokens"] is None:
+        figures = {k: v for k, v in FIGURES.items() if k != "timing_s/update_actor"}
+    with pytest.raises(RuntimeError, match=told):
+        stub(json.dumps(figures) + "\n")
     assert not (tmp_path / "ppo.json").exists()
 
 

@@ -64,7 +64,7 @@ def test_padding_rows_touch_the_dummy_block_alone():
     engine.generate(PROMPTS[:3], SAMPLING, SEEDS[:3])
     cache = engine._cache
     graphs = DecodeGraphs(model, cache, SAMPLING, None, rows=3, width=2)
-    graphs._numbers[:, :4] = torch.tensor([5, 0, cache.dummy_block * 4, 0, 0, 1])[:, None]
+    graphs._numbers[:, :4] = torch.tensor([5, 0, 0, 1, 0])[:, None]
     graphs._tables.fill_(cache.dummy_block)
     before = {layer: kept.key.clone() for layer, kept in cache.layers.items()}
     with torch.no_grad(), paged.attending(model):

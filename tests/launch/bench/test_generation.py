@@ -77,35 +77,37 @@ def work_of(limits=LIMITS, prompt=5):
 def test_decode_steps_are_counted_with_and_without_graphs(engine):
     graphs = engine._use_graphs
     first, then = (bench.measure_engine(engine, work_of()) for _ in range(2))
-    assert first.capturing_steps == (len(engine._graphs._replays) if graphs else 0)
-    assert first.decode_steps + first.capturing_steps == 8
-    assert (then.decode_steps, then.capturing_steps, then.graphs) == (8, 0, graphs)
+    assert first.capturing_rounds == (len(engine._graphs._replays) if graphs else 0)
+    assert first.decode_steps + first.capturing_rounds <= 8  # those have several steps each
+    assert (then.decode_steps, then.capturing_rounds, then.graphs) == (8, 0, graphs)
     tokens = sum(LIMITS) - len(LIMITS)  # each response's first token comes from its prompt
     assert then.decode_tokens_per_s * then.decode_step_ms / 1e3 == pytest.approx(tokens / 8)
     if graphs:
         assert then.outside_forward is None and first.capture_s > 0
         assert "not measured with graphs" in bench.decode_text(then)
-        assert f"({first.capturing_steps} steps that captured" in bench.decode_text(first)
+        assert f"({first.capturing_rounds} rounds that captured" in bench.decode_text(first)
     else:
         assert 0 < then.outside_forward < 1
         assert bench.decode_text(then).endswith("of it outside the forward")
-    assert not engine.module._forward_hooks and "_step" not in vars(engine)
+    assert not engine.module._forward_hooks and "_round" not in vars(engine)
 
 
 def test_steps_with_prompt_tokens_are_no_decode_steps(engine):
     engine._batch_tokens = 8  # of 30 prompt tokens: four chunks
-    steps = bench.timed_steps(engine, work_of(prompt=6, limits=[9, 8, 9, 8, 9]))
-    assert [step.prefill for step in steps[:4]] == [True] * 4
-    assert sum(step.tokens for step in steps) == 43 and not any(s.prefill for s in steps[4:])
+    rounds = bench.timed_rounds(engine, work_of(prompt=6, limits=[9, 8, 9, 8, 9]))
+    assert [played.prefill for played in rounds[:4]] == [True] * 4
+    assert sum(played.tokens for played in rounds) == 43
+    assert not any(played.prefill for played in rounds[4:])
 
 
 def test_a_step_is_timed_whole_and_never_inside_a_graph(engine, monkeypatch):
     clock, replaying = [0.0], []
-    draw, drawn = DecodeGraphs.draw, engine._draw
+    launch, forward = DecodeGraphs.launch, engine._forward
 
     def replay(*args):
+        clock[0] += 2
         replaying.append(True)
-        found = draw(*args)
+        found = launch(*args)
         replaying.pop()
         return found
 
@@ -113,15 +115,15 @@ def test_a_step_is_timed_whole_and_never_inside_a_graph(engine, monkeypatch):
         assert not replaying
         return clock[0]
 
-    def slow(batch, *rest):
-        clock[0] += 100 if batch.prefill else 2
-        return drawn(batch, *rest)
+    def slow(inputs):
+        clock[0] += 100 if inputs.spans else 2
+        return forward(inputs)
 
-    monkeypatch.setattr(DecodeGraphs, "draw", replay)
-    monkeypatch.setattr(engine, "_draw", slow)
+    monkeypatch.setattr(DecodeGraphs, "launch", replay)
+    monkeypatch.setattr(engine, "_forward", slow)
     monkeypatch.setattr(bench, "_now", now)
-    figures = bench.measure_engine(engine, work_of())
-    assert figures.decode_step_ms == 2000
+    bench.measure_engine(engine, work_of())  # captures the graphs
+    assert bench.measure_engine(engine, work_of()).decode_step_ms == 2000
 
 
 def test_without_a_decode_step_nothing_is_told_of_decoding(engine):

@@ -1,0 +1,331 @@
+"""Times forward and backward of one role: tokens per second, share of the device's rate, launches.
+
+The model of a published shape has random weights and trains by the given DeepSpeed JSON, as in the
+main job. Rows are ragged; a micro-batch holds --tokens of them. Peers, in the same run, one after
+the other: our own padded way, and plain transformers under DeepSpeed, whose script pads a batch,
+takes log-softmax of all logits and calls backward.
+
+  gearshift bench train --shape qwen2.5-7b --layers 8 --tokens 8192 --peers
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gearshift.engine import microbatch
+from gearshift.engine.batch import Experience
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config import deepspeed as ds_config
+from gearshift.engine.config.schema import Config, CriticConfig, PPOConfig, TrainedConfig
+from gearshift.engine.models.load import PreTrainedModel, auto_class, prepare
+from gearshift.engine.models.shapes import published, shape_of
+from gearshift.engine.objective import token_weights
+from gearshift.engine.plan.hardware import GPUS
+from gearshift.engine.plan.start import known_gpu
+from gearshift.engine.roles import Actor, Critic, train_budget
+from gearshift.launch.bench import ranks
+from gearshift.launch.bench.job import check_counts
+from gearshift.launch.bench.record import machine, write_json
+from gearshift.launch.bench.table import show
+
+SIDES: dict[str, dict[str, Any]] = {
+    "gearshift": {},
+    "gearshift, no liger": {"liger": "never"},
+    "gearshift, padded": {"liger": "never", "attn": "sdpa"},
+    "transformers": {"liger": "never", "attn": "sdpa", "plain": True},
+}
+WARM_UP = 3  # passes over all micro-batches: kernels compile, the allocator grows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of one pass over the rows, as a median; seconds are wall time.
+
+    useful_tflops: 6 FLOPs per weight and live token, and causal attention (Kaplan et al. 2020);
+    what padding costs does not count.
+    """
+
+    micro_batches: int
+    live_tokens: int
+    seconds: float
+    tokens_per_s: float
+    useful_tflops: float
+    mfu: float | None
+    launches: int | None  # kernels and copies, a micro-batch
+    device_busy: float | None  # share of a profiled pass in which a kernel ran
+    peak_gb: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", default="qwen2.5-0.5b", help="a published architecture")
+    parser.add_argument("--layers", type=int, default=0, help="of them; 0: all")
+    parser.add_argument("--vocab", type=int, default=0, help="its vocabulary; 0: the shape's")
+    parser.add_argument("--role", choices=("actor", "critic"), default="actor")
+    parser.add_argument("--rows", type=int, default=32, help="responses in all")
+    parser.add_argument("--prompt", type=int, default=256, help="longest prompt, in tokens")
+    parser.add_argument("--response", type=int, default=512, help="longest response, in tokens")
+    parser.add_argument("--full", action="store_true", help="every row has the longest lengths")
+    parser.add_argument("--tokens", type=int, default=8192, help="ppo.micro_batch_tokens")
+    parser.add_argument("--deepspeed", default="trained_zero1_bf16_split.json", help="JSON")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peers", action="store_true", help="also the padded ways")
+    parser.add_argument("--side", choices=SIDES, default="gearshift", help="the one to measure")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the table. Raises ConfigError for counts that are none."""
+    check_counts(args, "rows", "prompt", "response", "tokens", "repeats")
+    names = list(SIDES) if args.peers else [args.side]
+    if len(names) == 1:
+        device = distributed.start()
+        rows = make_rows(args, _shape(args).vocab_size, device)
+        found = {args.side: asdict(measure(args, rows, device, **SIDES[args.side]))}
+        distributed.stop()
+    else:
+        found = {name: apart(args, name) for name in names}
+    report(args, found)
+    return 0
+
+
+def apart(args: argparse.Namespace, side: str) -> dict[str, Any]:
+    """Figures of one side from a process of its own: liger-kernel changes classes for good, and
+    DeepSpeed keeps memory. Raises RuntimeError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "side.json"
+        own = argparse.Namespace(**vars(args) | {"peers": False, "side": side, "json": str(file)})
+        status = ranks.start("gearshift.launch.bench.train", own, launcher=())
+        if status:
+            raise RuntimeError(f"{side}: ended with status {status}")
+        return json.loads(file.read_text())["sides"][side]
+
+
+def make_rows(args: argparse.Namespace, vocabulary: int, device: torch.device) -> Experience:
+    """Random tokens. Lengths are drawn evenly from a quarter of the longest to the longest."""
+    draw = torch.Generator().manual_seed(0)
+    prompts, responses = (
+        torch.full((args.rows,), most)
+        if args.full
+        else torch.randint(max(1, most // 4), most + 1, (args.rows,), generator=draw)
+        for most in (args.prompt, args.response)
+    )
+    mask = torch.arange(args.response) < responses[:, None]
+    ids = torch.randint(3, vocabulary, (args.rows, args.prompt + args.response), generator=draw)
+    values = torch.where(mask, torch.randn(mask.shape, generator=draw), 0.0)
+    rows = Experience(
+        prompt_ids=ids[:, : args.prompt],
+        prompt_mask=torch.arange(args.prompt).flip(0) < prompts[:, None],
+        row_ids=torch.arange(args.rows),
+        columns={},
+        response_ids=ids[:, args.prompt :],
+        response_mask=mask,
+        rollout_logprobs=-values.abs(),
+        finished=torch.ones(args.rows, dtype=torch.bool),
+        logprobs=-values.abs(),
+        ref_logprobs=-values.abs(),
+        values=values,
+        advantages=values,
+        returns=values,
+        scores=torch.zeros(args.rows),
+    )
+    return rows.to(device)
+
+
+def measure(
+    args: argparse.Namespace,
+    rows: Experience,
+    device: torch.device,
+    *,
+    attn: str = "auto",
+    liger: str = "auto",
+    plain: bool = False,
+) -> Figures:
+    """One side, from building the model on."""
+    role = build(args, device, attn, liger)
+    budget = train_budget(role.ppo, [role])
+    micros = microbatch.micro_batches(rows, budget)
+    loss = plain_loss if plain else role_loss
+
+    def once() -> None:
+        for i, micro in enumerate(micros):
+            weights = token_weights(
+                micro.response_mask, "token_mean", args.rows, rows.response_mask.sum()
+            )
+            role.backward(loss(role, micro, weights), last=i == len(micros) - 1)
+        role.engine.optimizer.zero_grad()
+
+    for _ in range(WARM_UP):
+        once()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = sorted(timed(once, device) for _ in range(args.repeats))[args.repeats // 2]
+    on_gpu = device.type == "cuda"
+    launches, busy = profiled(once, device) if on_gpu else (None, None)
+    live = int(rows.attention_mask.sum())
+    useful = useful_flops(args, rows) / seconds
+    name = known_gpu(torch.cuda.get_device_name(device), _memory(device)) if on_gpu else None
+    return Figures(
+        micro_batches=len(micros),
+        live_tokens=live,
+        seconds=seconds,
+        tokens_per_s=live / seconds,
+        useful_tflops=useful / 1e12,
+        mfu=useful / GPUS[name].flops if name else None,
+        launches=launches // len(micros) if launches is not None else None,
+        device_busy=busy,
+        peak_gb=torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
+    )
+
+
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def build(args: argparse.Namespace, device: torch.device, attn: str, liger: str) -> Any:
+    """An Actor or Critic as the main job makes it, of random weights."""
+    kind, config = "policy" if args.role == "actor" else "critic", _shape(args)
+    settings = ds_config.load(args.deepspeed)
+    dtype = torch.bfloat16 if settings.get("bf16", {}).get("enabled") else torch.float32
+    common: dict[str, Any] = {"attn": attn, "liger": liger, "deepspeed": args.deepspeed}
+    common |= {"gradient_checkpointing": args.recompute, "sleep": "never"}
+    own = TrainedConfig(**common) if kind == "policy" else CriticConfig(**common)
+    split = settings.get("bf16", {}).get("bf16_master_weights_and_grads")
+    own = replace(own, optimizer=replace(own.optimizer, name="split_adamw" if split else "adamw"))
+    torch.manual_seed(0)
+    config.num_labels = 1
+    with device:
+        module: PreTrainedModel = auto_class(kind, config).from_config(config, dtype=dtype)
+    module = prepare(module, own, kind)
+    ppo = PPOConfig(micro_batch_tokens=args.tokens, prompts_per_step=64)
+    run = Config(actor=own, ppo=ppo) if kind == "policy" else Config(critic=own, ppo=ppo)
+    if kind == "critic":
+        return Critic(module, run, settings, 1)
+    tokenizer = SimpleNamespace(eos_token_id=2, chat_template=None)
+    return Actor(module, tokenizer, run, settings, 1)
+
+
+def _shape(args: argparse.Namespace) -> Any:
+    config = published(args.shape)
+    config.vocab_size = args.vocab or config.vocab_size
+    if args.layers:
+        config.num_hidden_layers = args.layers
+        types = getattr(config, "layer_types", None)
+        config.layer_types = types and types[: args.layers]
+    return config
+
+
+def role_loss(role: Any, micro: Experience, weights: Tensor) -> Tensor:
+    """As the trainer computes it."""
+    return role.loss(micro, weights)[0]
+
+
+def plain_loss(role: Any, micro: Experience, weights: Tensor) -> Tensor:
+    """As a script would: padded rows, logits of every token, autograd."""
+    live = micro.response_mask
+    mask = micro.attention_mask
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    lm = role.engine.module.lm if hasattr(role.engine.module, "lm") else role.engine.module.model
+    role.engine.train()
+    logits = lm(micro.input_ids, attention_mask=mask, position_ids=positions).logits
+    before = logits[:, micro.prompt_ids.shape[1] - 1 : -1]
+    if logits.shape[-1] == 1:
+        return (weights * (before[..., 0].float() - micro.returns) ** 2)[live].sum() / 2
+    table = before.float().log_softmax(-1)
+    logprobs = table.gather(2, micro.response_ids[..., None])[..., 0]
+    ratio = (logprobs - micro.logprobs).exp()
+    clipped = ratio.clamp(1 - role.ppo.clip_low, 1 + role.ppo.clip_high)
+    gain = torch.minimum(ratio * micro.advantages, clipped * micro.advantages)
+    return -(weights * gain)[live].sum()
+
+
+def timed(call: Callable[[], None], device: torch.device) -> float:
+    """Seconds until the device is done."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def profiled(call: Callable[[], None], device: torch.device) -> tuple[int, float]:
+    """(kernels and copies on the device, share of the time from first to last in which one ran)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        _wait(device)
+    return busy_share(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+
+
+def busy_share(spans: Iterator[tuple[float, float]]) -> tuple[int, float]:
+    """(spans, share of the time from first to last that any covers)."""
+    ordered = sorted(spans)
+    if not ordered:
+        return 0, 0.0
+    covered, reached = 0.0, ordered[0][0]
+    for start, end in ordered:
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return len(ordered), covered / (reached - ordered[0][0])
+
+
+def useful_flops(args: argparse.Namespace, rows: Experience) -> float:
+    """Multiplications and additions of forward and backward over live tokens; see Figures."""
+    shape = shape_of(_shape(args), "policy" if args.role == "actor" else "critic")
+    lengths = rows.attention_mask.sum(1).double()
+    attention = 2 * shape.heads * shape.head_dim * shape.layers * float(lengths.square().sum())
+    head = 2.0 * shape.head * int(rows.response_mask.sum())
+    return 3 * (2.0 * shape.body * float(lengths.sum()) + attention + head)
+
+
+def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
+    """The table, and the JSON file where one was asked for."""
+    columns = ["", "micro-batches", "s", "tokens/s", "TFLOP/s", "MFU", "launches", "busy", "GB"]
+    lines = [
+        [
+            name,
+            str(f["micro_batches"]),
+            f"{f['seconds']:.3f}",
+            f"{f['tokens_per_s']:.0f}",
+            f"{f['useful_tflops']:.3g}",
+            _cell(f["mfu"], "{:.1%}"),
+            _cell(f["launches"], "{}"),
+            _cell(f["device_busy"], "{:.0%}"),
+            _cell(f["peak_gb"], "{:.1f}"),
+        ]
+        for name, f in found.items()
+    ]
+    live = next(iter(found.values()))["live_tokens"]
+    work = f"{args.role} of {args.shape}, {args.layers or 'all'} layers, {args.rows} rows, "
+    title = f"{work}{live} live tokens, forward and backward"
+    show(title, columns, lines, [f"{args.deepspeed}, micro_batch_tokens {args.tokens}"], left=1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    write_json(args.json, {"machine": machine(device), "arguments": vars(args), "sides": found})
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser()
+    add_arguments(own)
+    sys.exit(main(own.parse_args()))
