@@ -6,7 +6,9 @@ partitioned before the next one is read. No rank ever holds a whole model.
 """
 
 import logging
+import re
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GenericForTokenClassification
 
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.files import LM_HEADS, CheckpointFiles
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.streaming.store import Store, partitioning, place, room_of
 from gearshift.engine.zero import layout
@@ -42,14 +46,18 @@ AUTO_CLASSES = {
     "critic": AutoModelForTokenClassification,
     "reward": AutoModelForSequenceClassification,
 }
+# What transformers dequantises without a GPU and a package of its own.
+DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def auto_class(role: str, hf_config: Any) -> Any:
     """The class that builds a role's module: AUTO_CLASSES, but for critics of families such as
-    Gemma 3 and OLMo 2, which only classify sequences. Their `score` is the same head."""
+    Gemma 3, which only classify sequences, and GPT-2, whose head for tokens is no linear `score`.
+    The `score` of their sequence classifiers is the same head."""
     family = type(hf_config)
-    by_token = family in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING or "AutoModelForToken" in str(
-        getattr(hf_config, "auto_map", None)
+    own = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(family, object)
+    by_token = "AutoModelForToken" in str(getattr(hf_config, "auto_map", None)) or issubclass(
+        own, GenericForTokenClassification
     )
     if role == "critic" and not by_token and family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return AUTO_CLASSES["reward"]
@@ -71,7 +79,10 @@ def location(config: ModelConfig) -> str:
 
 
 def load_config(config: ModelConfig, role: str) -> Any:
-    """The model's configuration; one label for critic and reward, dropout 0, no KV cache."""
+    """The configuration of the model, or of the text model in one that also sees or hears.
+
+    One label for critic and reward, dropout 0, no KV cache. ConfigError for quantised weights.
+    """
     labels = {} if role == "policy" else {"num_labels": 1}
     where = location(config)
     try:
@@ -84,6 +95,12 @@ def load_config(config: ModelConfig, role: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError("path", reason, value=repr(config.path)) from None
+    _refuse_quantised(config, getattr(loaded, "quantization_config", None))
+    text = loaded.get_text_config()
+    if text is not loaded and not loaded.is_encoder_decoder:
+        loaded = text
+        if labels:
+            loaded.num_labels = 1
     for name, value in vars(loaded).items():
         if "drop" in name and isinstance(value, float):
             setattr(loaded, name, 0.0)
@@ -130,7 +147,8 @@ def load_model(
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
-    Raises ConfigError when tensors are missing or have other shapes than the configuration says.
+    Raises ConfigError when tensors are missing, left over or of other shapes than the configuration
+    says; warns of another head that is left out.
     """
     hf_config = load_config(config, role)
     dtype = dtype_of(ds_config)
@@ -143,12 +161,17 @@ def load_model(
         fresh = ("score.bias",)  # reward models have no bias
     names = files.match(module, fresh)
     if names is None:
-        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
+        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh, files)
         if store:
             for parameter in module.parameters():
                 store.take(parameter)
     else:
+        used = {source for source in names.values() if source is not None}
+        _tell(config, role, files.left_out(module, used))
         _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
+    module.name_or_path = str(files.directory)
+    if role == "policy":
+        module.generation_config = _generation_config(config, files.directory, module)
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -205,6 +228,57 @@ def place_buffers(engine: Any) -> None:
 
 def dtype_of(ds_config: dict) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def _refuse_quantised(config: ModelConfig, quantised: dict[str, Any] | None) -> None:
+    """Its numbers are none without their scales, and training would round every update away."""
+    if not quantised:
+        return
+    method = str(quantised.get("quant_method"))
+    fix = "give the checkpoint that it was made from"
+    if name := DEQUANTISERS.get(method):
+        fix = (
+            f'write it dequantised and copy its tokenizer: python -c "import transformers as t; '
+            f"t.AutoModelForCausalLM.from_pretrained('{config.path}', dtype='auto', "
+            f"quantization_config=t.{name}(dequantize=True)).save_pretrained('OUT')\""
+        )
+    problem = f"its weights are quantised (quantization_config.quant_method={method})"
+    raise ConfigError("path", problem, fix, value=repr(config.path))
+
+
+def _tell(config: ModelConfig, role: str, names: list[str]) -> None:
+    """Warns of stored tensors that are left out; a critic of a language model has no use for its
+    head."""
+    names = [name for name in names if role == "policy" or not name.startswith(LM_HEADS)]
+    if names:
+        parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))[:3]
+        _say(f"{config.path}: {len(names)} of its tensors are left out ({', '.join(parts)})")
+
+
+@lru_cache  # actor and reference read the same
+def _say(text: str) -> None:
+    logger.warning(text)
+
+
+def _generation_config(config: ModelConfig, directory: Path, module: nn.Module) -> GenerationConfig:
+    """transformers' defaults with the end ids of generation_config.json; sampling is the run's."""
+    made = GenerationConfig.from_model_config(module.config)
+    if not (directory / "generation_config.json").exists():
+        return made
+    try:
+        stored = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        reason = f"generation_config.json: {str(error).splitlines()[0]}"
+        raise ConfigError("path", reason, value=repr(config.path)) from None
+    made.eos_token_id = stored.eos_token_id
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    told = [f"{name}={value}" for name, value in stored.to_diff_dict().items() if name in names]
+    if told:
+        _say(
+            f"{config.path}: generation_config.json asks for {', '.join(told)}; this run samples "
+            "as its own settings say"
+        )
+    return made
 
 
 def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -265,6 +339,14 @@ def _read(
     if source is None:
         return torch.zeros(parameter.shape)
     value = files.read(source)
+    if not value.is_floating_point() or value.itemsize < 2:
+        problem = f"{source} is stored as {str(value.dtype).removeprefix('torch.')}"
+        fix = "give a checkpoint in bf16, fp16 or fp32"
+        raise ConfigError("path", problem, fix, value=repr(files.location))
+    if value.shape != parameter.shape and name.startswith("score."):
+        problem = f"its score head has {len(value)} labels ({source})"
+        fix = "a reward model has one; train it with num_labels=1"
+        raise ConfigError("path", problem, fix, value=repr(files.location))
     if value.shape != parameter.shape:
         raise ConfigError(
             "path",
@@ -304,15 +386,13 @@ def _load_with_transformers(
     ds_config: dict,
     dtype: torch.dtype,
     fresh: tuple[str, ...],
+    files: CheckpointFiles,
 ) -> PreTrainedModel:
     """For checkpoints whose tensors must be renamed or fused: transformers' own loader."""
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    logger.warning(
-        "%s: its tensors are renamed by transformers, so its loader reads them (whole on rank 0)",
-        config.path,
-    )
+    head = files.head or "score"
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers holds it weakly
     module, info = auto_class(role, hf_config).from_pretrained(
@@ -323,6 +403,7 @@ def _load_with_transformers(
         trust_remote_code=config.trust_remote_code,
         attn_implementation=attention_implementation(config.attn, hf_config, dtype),
         output_loading_info=True,
+        **({} if head == "score" else {"key_mapping": {rf"^{re.escape(head)}\.": "score."}}),
     )
     del keep
     unset_hf_deepspeed_config()
@@ -331,8 +412,16 @@ def _load_with_transformers(
         if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
             layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
+    if missing == ["score.weight"]:
+        problem = "it has no score head: it is no reward model"
+        raise ConfigError("path", problem, value=repr(config.path))
     if missing or info["mismatched_keys"]:
         first = (missing + [str(k) for k in info["mismatched_keys"]])[:3]
         problem = f"missing or misshapen tensors: {first}"
         raise ConfigError("path", problem, value=repr(config.path))
+    _tell(config, role, files.left_out(module, files.names - set(info["unexpected_keys"])))
+    logger.warning(
+        "%s: its tensors are renamed by transformers, so its loader read them (whole on rank 0)",
+        config.path,
+    )
     return module
