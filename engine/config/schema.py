@@ -7,7 +7,7 @@ The text of a knob is its help and its line in docs/config.md. Bounds that conce
 from typing import Literal
 
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.keys import Flag, Number, Part, Parts, Whole, knob, section
+from gearshift.engine.config.keys import Flag, Number, Options, Part, Parts, Whole, knob, section
 
 
 @section
@@ -120,6 +120,12 @@ class DataConfig:
     )
     chat_template: Literal["auto", "always", "never"] = knob(
         "auto", "auto: templates messages only; always: wraps a string as one user message"
+    )
+    chat_template_kwargs: Options = knob(
+        {}, "further variables of the template, as enable_thinking"
+    )
+    bad_rows: Literal["refuse", "drop"] = knob(
+        "refuse", "rows that are no prompt, or that the chat template refuses; drop is said"
     )
     system_prompt: str | None = knob(None, "put before every chat that has no system message")
     shuffle: Flag = knob(True, "a new order every epoch, from the run's seed")
@@ -303,6 +309,7 @@ RESUME_MAY_CHANGE = (
     "*.gradient_checkpointing",
     "*.sleep",
     "*.batch_size",
+    "data.bad_rows",
     "rewards.*.timeout_s",
     "rewards.*.retries",
     "rewards.*.urls",
