@@ -117,7 +117,14 @@ def render_for_reward(
         if same and (chat_template or not is_chat):
             rendered.append(rows.prompt_ids[i] + rows.response_ids[i])
         elif is_chat and templated:
-            rendered.append(_render_chat(rows, i, reward_tokenizer))
+            try:
+                rendered.append(_render_chat(rows, i, reward_tokenizer))
+            except Exception as error:  # a template may raise anything
+                what = (
+                    f"the reward model's chat template refuses it: {' '.join(str(error).split())}"
+                )
+                fix = "set its chat_template to false, or mend the row"
+                raise RewardError(f"{what}; {fix}; {rows.row(i)}") from None
         else:
             rendered.append(_render_plain(rows, i, reward_tokenizer))
     return rendered
