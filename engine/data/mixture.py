@@ -26,7 +26,8 @@ class Walk:
         self.source, self.index, self.seed, self.shuffle = source, index, seed, shuffle
         self.rows = read_rows(source)
         self.numbers = np.arange(len(self.rows))  # of the rows that take part
-        self.seek(0, 0)
+        self.epoch, self.offset, self.drawn = 0, 0, ""
+        self._order = self._permutation()
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -52,7 +52,7 @@ class PromptEncoder:
     def read(self, row: Row, key: str) -> PromptText:
         """Raises ConfigError for a row without a prompt, and where the chat template refuses it."""
         source = "messages" if key not in row and "messages" in row else key
-        prompt = row.get(source)
+        prompt: Any = row.get(source)
         if source != "prompt" and _is_chat(prompt) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
         as_read: Any = prompt

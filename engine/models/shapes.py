@@ -114,23 +114,6 @@ class Shape:
         return kv_bytes_per_token(self.layers, (self.kv_heads, self.head_dim), tp, size)
 
 
-# Their first positions belong to padding: transformers counts from padding_idx + 1.
-_COUNTED_FROM_PADDING = {
-    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-}  # fmt: skip
-
-
-def positions(hf_config: Any) -> int | None:
-    """Tokens of the longest text that a model can read; None where nothing bounds them."""
-    text = hf_config.get_text_config()
-    count = getattr(text, "max_position_embeddings", None)
-    if count is None or count < 1:  # XLNet says -1
-        return None
-    offset = text.pad_token_id + 1 if text.model_type in _COUNTED_FROM_PADDING else 0
-    return count - offset
-
-
 def kv_shape(text: Any) -> tuple[int, int]:
     """(key-value heads, elements of one) of a text configuration of transformers."""
     heads = text.num_attention_heads
