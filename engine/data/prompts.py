@@ -86,7 +86,7 @@ class PromptEncoder:
         system, tools = self.config.system_prompt, row.get("tools")
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        given = {"conversation": messages, **self.config.chat_template_kwargs}
+        given = {**self.config.chat_template_kwargs, "conversation": messages}
         if isinstance(tools, str):  # as many datasets keep what has no common schema
             try:
                 tools = json.loads(tools)

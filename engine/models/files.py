@@ -77,7 +77,7 @@ class CheckpointFiles:
             candidates = [head + field] if field != name else [name, bare, prefix + name]
             candidates += [NESTED + name, f"model.{NESTED}{bare}"]
             source = next((key for key in candidates if key in self._shards), None)
-            if name in fresh and (source is None or name == "score.weight"):
+            if name in fresh and (source is None or "score.weight" in fresh):
                 found[name] = None
             elif source is not None:
                 found[name] = source
@@ -97,7 +97,7 @@ class CheckpointFiles:
         left = sorted(
             name
             for name in self.names - used
-            if not re.search(f"inv_freq|{ignored}", name)
+            if not re.search(f"inv_freq|masked_bias|{ignored}", name)
             and name.removeprefix(f"{prefix}.") not in buffers
         )
         parts = {name for name, _ in getattr(module, prefix, module).named_children()}

@@ -8,6 +8,7 @@ partitioned before the next one is read. No rank ever holds a whole model.
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def load_model(
         fresh = ("score.bias",)  # reward models have no bias
     names = files.match(module, fresh)
     if names is None:
-        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh, files)
+        made = replace(config, attn=module.config._attn_implementation)
+        module = _load_with_transformers(made, hf_config, role, ds_config, dtype, fresh, files)
         if store:
             for parameter in module.parameters():
                 store.take(parameter)
@@ -284,15 +286,14 @@ def _generation_config(config: ModelConfig, directory: Path, module: nn.Module) 
 def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
     auto = auto_class(role, hf_config)
     attention = attention_implementation(config.attn, hf_config, dtype)
+    arguments = {"trust_remote_code": config.trust_remote_code, "attn_implementation": attention}
     try:
         with init_empty_weights(include_buffers=False):
-            module = auto.from_config(
-                hf_config,
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention,
-            )
+            module = auto.from_config(hf_config, **arguments)
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
+        if "ttention" in reason and config.attn == "auto" and attention != "eager":
+            return _build(replace(config, attn="eager"), hf_config, role, dtype)
         if "ttention" in reason:
             raise ConfigError("attn", reason, value=config.attn) from None
         problem = f"no {auto.__name__} of it: {reason}"
@@ -343,7 +344,7 @@ def _read(
         problem = f"{source} is stored as {str(value.dtype).removeprefix('torch.')}"
         fix = "give a checkpoint in bf16, fp16 or fp32"
         raise ConfigError("path", problem, fix, value=repr(files.location))
-    if value.shape != parameter.shape and name.startswith("score."):
+    if value.shape != parameter.shape and name.startswith(("score.", "classifier.")):
         problem = f"its score head has {len(value)} labels ({source})"
         fix = "a reward model has one; train it with num_labels=1"
         raise ConfigError("path", problem, fix, value=repr(files.location))
@@ -392,7 +393,7 @@ def _load_with_transformers(
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    head = files.head or "score"
+    head = files.head if role != "policy" else None
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers holds it weakly
     module, info = auto_class(role, hf_config).from_pretrained(
@@ -401,15 +402,15 @@ def _load_with_transformers(
         dtype=dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention_implementation(config.attn, hf_config, dtype),
+        attn_implementation=config.attn,
         output_loading_info=True,
-        **({} if head == "score" else {"key_mapping": {rf"^{re.escape(head)}\.": "score."}}),
+        **({"key_mapping": {rf"^{re.escape(head)}\.": "score."}} if head else {}),
     )
     del keep
     unset_hf_deepspeed_config()
     loaded = dict(module.named_parameters())
     for name in fresh:
-        if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
+        if name in loaded and (name in info["missing_keys"] or "score.weight" in fresh):
             layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
     if missing == ["score.weight"]:

@@ -350,6 +350,27 @@ def test_attention_that_would_lose_a_soft_cap_is_refused():
     assert attention_implementation("sdpa", config, half) == "sdpa"
 
 
+def test_auto_is_what_the_class_has(tmp_path):
+    sizes = {"vocab_size": 16, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes)).save_pretrained(
+        tmp_path
+    )
+    assert load(tmp_path).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn=sdpa: BloomForCausalLM does not support"):
+        load_model(ModelConfig(path=str(tmp_path), attn="sdpa"), "policy", PLAIN)
+
+
+def test_a_renamed_checkpoint_keeps_its_head_and_says_what_it_drops(models, tmp_path, caplog):
+    path, head = copy(models, "renamed", tmp_path / "renamed"), torch.randn(1, 16)
+    edit(path, lambda tensors: tensors.update({"v_head.summary.weight": head}))
+    load(path)
+    assert "1 of its tensors are left out (v_head.summary)" in caplog.text
+    assert torch.equal(load(path, "critic").score.weight, head)
+    edit(path, lambda tensors: tensors.update({"model.layers.2.mlp.x.weight": head}))
+    with pytest.raises(ValueError, match="no place for its tensor model.layers.2.mlp.x.weight"):
+        load(path)
+
+
 def test_flash_attn_is_for_half_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
