@@ -105,7 +105,11 @@ class SourceConfig:
     path: str = knob("", "json, jsonl, csv or parquet file, directory of them, or hub id")
     split: str = knob("train", "split of a hub dataset")
     config: str | None = knob(None, "configuration of a hub dataset")
-    prompt_key: str = knob("prompt", "column of the prompt: a string or a list of messages")
+    prompt_key: str = knob(
+        "prompt",
+        "column of the prompt: a string or a list of messages. A last turn of the assistant is "
+        "continued in a column `prompt`; in any other it is the answer, which is dropped",
+    )
     weight: Number = knob(1.0, "share of the prompts drawn from this dataset", gt=0)
 
 

@@ -94,8 +94,10 @@ def load_config(config: ModelConfig, role: str) -> Any:
             **labels,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError("path", reason, value=repr(config.path)) from None
+        reason = str(error).splitlines()[0].rstrip(".")
+        alone = "without a network give a directory; `gearshift plan` also takes shape:NAME"
+        fix = alone if "connect to" in reason else ""
+        raise ConfigError("path", reason, fix, value=repr(config.path)) from None
     _refuse_quantised(config, getattr(loaded, "quantization_config", None))
     text = loaded.get_text_config()
     if text is not loaded and not loaded.is_encoder_decoder:
