@@ -294,7 +294,7 @@ class RunConfig:
     trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     ignore_plan: Flag = knob(False, "start even where the memory plan says that it cannot fit")
-    threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0)
+    threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0, le=4096)
     hang_timeout_s: Number = knob(
         1200.0,
         "seconds a rank may stand still before it is named and the run ended; 0: forever",

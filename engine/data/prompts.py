@@ -128,7 +128,8 @@ def _is_chat(prompt: Any) -> bool:
     return (
         isinstance(prompt, list)
         and len(prompt) > 0
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+        and all(isinstance(turn, dict) and "content" in turn for turn in prompt)
+        and all(isinstance(turn.get("role"), str) for turn in prompt)
     )
 
 
@@ -139,7 +140,7 @@ def _as_text(turn: Message) -> Message:
         wrong = not isinstance(content, str) and not turn.get("tool_calls")
         refuse_if(wrong, "content", "must be a text", value=repr(str(content)[:60]))
         return turn
-    kinds = [part.get("type") if isinstance(part, dict) else type(part) for part in content]
-    other = next((kind for kind in kinds if kind != "text"), None)
-    refuse_if(other, "content", f"has a part that is no text ({other})")
-    return {**turn, "content": "".join(str(part.get("text")) for part in content)}
+    texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
+    wrong = len(texts) < len(content) or not all(isinstance(text, str) for text in texts)
+    refuse_if(wrong, "content", "has a part that is no text", value=repr(content)[:60])
+    return {**turn, "content": "".join(texts)}

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GenericForTokenClassification
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.files import LM_HEADS, CheckpointFiles
 from gearshift.engine.models.gguf import as_directory
@@ -67,8 +67,8 @@ def auto_class(role: str, hf_config: Any) -> Any:
 
 def location(config: ModelConfig) -> str:
     """The directory or hub id of a model; a GGUF file is dequantised into a cached directory."""
-    assert config.path, "a part is loaded from its source, which has a path"
-    path = resolve(config.path)
+    refuse_if(not config.path, "path", "give a directory, hub id or .gguf file", value="''")
+    path = resolve(str(config.path))
     if path.endswith(".gguf"):
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
@@ -93,8 +93,8 @@ def load_config(config: ModelConfig, role: str) -> Any:
             trust_remote_code=config.trust_remote_code,
             **labels,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # of a config.json with wrong values, any
+        reason = said(error)
         alone = "without a network give a directory; `gearshift plan` also takes shape:NAME"
         fix = alone if "connect to" in reason else ""
         raise ConfigError("path", reason, fix, value=repr(config.path)) from None
@@ -118,11 +118,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in patterns):
         raise ConfigError("tokenizer", "no tokenizer is there", fix, value=repr(source))
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        tokenizer("a")
+        return tokenizer
+    except Exception as error:  # of a damaged tokenizer.json, any
+        reason = said(error)
         raise ConfigError("tokenizer", reason, fix, value=repr(source)) from None
 
 
@@ -271,10 +273,14 @@ def _generation_config(config: ModelConfig, directory: Path, module: nn.Module) 
         return made
     try:
         stored = GenerationConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        reason = f"generation_config.json: {str(error).splitlines()[0]}"
+    except Exception as error:  # as above
+        reason = f"generation_config.json: {said(error)}"
         raise ConfigError("path", reason, value=repr(config.path)) from None
-    made.eos_token_id = stored.eos_token_id
+    made.eos_token_id = ends = stored.eos_token_id
+    each = ends if isinstance(ends, list) else [0 if ends is None else ends]
+    wrong = any(type(end) is not int for end in each)
+    problem = f"generation_config.json: eos_token_id={ends!r} is neither an id nor a list of them"
+    refuse_if(wrong, "path", problem, value=repr(config.path))
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     told = [f"{name}={value}" for name, value in stored.to_diff_dict().items() if name in names]
     if told:
@@ -292,11 +298,12 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
     try:
         with init_empty_weights(include_buffers=False):
             module = auto.from_config(hf_config, **arguments)
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        if "ttention" in reason and config.attn == "auto" and attention != "eager":
+    except Exception as error:  # of sizes that make no model, any
+        reason = said(error)
+        lacking = "ttention" in reason and isinstance(error, ValueError | ImportError)
+        if lacking and config.attn == "auto" and attention != "eager":
             return _build(replace(config, attn="eager"), hf_config, role, dtype)
-        if "ttention" in reason:
+        if lacking:
             raise ConfigError("attn", reason, value=config.attn) from None
         problem = f"no {auto.__name__} of it: {reason}"
         raise ConfigError("path", problem, value=repr(config.path)) from None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.streaming.units import cut, most_at_once
 
@@ -138,8 +138,8 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     try:
         with init_empty_weights(include_buffers=True):
             module = auto.from_config(hf_config)
-    except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # of sizes that make no model, any
+        reason = said(error)
         way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
         problem = f"no {auto.__name__} of {family}: {reason}"
         raise ConfigError(role, problem, f"choose another family{way_out}") from None

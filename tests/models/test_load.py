@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from gearshift.engine.config.assets import FILES, cache_dir
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.load import (
     attention_implementation,
@@ -297,6 +298,39 @@ def test_checkpoints_that_are_not_there(models, tmp_path):
     shutil.copy(models / "policy" / "config.json", bare)
     with pytest.raises(ValueError, match="name the directory or hub id of one"):
         load_tokenizer(ModelConfig(path=str(bare)))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("config.json", "num_attention_heads", "\n", "'num_attention_heads' expected int, got str"),
+        (
+            "config.json",
+            "num_attention_heads",
+            5,
+            "not a multiple of the number of attention heads",
+        ),
+        ("config.json", "head_dim", 0, "no AutoModelForCausalLM of it: "),
+        (
+            "generation_config.json",
+            "eos_token_id",
+            "",
+            "eos_token_id='' is neither an id nor a list",
+        ),
+        ("generation_config.json", "eos_token_id", [{}], "eos_token_id=.* is neither an id nor a"),
+        ("tokenizer.json", "model", None, "tokenizer=.*; name the directory or hub id of one"),
+        ("tokenizer.json", "added_tokens", [[None]], "tokenizer=.*; name the directory or hub id"),
+        ("tokenizer_config.json", "model_max_length", {}, "tokenizer=.*; name the directory or"),
+    ],
+)
+def test_values_that_no_model_has_are_one_line(models, tmp_path, file, key, value, message):
+    path = copy(models, "policy", tmp_path / "odd")
+    settings = json.loads((path / file).read_text()) | {key: value}
+    (path / file).write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message) as error:
+        load_tokenizer(ModelConfig(path=str(path)))
+        load(path)
+    assert "\n" not in str(error.value)
 
 
 def test_critics_need_a_score_head_of_their_family(tmp_path):
