@@ -13,10 +13,11 @@ from gearshift.engine.config.schema import Config
 from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.models.files import CheckpointFiles
 from gearshift.engine.models.load import load_model, location, room_for
-from gearshift.engine.models.shapes import PREFIX, kv_bytes_per_token, kv_shape, positions
-from gearshift.engine.rewards.text import check_system_turn
+from gearshift.engine.models.shapes import PREFIX, kv_bytes_per_token, kv_shape
+from gearshift.engine.rewards.text import check_system_turn, same_tokenizer
 from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.roles import Actor, Critic, Reference, RewardModel, Roles
+from gearshift.engine.rollout.context import moves, positions
 from gearshift.engine.streaming.store import Store
 from gearshift.engine.zero.optim import check_optimizer
 
@@ -67,7 +68,8 @@ def draw_up(config: Config) -> Blueprint:
     rewards = RewardSum(config.rewards, config.guards)
     for part in named:
         _check_files(part)
-    _check_context(config, actor)
+    for part in readers:
+        _check_context(config, part)
     _check_cache(config, actor)
     for part in (actor, *judges):
         _ = part.tokenizer  # it can be read
@@ -76,6 +78,8 @@ def draw_up(config: Config) -> Blueprint:
         if part.named:
             _check_tokens(part, actor)
     for part in judges:
+        if same_tokenizer(actor.tokenizer, part.tokenizer):  # it reads the ids that were sampled
+            _check_vocabulary(part, actor)
         with part.errors():
             rewards.fit(part.name, positions(part.hf_config))
             if config.data.system_prompt is not None and part.section.chat_template:
@@ -161,13 +165,26 @@ def _check_files(part: Part) -> None:
 
 
 def _check_vocabulary(part: Part, actor: Part) -> None:
-    """Every model that reads the actor's token ids must have an embedding for each of them."""
-    needed, found = len(actor.tokenizer), part.hf_config.vocab_size
+    """Every model that reads the actor's token ids must have an embedding for each of them.
+
+    Also for those that its vocabulary is padded with: nothing keeps a policy from sampling one.
+    """
+    key = f"{part.start.key}.path"
+    tokens, found = len(actor.tokenizer), part.hf_config.vocab_size
     refuse_if(
-        found < needed,
-        f"{part.key}.path",
-        f"its vocabulary of {found} is smaller than the actor's tokenizer ({needed} tokens)",
+        found < tokens,
+        key,
+        f"its vocabulary of {found} is smaller than the actor's tokenizer ({tokens} tokens)",
         "use a model with the same tokenizer",
+    )
+    rows = actor.hf_config.vocab_size
+    refuse_if(
+        found < rows,
+        key,
+        f"its vocabulary of {found} is smaller than that of the actor, which may sample any of "
+        f"{rows} ids",
+        f"pad it by model.resize_token_embeddings({rows}) of transformers",
+        value=repr(part.source.path),
     )
 
 
@@ -188,13 +205,16 @@ def _check_tokens(part: Part, actor: Part) -> None:
             )
 
 
-def _check_context(config: Config, actor: Part) -> None:
-    """Raises ConfigError where the longest prompt and response are more than the actor reads."""
+def _check_context(config: Config, part: Part) -> None:
+    """Raises ConfigError where the longest prompt and response are more than a model reads."""
     prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
-    limit = positions(actor.hf_config)
+    limit = positions(part.hf_config)
     if limit is not None and prompt + response > limit:
         both = f"data.max_prompt_tokens={prompt} + sampling.max_new_tokens={response}"
-        raise ConfigError("", f"{both} exceed the actor's context of {limit}", "lower either")
+        why = ", where its rotary frequencies change" if moves(part.hf_config) else ""
+        problem = f"{both} exceed the {part.name}'s context of {limit}{why}"
+        other = f", or give another {part.key}.path" if part.name == "critic" else ""
+        raise ConfigError("", problem, f"lower either{other}")
 
 
 def _check_cache(config: Config, actor: Part) -> None:

@@ -1,6 +1,6 @@
 """Kills a two-rank run again and again and holds what is left of it to an uninterrupted one.
 
-    python tests/crash.py [KILLS] [--seed S] [--keep FOLDER]
+    PYTHONPATH=. python tests/crash.py [KILLS] [--seed S] [--keep FOLDER]
 
 Ranks get SIGKILL at random moments and at planted ones: during generation and scoring, between
 optimizer steps, inside the writing of a checkpoint, around its renames, and while an old one is

@@ -1,5 +1,6 @@
 """A role's weights as a Hugging Face directory: safetensors, configuration, tokenizer."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from gearshift.engine.zero.layout import gathered
 def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     """Writes `model`, a transformers module inside an engine of any ZeRO stage. A collective.
 
-    Rank 0 holds the whole model in host memory while it writes; the others hold one tensor.
+    What its source says of generation goes with it. Rank 0 holds the whole model in host memory
+    while it writes; the others hold one tensor.
     """
     weights = whole_weights(model)
     if distributed.is_main():
@@ -22,6 +24,9 @@ def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
         model.save_pretrained(directory, state_dict=weights, max_shard_size="5GB")
         model.config.use_cache = use_cache
         tokenizer.save_pretrained(directory)
+        generation = Path(model.name_or_path) / "generation_config.json"
+        if generation.exists() and model.can_generate():
+            shutil.copyfile(generation, directory / generation.name)
     distributed.barrier()
 
 

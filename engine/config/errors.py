@@ -38,6 +38,13 @@ class ConfigError(ValueError):
         return type(self)(key, self.problem, self.fix, self.value)
 
 
+def said(error: Exception) -> str:
+    """What a library says of a file, in one line: its first, or two where that is a title."""
+    first, *more = [*map(str.strip, str(error).splitlines()), ""]
+    line = f"{first} {more[0]}" if first.endswith(":") and more else first
+    return line.rstrip(". ") or type(error).__name__
+
+
 def refuse_if(wrong: Any, key: str, problem: str, fix: str = "", value: Any = ...) -> None:
     """One line of a list of rules: raises ConfigError where `wrong` is true."""
     if wrong:

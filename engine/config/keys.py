@@ -32,14 +32,16 @@ Flag = Annotated[bool, Strict()]
 Tokens = Annotated[int, Strict(), Ge(1)] | Literal["auto"]
 # A section, and a list of sections; `ppo:` with nothing behind it is empty.
 Part = Annotated[Kind, BeforeValidator(lambda given: {} if given is None else given)]
+Options = Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)]
 Parts = Annotated[list[Kind], Strict(), BeforeValidator(lambda given: given or [])]
 
 
 def knob(default: Any, text: str, **bounds: float) -> Any:
     """A documented key; `gt` is an exclusive lower bound, `ge` and `le` are inclusive ones."""
     told = {"description": text} | bounds
-    if default == [] or isinstance(default, type):
-        return field(default_factory=default or list, metadata=told)
+    if default in ([], {}) or isinstance(default, type):
+        made = default if isinstance(default, type) else type(default)
+        return field(default_factory=made, metadata=told)
     return field(default=default, metadata=told)
 
 
@@ -138,6 +140,8 @@ def described(kind: Any) -> str:
         return " or ".join(get_args(kind))
     if entry_type(kind):
         return "a list of sections, each after a `- `"
+    if get_origin(kind) is dict:
+        return "names and values, as {a: 1}"
     if get_origin(kind) is list:
         return "a list of strings, as [a, b]"
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}

@@ -200,6 +200,8 @@ def dump(resolved: Resolved) -> str:
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_scalar(name)}: {_scalar(v)}' for name, v in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_./][\w./-]*", value, re.ASCII):

@@ -7,7 +7,17 @@ The text of a knob is its help and its line in docs/config.md. Bounds that conce
 from typing import Literal
 
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.keys import Flag, Number, Part, Parts, Tokens, Whole, knob, section
+from gearshift.engine.config.keys import (
+    Flag,
+    Number,
+    Options,
+    Part,
+    Parts,
+    Tokens,
+    Whole,
+    knob,
+    section,
+)
 
 
 @section
@@ -114,7 +124,11 @@ class SourceConfig:
     path: str = knob("", "json, jsonl, csv or parquet file, directory of them, or hub id")
     split: str = knob("train", "split of a hub dataset")
     config: str | None = knob(None, "configuration of a hub dataset")
-    prompt_key: str = knob("prompt", "column of the prompt: a string or a list of messages")
+    prompt_key: str = knob(
+        "prompt",
+        "column of the prompt: a string or a list of messages. A last turn of the assistant is "
+        "continued in a column `prompt`; in any other it is the answer, which is dropped",
+    )
     weight: Number = knob(1.0, "share of the prompts drawn from this dataset", gt=0)
 
 
@@ -129,6 +143,12 @@ class DataConfig:
     )
     chat_template: Literal["auto", "always", "never"] = knob(
         "auto", "auto: templates messages only; always: wraps a string as one user message"
+    )
+    chat_template_kwargs: Options = knob(
+        {}, "further variables of the template, as enable_thinking"
+    )
+    bad_rows: Literal["refuse", "drop"] = knob(
+        "refuse", "rows that are no prompt, or that the chat template refuses; drop is said"
     )
     system_prompt: str | None = knob(None, "put before every chat that has no system message")
     shuffle: Flag = knob(True, "a new order every epoch, from the run's seed")
@@ -322,7 +342,7 @@ class RunConfig:
     trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     ignore_plan: Flag = knob(False, "start even where the memory plan says that it cannot fit")
-    threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0)
+    threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0, le=4096)
     hang_timeout_s: Number = knob(
         1200.0,
         "seconds a rank may stand still before it is named and the run ended; 0: forever",
@@ -342,6 +362,7 @@ RESUME_MAY_CHANGE = (
     "*.gradient_checkpointing",
     "*.sleep",
     "*.batch_size",
+    "data.bad_rows",
     "rewards.*.timeout_s",
     "rewards.*.retries",
     "rewards.*.urls",

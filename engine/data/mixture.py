@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +15,7 @@ from gearshift.engine.data.readers import Row, columns_of, read_rows
 
 # Fractional part of the golden ratio: n * GOLDEN mod 1 fills [0, 1) evenly for every range of n.
 GOLDEN = 0.6180339887498949
+logger = logging.getLogger("gearshift")
 SAMPLED = 64  # rows of a dataset that tell it from another of as many rows
 
 
@@ -22,36 +25,79 @@ class Walk:
     def __init__(self, source: SourceConfig, index: int, *, seed: int, shuffle: bool):
         self.source, self.index, self.seed, self.shuffle = source, index, seed, shuffle
         self.rows = read_rows(source)
-        self.epoch = self.offset = 0
+        self.numbers = np.arange(len(self.rows))  # of the rows that take part
+        self.epoch, self.offset, self.drawn = 0, 0, ""
         self._order = self._permutation()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def sift(self, read: Callable[[Row], Any], *, drop: bool = False) -> None:
+        """Has `read` see every row, before any is drawn. ConfigError, with file and row, where it
+        refuses one; with `drop` such rows take no part, which is said."""
+        faults = {}
+        for number, row in enumerate(self.rows):
+            try:
+                read(row)
+            except ConfigError as error:
+                faults[number] = error.at(f"{self.source.path}, row {number}")
+                if not drop:
+                    raise faults[number] from None
+        if faults:
+            self.numbers = np.delete(self.numbers, list(faults))
+            first, of = next(iter(faults.values())), f"of {len(self.rows)} rows"
+            refuse_if(not len(self), self.source.path, f"no row is any good, as {first.mistake}")
+            logger.warning("%d %s are left out, as %s", len(faults), of, first.mistake)
+            self.seek(0, 0)
 
     @cached_property
     def digest(self) -> str:
         """What the rows are, wherever they lie: a hash of some of them, the first and last too."""
-        numbers = np.linspace(0, len(self.rows) - 1, min(SAMPLED, len(self.rows))).round()
-        rows = [self.rows[int(number)] for number in numbers]
-        # A value that JSON has no word for may print its address: only its type counts.
-        text = json.dumps(rows, sort_keys=True, default=lambda value: type(value).__name__)
-        return hashlib.sha256(text.encode()).hexdigest()
+        places = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
+        return _digest([self.rows[int(number)] for number in self.numbers[places]])
 
     def next(self) -> tuple[int, Row]:
         """(number of the row in its dataset, the row)."""
-        if self.offset == len(self.rows):
+        if self.offset == len(self):
             self.seek(self.epoch + 1, 0)
         number = int(self._order[self.offset])
         self.offset += 1
+        self.drawn = _digest([self.drawn, self.rows[number]])
         return number, self.rows[number]
 
-    def seek(self, epoch: int, offset: int) -> None:
-        self.epoch, self.offset = epoch, offset
+    def seek(self, epoch: int, offset: int, drawn: str = "") -> None:
+        """drawn: a digest of the epoch's rows before `offset`."""
+        self.epoch, self.offset, self.drawn = epoch, offset, drawn
         self._order = self._permutation()
 
+    def goes_on(self, entry: dict[str, Any]) -> bool:
+        """Whether the rows drawn before a checkpoint are those of this walk; it wrote `entry`.
+
+        Rows that had not been drawn may be others. A checkpoint may be older than its digests: then
+        only the count is compared.
+        """
+        if entry["rows"] == len(self) and entry.get("digest", self.digest) == self.digest:
+            return True
+        if entry["epoch"] or entry["offset"] > len(self):
+            return False
+        self.seek(0, 0)
+        for _ in range(entry["offset"]):
+            self.next()
+        return self.drawn == entry.get("drawn")
+
     def _permutation(self) -> np.ndarray:
+        """The epoch's numbers of rows, in order."""
         if not self.shuffle:
-            return np.arange(len(self.rows))
+            return self.numbers
         # RandomState's streams are frozen: a resumed run sees the same order under any NumPy.
         bits = np.random.MT19937(np.random.SeedSequence([self.seed, self.index, self.epoch]))
-        return np.random.RandomState(bits).permutation(len(self.rows))
+        return self.numbers[np.random.RandomState(bits).permutation(len(self))]
+
+
+def _digest(value: Any) -> str:
+    # A value that JSON has no word for may print its address: only its type counts.
+    text = json.dumps(value, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Mixture:
@@ -87,8 +133,9 @@ class Mixture:
         walks = [
             {
                 "path": walk.source.path,
-                "rows": len(walk.rows),
+                "rows": len(walk),
                 "digest": walk.digest,
+                "drawn": walk.drawn,
                 "epoch": walk.epoch,
                 "offset": walk.offset,
             }
@@ -97,18 +144,19 @@ class Mixture:
         return {"drawn": self.drawn, "sources": walks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError for other rows than those that were drawn from, wherever they lie."""
+        """Raises ConfigError for other rows than those that had been drawn, wherever they lie."""
         saved = state["sources"]
         fix, now = "restore them, or start a new run", len(self.walks)
         problem = f"the checkpoint was written with {len(saved)} datasets, now there are {now}"
         refuse_if(len(saved) != now, self.key, problem, fix)
         for walk, entry in zip(self.walks, saved, strict=True):
-            # A checkpoint may be older than the digest: then only the count is compared.
-            same = entry.get("digest", walk.digest) == walk.digest
-            if entry["rows"] != len(walk.rows) or not same:
+            if not walk.goes_on(entry):
                 was = f"the {entry['rows']} of the checkpoint's {entry['path']}"
-                problem = f"its {len(walk.rows)} rows are not {was}"
-                raise ConfigError(f"{self.key}.{walk.index}.path", problem, fix, walk.source.path)
+                problem = f"its {len(walk)} rows are not {was}"
+                may = "what may change are rows of the first epoch that were not drawn yet"
+                may += ", but with data.shuffle not how many" if walk.shuffle else ""
+                key = f"{self.key}.{walk.index}.path"
+                raise ConfigError(key, problem, f"{fix} ({may})", walk.source.path)
         self.drawn = state["drawn"]
         for walk, entry in zip(self.walks, saved, strict=True):
-            walk.seek(entry["epoch"], entry["offset"])
+            walk.seek(entry["epoch"], entry["offset"], entry.get("drawn", ""))

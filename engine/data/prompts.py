@@ -1,9 +1,10 @@
 """One dataset row -> the token ids of a prompt: formats, chat template, special tokens."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig
 from gearshift.engine.data.readers import Row
 
@@ -16,21 +17,22 @@ class PromptText:
     """A prompt as the dataset had it, and as the model reads it."""
 
     prompt: Prompt
-    as_read: Prompt  # the messages that were templated, system turn included; else the string
+    as_read: str | dict[str, Any]  # what the chat template was given; the string without one
     rendered: str
 
     @property
     def templated(self) -> bool:
-        return isinstance(self.as_read, list)
+        return isinstance(self.as_read, dict)
 
 
 class PromptEncoder:
     """Applies the chat template once and tokenises once.
 
-    Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}; of the last, the answer
-    in a trailing assistant turn is dropped. A templated prompt is tokenised without further special
-    tokens. A plain string gets those of its tokenizer, but never an end token, nor a BOS token
-    where it begins with one.
+    Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}. A last turn of the
+    assistant is continued in a column called `prompt`, as in TRL; in any other it is the answer,
+    which is dropped. A column `tools` goes to the template. A templated prompt is tokenised without
+    further special tokens. A plain string gets those of its tokenizer, but never an end token, nor
+    a BOS token where it begins with one.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any):
@@ -42,25 +44,31 @@ class PromptEncoder:
         self.added = len(tokenizer("")["input_ids"])  # what every text gets, special tokens alone
         if config.chat_template == "always":
             self._require_template("data.chat_template=always")
+        for name in config.chat_template_kwargs:
+            unread = name not in str(tokenizer.chat_template)
+            problem = "the chat template does not read it"
+            refuse_if(unread, f"data.chat_template_kwargs.{name}", problem)
 
     def read(self, row: Row, key: str) -> PromptText:
-        """Raises ConfigError for a row without a prompt."""
-        if key not in row and "messages" in row:
-            prompt = _without_answer(row["messages"])
-        else:
-            prompt = row.get(key)
-        if isinstance(prompt, str):
-            as_chat = self.config.chat_template == "always"
-            messages = [{"role": "user", "content": prompt}] if as_chat else None
+        """Raises ConfigError for a row without a prompt, and where the chat template refuses it."""
+        source = "messages" if key not in row and "messages" in row else key
+        prompt: Any = row.get(source)
+        if source != "prompt" and _is_chat(prompt) and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        as_read: Any = prompt
+        if isinstance(prompt, str) and self.config.chat_template == "always":
+            as_read = self._arguments([{"role": "user", "content": prompt}], row)
         elif _is_chat(prompt):
-            messages = prompt
-        else:
+            as_read = self._arguments([_as_text(turn) for turn in prompt], row)
+        elif not isinstance(prompt, str):
             problem = "must be a string or a list of messages with role and content"
             raise ConfigError(key, problem, value=repr(str(prompt)[:60]))
-        if messages is None:
-            return PromptText(prompt, prompt, prompt)
-        messages = self._with_system(messages)
-        return PromptText(prompt, messages, self._render(messages))
+        rendered = as_read if isinstance(as_read, str) else self._render(as_read)
+        try:
+            rendered.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(key, f"not valid Unicode ({error.reason})") from None
+        return PromptText(prompt, as_read, rendered)
 
     def encode(self, text: PromptText) -> list[int]:
         """Token ids; none where the tokenizer makes nothing of the text."""
@@ -73,19 +81,41 @@ class PromptEncoder:
             ids = ids[1:]
         return ids
 
-    def _with_system(self, messages: list[Message]) -> list[Message]:
-        system = self.config.system_prompt
-        if system is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": system}, *messages]
+    def _arguments(self, messages: list[Message], row: Row) -> dict[str, Any]:
+        """What the chat template is given."""
+        system, tools = self.config.system_prompt, row.get("tools")
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        given = {**self.config.chat_template_kwargs, "conversation": messages}
+        if isinstance(tools, str):  # as many datasets keep what has no common schema
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                raise ConfigError("tools", f"not JSON: {error}") from None
+        wrong = tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools))
+        refuse_if(wrong, "tools", "must be a list of JSON schemas", "rename the column")
+        unread = tools and "tools" not in str(self.tokenizer.chat_template)
+        problem = "the chat template does not read the tools of this row"
+        refuse_if(unread, "tools", problem, "rename the column, or use a template that does")
+        return given | ({"tools": tools} if tools else {})
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, given: dict[str, Any]) -> str:
         if self.config.chat_template == "never":
             raise ConfigError("", "the prompt is a chat", "set data.chat_template=auto")
         self._require_template("the prompt is a chat")
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            begun = given["conversation"][-1]["role"] == "assistant"  # and goes on in its turn
+            return self.tokenizer.apply_chat_template(
+                **given,
+                tokenize=False,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+            )
+        except Exception as error:  # a template may raise anything
+            problem = f"the chat template refuses it: {' '.join(str(error).split())}"
+            system = self.config.system_prompt is not None
+            fix = "unset data.system_prompt if that is it" if system else "mend the row"
+            raise ConfigError("", problem, f"{fix}, or data.bad_rows=drop") from None
 
     def _require_template(self, reason: str) -> None:
         if self.tokenizer.chat_template is None:
@@ -98,11 +128,19 @@ def _is_chat(prompt: Any) -> bool:
     return (
         isinstance(prompt, list)
         and len(prompt) > 0
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+        and all(isinstance(turn, dict) and "content" in turn for turn in prompt)
+        and all(isinstance(turn.get("role"), str) for turn in prompt)
     )
 
 
-def _without_answer(messages: Any) -> Any:
-    if _is_chat(messages) and messages[-1]["role"] == "assistant":
-        return messages[:-1]
-    return messages
+def _as_text(turn: Message) -> Message:
+    """The same turn; a content of several parts, which few templates read, as one text."""
+    content = turn["content"]
+    if not isinstance(content, list):
+        wrong = not isinstance(content, str) and not turn.get("tool_calls")
+        refuse_if(wrong, "content", "must be a text", value=repr(str(content)[:60]))
+        return turn
+    texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict)]
+    wrong = len(texts) < len(content) or not all(isinstance(text, str) for text in texts)
+    refuse_if(wrong, "content", "has a part that is no text", value=repr(content)[:60])
+    return {**turn, "content": "".join(texts)}

@@ -5,6 +5,7 @@ a position is a few integers. Prompt p of a step belongs to rank p mod world siz
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from gearshift.engine.batch import AS_READ, PromptBatch
 from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig, PretrainConfig
-from gearshift.engine.data.mixture import Mixture, Walk
+from gearshift.engine.data.mixture import Mixture
 from gearshift.engine.data.prompts import PromptEncoder
 from gearshift.engine.data.readers import Row, columns_of
 
@@ -59,6 +60,9 @@ class PromptStream:
             config.sources, "data.sources", seed=self.batching.seed, shuffle=config.shuffle
         )
         self.mixture.require_columns("messages")
+        for walk in self.mixture.walks:
+            read = partial(self.encoder.read, key=walk.source.prompt_key)
+            walk.sift(read, drop=config.bad_rows == "drop")
         names = [name for walk in self.mixture.walks for name in columns_of(walk.rows)]
         self.columns = list(dict.fromkeys(["prompt", *names]))
         self.limit = config.max_prompt_tokens
@@ -94,7 +98,7 @@ class PromptStream:
         per_source = [
             {
                 "path": walk.source.path,
-                "rows": len(walk.rows),
+                "rows": len(walk),
                 "epoch": walk.epoch,
                 "kept": self.kept[i],
                 "dropped": self.dropped[i],
@@ -144,9 +148,11 @@ class PromptStream:
     def _draw(self) -> Example:
         """The next prompt of the global order that has tokens, and not too many."""
         walk, longer = self.mixture.next_walk(), False
-        for _ in range(2 * len(walk.rows)):  # at least one whole epoch
+        for _ in range(2 * len(walk)):  # at least one whole epoch
             number, row = walk.next()
-            example = self._example(walk, number, row)
+            text = self.encoder.read(row, walk.source.prompt_key)
+            own = {"prompt": text.prompt, AS_READ: text.as_read}
+            example = Example(self.encoder.encode(text), row | own)
             if 0 < len(example.ids) <= self.limit:
                 self.kept[walk.index] += 1
                 return example
@@ -161,21 +167,12 @@ class PromptStream:
             self.dropped[walk.index] += 1
             self.empty[walk.index] += not example.ids
             longer |= bool(example.ids)
-        count, limit = len(walk.rows), f"data.max_prompt_tokens={self.limit}"
+        count, limit = len(walk), f"data.max_prompt_tokens={self.limit}"
         problem = f"all its {count} prompts have more tokens than {limit}"
         refuse_if(longer, walk.source.path, problem, "raise it")
         problem = f"the tokenizer makes no token of any of its {count} prompts"
         fix = f"check actor.tokenizer and the column {walk.source.prompt_key}"
         raise ConfigError(walk.source.path, problem, fix)
-
-    def _example(self, walk: Walk, number: int, row: Row) -> Example:
-        try:
-            text = self.encoder.read(row, walk.source.prompt_key)
-            own = {"prompt": text.prompt, AS_READ: text.as_read}
-            return Example(self.encoder.encode(text), row | own)
-        except ValueError as error:  # of the encoder, or of a template; we add where it stands
-            told = error if isinstance(error, ConfigError) else ConfigError("", str(error))
-            raise told.at(f"{walk.source.path}, row {number}") from None
 
 
 class TextStream:
@@ -198,6 +195,8 @@ class TextStream:
         )
         self.mixture = Mixture(config.sources, "pretrain.sources", seed=seed, shuffle=True)
         self.mixture.require_columns()
+        for walk in self.mixture.walks:
+            walk.sift(partial(_check_text, key=walk.source.prompt_key))
         self.seed = seed
         self.left_over: list[int] = []
 
@@ -227,16 +226,22 @@ class TextStream:
     def _document(self) -> list[int]:
         """The next text that has tokens, and the end token."""
         walk = self.mixture.next_walk()
-        for _ in range(2 * len(walk.rows)):  # at least one whole epoch
-            number, row = walk.next()
-            text = row.get(walk.source.prompt_key)
-            if not isinstance(text, str):
-                key = f"{walk.source.path}, row {number}: {walk.source.prompt_key}"
-                raise ConfigError(key, "must be a string", value=repr(str(text)[:60]))
+        for _ in range(2 * len(walk)):  # at least one whole epoch
+            _, row = walk.next()
+            text = row[walk.source.prompt_key]
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             if ids:
                 return [*ids, self.tokenizer.eos_token_id]
-        raise ConfigError(walk.source.path, f"all its {len(walk.rows)} texts are empty")
+        raise ConfigError(walk.source.path, f"all its {len(walk)} texts are empty")
+
+
+def _check_text(row: Row, key: str) -> None:
+    text = row.get(key)
+    refuse_if(not isinstance(text, str), key, "must be a string", value=repr(str(text)[:60]))
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(key, f"not valid Unicode ({error.reason})") from None
 
 
 def pad_id(tokenizer: Any) -> int:

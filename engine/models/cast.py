@@ -14,7 +14,8 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
-from gearshift.engine.models.load import load_tokenizer
+from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.load import load_tokenizer, location
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
@@ -60,7 +61,10 @@ class Part:
         """Whether a critic's head starts at zero, because its source has no score to keep."""
         if self.kind != "critic" or self.start is not self:
             return self.kind == "critic" and self.start.kind != "reward"
-        return not (self.hf_config.architectures or [""])[0].endswith(_SCORED)
+        scored = (self.hf_config.architectures or [""])[0].endswith(_SCORED)
+        return (
+            not scored and CheckpointFiles(location(self.source), self.source.revision).head is None
+        )
 
     @property
     def assumption(self) -> str | None:

@@ -1,12 +1,18 @@
 """The tensors of a Hugging Face checkpoint, read lazily from its safetensors files."""
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gearshift.engine.config.errors import ConfigError
+
+# What reward models and critics of other trainers call the head that transformers calls `score`.
+HEADS = ("score", "classifier", "value_head", "v_head", "v_head.summary")
+LM_HEADS = ("lm_head.", "embed_out.")
+NESTED = "language_model."  # around the text model of a vision-language checkpoint
 
 
 class CheckpointFiles:
@@ -39,16 +45,23 @@ class CheckpointFiles:
                 raise ConfigError("path", problem, value=repr(location))
             with _opened(directory / name):
                 pass
-        self.location = location
+        self.location, self.directory = location, directory
         self._shards = {key: directory / name for key, name in shards.items()}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._shards
+    @property
+    def head(self) -> str | None:
+        """The stored name of a linear score head; None without one."""
+        return next((head for head in HEADS if f"{head}.weight" in self._shards), None)
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from disk: pages are read when used and given back with the tensor."""
         with safe_open(self._shards[name], "pt") as file:
             return file.get_tensor(name)
+
+    @property
+    def names(self) -> set[str]:
+        """Of all stored tensors."""
+        return set(self._shards)
 
     def match(self, module: nn.Module, fresh: tuple[str, ...]) -> dict[str, str | None] | None:
         """Which tensor fills which parameter or persistent buffer of `module`.
@@ -56,19 +69,45 @@ class CheckpointFiles:
         fresh: names that may be absent; they map to None and start at zero.
         Returns None when the names differ in ways that only transformers' own loader knows.
         """
-        prefix = getattr(module, "base_model_prefix", "") + "."
+        prefix, head = getattr(module, "base_model_prefix", "") + ".", self.head or "score"
         found: dict[str, str | None] = {}
         tied = set(getattr(module, "all_tied_weights_keys", None) or ())
         for name in module.state_dict():
-            candidates = (name, name.removeprefix(prefix), prefix + name)
+            bare, field = name.removeprefix(prefix), name.removeprefix("score")
+            candidates = [head + field] if field != name else [name, bare, prefix + name]
+            candidates += [NESTED + name, f"model.{NESTED}{bare}"]
             source = next((key for key in candidates if key in self._shards), None)
-            if name in fresh and (source is None or name == "score.weight"):
+            if name in fresh and (source is None or "score.weight" in fresh):
                 found[name] = None
             elif source is not None:
                 found[name] = source
             elif name not in tied:
                 return None
         return found
+
+    def left_out(self, module: nn.Module, used: set[str]) -> list[str]:
+        """Names of stored tensors of other heads and towers, which `module` has no place for.
+
+        used: names that fill something. Raises ConfigError for any other tensor of the body: the
+        model was meant to be another one.
+        """
+        prefix = getattr(module, "base_model_prefix", "")
+        ignored = "|".join(module._keys_to_ignore_on_load_unexpected or ()) or "$^"
+        buffers = {name.removeprefix(f"{prefix}.") for name, _ in module.named_buffers()}
+        left = sorted(
+            name
+            for name in self.names - used
+            if not re.search(f"inv_freq|masked_bias|{ignored}", name)
+            and name.removeprefix(f"{prefix}.") not in buffers
+        )
+        parts = {name for name, _ in getattr(module, prefix, module).named_children()}
+        text_alone = any(NESTED in name for name in used)
+        for name in left:
+            if parts & set(name.split(".")) and (NESTED in name or not text_alone):
+                problem = f"{type(module).__name__} has no place for its tensor {name}"
+                fix = "check config.json, or take the tensor out"
+                raise ConfigError("path", problem, fix, value=repr(self.location))
+        return left
 
 
 def _opened(file: Path) -> safe_open:

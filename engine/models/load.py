@@ -6,10 +6,12 @@ partitioned before the next one is read. No rank ever holds a whole model.
 """
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,18 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
+from transformers.modeling_layers import GenericForTokenClassification
 
 from gearshift.engine.attention import packed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.files import LM_HEADS, CheckpointFiles
 from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.streaming.store import Store, partitioning, place, room_of
@@ -48,14 +52,18 @@ AUTO_CLASSES = {
     "critic": AutoModelForTokenClassification,
     "reward": AutoModelForSequenceClassification,
 }
+# What transformers dequantises without a GPU and a package of its own.
+DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def auto_class(role: str, hf_config: Any) -> Any:
     """The class that builds a role's module: AUTO_CLASSES, but for critics of families such as
-    Gemma 3 and OLMo 2, which only classify sequences. Their `score` is the same head."""
+    Gemma 3, which only classify sequences, and GPT-2, whose head for tokens is no linear `score`.
+    The `score` of their sequence classifiers is the same head."""
     family = type(hf_config)
-    by_token = family in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING or "AutoModelForToken" in str(
-        getattr(hf_config, "auto_map", None)
+    own = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(family, object)
+    by_token = "AutoModelForToken" in str(getattr(hf_config, "auto_map", None)) or issubclass(
+        own, GenericForTokenClassification
     )
     if role == "critic" and not by_token and family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return AUTO_CLASSES["reward"]
@@ -64,8 +72,8 @@ def auto_class(role: str, hf_config: Any) -> Any:
 
 def location(config: ModelConfig) -> str:
     """The directory or hub id of a model; a GGUF file is dequantised into a cached directory."""
-    assert config.path, "a part is loaded from its source, which has a path"
-    path = resolve(config.path)
+    refuse_if(not config.path, "path", "give a directory, hub id or .gguf file", value="''")
+    path = resolve(str(config.path))
     if path.endswith(".gguf"):
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
@@ -77,7 +85,10 @@ def location(config: ModelConfig) -> str:
 
 
 def load_config(config: ModelConfig, role: str) -> Any:
-    """The model's configuration; one label for critic and reward, dropout 0, no KV cache."""
+    """The configuration of the model, or of the text model in one that also sees or hears.
+
+    One label for critic and reward, dropout 0, no KV cache. ConfigError for quantised weights.
+    """
     labels = {} if role == "policy" else {"num_labels": 1}
     where = location(config)
     try:
@@ -87,9 +98,17 @@ def load_config(config: ModelConfig, role: str) -> Any:
             trust_remote_code=config.trust_remote_code,
             **labels,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError("path", reason, value=repr(config.path)) from None
+    except Exception as error:  # of a config.json with wrong values, any
+        reason = said(error)
+        alone = "without a network give a directory; `gearshift plan` also takes shape:NAME"
+        fix = alone if "connect to" in reason else ""
+        raise ConfigError("path", reason, fix, value=repr(config.path)) from None
+    _refuse_quantised(config, getattr(loaded, "quantization_config", None))
+    text = loaded.get_text_config()
+    if text is not loaded and not loaded.is_encoder_decoder:
+        loaded = text
+        if labels:
+            loaded.num_labels = 1
     for name, value in vars(loaded).items():
         if "drop" in name and isinstance(value, float):
             setattr(loaded, name, 0.0)
@@ -104,11 +123,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in patterns):
         raise ConfigError("tokenizer", "no tokenizer is there", fix, value=repr(source))
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        tokenizer("a")
+        return tokenizer
+    except Exception as error:  # of a damaged tokenizer.json, any
+        reason = said(error)
         raise ConfigError("tokenizer", reason, fix, value=repr(source)) from None
 
 
@@ -136,7 +157,8 @@ def load_model(
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
-    Raises ConfigError when tensors are missing or have other shapes than the configuration says.
+    Raises ConfigError when tensors are missing, left over or of other shapes than the configuration
+    says; warns of another head that is left out.
     """
     hf_config = load_config(config, role)
     dtype = dtype_of(ds_config)
@@ -149,12 +171,18 @@ def load_model(
         fresh = ("score.bias",)  # reward models have no bias
     names = files.match(module, fresh)
     if names is None:
-        module = _load_with_transformers(config, hf_config, role, ds_config, dtype, fresh)
+        made = replace(config, attn=module.config._attn_implementation)
+        module = _load_with_transformers(made, hf_config, role, ds_config, dtype, fresh, files)
         if store:
             for parameter in module.parameters():
                 store.take(parameter)
     else:
+        used = {source for source in names.values() if source is not None}
+        _tell(config, role, files.left_out(module, used))
         _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
+    module.name_or_path = str(files.directory)
+    if role == "policy":
+        module.generation_config = _generation_config(config, files.directory, module)
     return prepare(module, config, role)
 
 
@@ -235,19 +263,74 @@ def dtype_of(ds_config: dict) -> torch.dtype:
     return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
 
+def _refuse_quantised(config: ModelConfig, quantised: dict[str, Any] | None) -> None:
+    """Its numbers are none without their scales, and training would round every update away."""
+    if not quantised:
+        return
+    method = str(quantised.get("quant_method"))
+    fix = "give the checkpoint that it was made from"
+    if name := DEQUANTISERS.get(method):
+        fix = (
+            f'write it dequantised and copy its tokenizer: python -c "import transformers as t; '
+            f"t.AutoModelForCausalLM.from_pretrained('{config.path}', dtype='auto', "
+            f"quantization_config=t.{name}(dequantize=True)).save_pretrained('OUT')\""
+        )
+    problem = f"its weights are quantised (quantization_config.quant_method={method})"
+    raise ConfigError("path", problem, fix, value=repr(config.path))
+
+
+def _tell(config: ModelConfig, role: str, names: list[str]) -> None:
+    """Warns of stored tensors that are left out; a critic of a language model has no use for its
+    head."""
+    names = [name for name in names if role == "policy" or not name.startswith(LM_HEADS)]
+    if names:
+        parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))[:3]
+        _say(f"{config.path}: {len(names)} of its tensors are left out ({', '.join(parts)})")
+
+
+@lru_cache  # actor and reference read the same
+def _say(text: str) -> None:
+    logger.warning(text)
+
+
+def _generation_config(config: ModelConfig, directory: Path, module: nn.Module) -> GenerationConfig:
+    """transformers' defaults with the end ids of generation_config.json; sampling is the run's."""
+    made = GenerationConfig.from_model_config(module.config)
+    if not (directory / "generation_config.json").exists():
+        return made
+    try:
+        stored = GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # as above
+        reason = f"generation_config.json: {said(error)}"
+        raise ConfigError("path", reason, value=repr(config.path)) from None
+    made.eos_token_id = ends = stored.eos_token_id
+    each = ends if isinstance(ends, list) else [0 if ends is None else ends]
+    wrong = any(type(end) is not int for end in each)
+    problem = f"generation_config.json: eos_token_id={ends!r} is neither an id nor a list of them"
+    refuse_if(wrong, "path", problem, value=repr(config.path))
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    told = [f"{name}={value}" for name, value in stored.to_diff_dict().items() if name in names]
+    if told:
+        _say(
+            f"{config.path}: generation_config.json asks for {', '.join(told)}; this run samples "
+            "as its own settings say"
+        )
+    return made
+
+
 def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -> PreTrainedModel:
     auto = auto_class(role, hf_config)
     attention = attention_implementation(config.attn, hf_config, dtype)
+    arguments = {"trust_remote_code": config.trust_remote_code, "attn_implementation": attention}
     try:
         with init_empty_weights(include_buffers=False):
-            module = auto.from_config(
-                hf_config,
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=attention,
-            )
-    except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        if "ttention" in reason:
+            module = auto.from_config(hf_config, **arguments)
+    except Exception as error:  # of sizes that make no model, any
+        reason = said(error)
+        lacking = "ttention" in reason and isinstance(error, ValueError | ImportError)
+        if lacking and config.attn == "auto" and attention != "eager":
+            return _build(replace(config, attn="eager"), hf_config, role, dtype)
+        if lacking:
             raise ConfigError("attn", reason, value=config.attn) from None
         problem = f"no {auto.__name__} of it: {reason}"
         raise ConfigError("path", problem, value=repr(config.path)) from None
@@ -314,6 +397,14 @@ def _read(
     if source is None:
         return torch.zeros(parameter.shape)
     value = files.read(source)
+    if not value.is_floating_point() or value.itemsize < 2:
+        problem = f"{source} is stored as {str(value.dtype).removeprefix('torch.')}"
+        fix = "give a checkpoint in bf16, fp16 or fp32"
+        raise ConfigError("path", problem, fix, value=repr(files.location))
+    if value.shape != parameter.shape and name.startswith(("score.", "classifier.")):
+        problem = f"its score head has {len(value)} labels ({source})"
+        fix = "a reward model has one; train it with num_labels=1"
+        raise ConfigError("path", problem, fix, value=repr(files.location))
     if value.shape != parameter.shape:
         raise ConfigError(
             "path",
@@ -353,15 +444,13 @@ def _load_with_transformers(
     ds_config: dict,
     dtype: torch.dtype,
     fresh: tuple[str, ...],
+    files: CheckpointFiles,
 ) -> PreTrainedModel:
     """For checkpoints whose tensors must be renamed or fused: transformers' own loader."""
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    logger.warning(
-        "%s: its tensors are renamed by transformers, so its loader reads them (whole on rank 0)",
-        config.path,
-    )
+    head = files.head if role != "policy" else None
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     keep = HfDeepSpeedConfig(ds_config) if zero3 else None  # transformers holds it weakly
     module, info = auto_class(role, hf_config).from_pretrained(
@@ -370,18 +459,27 @@ def _load_with_transformers(
         dtype=dtype,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        attn_implementation=attention_implementation(config.attn, hf_config, dtype),
+        attn_implementation=config.attn,
         output_loading_info=True,
+        **({"key_mapping": {rf"^{re.escape(head)}\.": "score."}} if head else {}),
     )
     del keep
     unset_hf_deepspeed_config()
     loaded = dict(module.named_parameters())
     for name in fresh:
-        if name in loaded and (name in info["missing_keys"] or name == "score.weight"):
+        if name in loaded and (name in info["missing_keys"] or "score.weight" in fresh):
             layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
+    if missing == ["score.weight"]:
+        problem = "it has no score head: it is no reward model"
+        raise ConfigError("path", problem, value=repr(config.path))
     if missing or info["mismatched_keys"]:
         first = (missing + [str(k) for k in info["mismatched_keys"]])[:3]
         problem = f"missing or misshapen tensors: {first}"
         raise ConfigError("path", problem, value=repr(config.path))
+    _tell(config, role, files.left_out(module, files.names - set(info["unexpected_keys"])))
+    logger.warning(
+        "%s: its tensors are renamed by transformers, so its loader read them (whole on rank 0)",
+        config.path,
+    )
     return module

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.streaming.units import cut, most_at_once
 
@@ -114,23 +114,6 @@ class Shape:
         return kv_bytes_per_token(self.layers, (self.kv_heads, self.head_dim), tp, size)
 
 
-# Their first positions belong to padding: transformers counts from padding_idx + 1.
-_COUNTED_FROM_PADDING = {
-    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
-    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
-}  # fmt: skip
-
-
-def positions(hf_config: Any) -> int | None:
-    """Tokens of the longest text that a model can read; None where nothing bounds them."""
-    text = hf_config.get_text_config()
-    count = getattr(text, "max_position_embeddings", None)
-    if count is None or count < 1:  # XLNet says -1
-        return None
-    offset = text.pad_token_id + 1 if text.model_type in _COUNTED_FROM_PADDING else 0
-    return count - offset
-
-
 def kv_shape(text: Any) -> tuple[int, int]:
     """(key-value heads, elements of one) of a text configuration of transformers."""
     heads = text.num_attention_heads
@@ -155,8 +138,8 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     try:
         with init_empty_weights(include_buffers=True):
             module = auto.from_config(hf_config)
-    except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except Exception as error:  # of sizes that make no model, any
+        reason = said(error)
         way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
         problem = f"no {auto.__name__} of {family}: {reason}"
         raise ConfigError(role, problem, f"choose another family{way_out}") from None

@@ -3,6 +3,7 @@
 The signature is that of TRL's `reward_funcs`. Every argument is passed by name.
 """
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,9 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +78,10 @@ class FunctionReward:
         return {name: values for name, values in offered.items() if name in self._named}
 
     def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, Exception | None]:
+        """What the function does to its arguments, others do not see."""
         try:
-            return self._function(**arguments), None
+            answer = self._function(**deepcopy(arguments))
+            return asyncio.run(_awaited(answer)) if isawaitable(answer) else answer, None
         except Exception as error:
             return None, error
 
@@ -148,9 +153,15 @@ def _load(name: str, spec: str) -> Callable[..., Any]:
         raise RewardError(f"rewards: {name}: function={spec!r}: {where} has no {attribute!r}{hint}")
     if not callable(function):
         raise RewardError(f"rewards: {name}: function={spec!r}: {attribute} is not a function")
-    if inspect.iscoroutinefunction(function):
-        raise RewardError(f"rewards: {name}: function={spec!r}: must not be async")
+    if inspect.isclass(function):
+        raise RewardError(
+            f"rewards: {name}: function={spec!r}: {attribute} is a class; name an instance of it"
+        )
     return function
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer
 
 
 def _import(name: str, spec: str, where: str) -> Any:

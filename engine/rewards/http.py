@@ -87,7 +87,7 @@ class HttpReward:
             "completions": rows.completions,
             "columns": rows.columns,
         }
-        return json.dumps(content).encode()
+        return json.dumps(_finite(content), allow_nan=False).encode()
 
     def _post(self, url: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -117,6 +117,15 @@ class HttpReward:
 def _first_line(error: urllib.error.HTTPError) -> str:
     text = error.read(200).decode(errors="replace").strip()
     return text.splitlines()[0] if text else "no text"
+
+
+def _finite(value: Any) -> Any:
+    """The same value; null where it has NaN or infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_json(values: Any) -> bool:

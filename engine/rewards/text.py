@@ -28,7 +28,7 @@ class TextRows:
     """A rollout as lists, one entry per row."""
 
     prompts: list[str | list[Message]]  # as in the dataset: a string, or a list of messages
-    as_read: list[str | list[Message]]  # as the policy read it: messages where it was templated
+    as_read: list[str | dict[str, Any]]  # what the policy's template was given; else the string
     responses: list[str]  # without special tokens and without the end token
     prompt_ids: list[list[int]]  # live tokens only
     response_ids: list[list[int]]  # live tokens only, the end token included
@@ -61,7 +61,9 @@ def read_rows(rollout: Rollout, tokenizer: Any) -> TextRows:
     prompts = columns.pop("prompt", None)
     if prompts is None:
         prompts = [decode(tokenizer, ids) for ids in prompt_ids]
-    as_read = columns.pop(AS_READ, prompts)
+    as_read = columns.pop(AS_READ, None) or [
+        {"conversation": prompt} if isinstance(prompt, list) else prompt for prompt in prompts
+    ]
     bodies = [
         # An end token that is not marked special would otherwise be read as text.
         ids[:-1] if done and ids[-1] == tokenizer.eos_token_id else ids
@@ -111,11 +113,18 @@ def render_for_reward(
     templated = chat_template and reward_tokenizer.chat_template is not None
     rendered = []
     for i, prompt in enumerate(rows.as_read):
-        is_chat = isinstance(prompt, list)
+        is_chat = isinstance(prompt, dict)
         if same and (chat_template or not is_chat):
             rendered.append(rows.prompt_ids[i] + rows.response_ids[i])
         elif is_chat and templated:
-            rendered.append(_render_chat(rows, i, reward_tokenizer))
+            try:
+                rendered.append(_render_chat(rows, i, reward_tokenizer))
+            except Exception as error:  # a template may raise anything
+                what = (
+                    f"the reward model's chat template refuses it: {' '.join(str(error).split())}"
+                )
+                fix = "set its chat_template to false, or mend the row"
+                raise RewardError(f"{what}; {fix}; {rows.row(i)}") from None
         else:
             rendered.append(_render_plain(rows, i, reward_tokenizer))
     return rendered
@@ -137,20 +146,26 @@ def check_system_turn(policy_tokenizer: Any, reward_tokenizer: Any) -> None:
         ) from None
 
 
-def plain_prompt(prompt: str | list[Message]) -> str:
-    """A prompt without a template: a chat's contents, a blank line after each."""
+def plain_prompt(prompt: str | dict[str, Any]) -> str:
+    """A prompt without a template: a chat's contents, a blank line after all but a begun answer."""
     if isinstance(prompt, str):
         return prompt
-    return "".join(f"{message['content']}\n\n" for message in prompt)
+    *before, last = prompt["conversation"]
+    text = "".join(f"{turn['content'] or ''}\n\n" for turn in (*before, last))
+    return text.removesuffix("\n\n") if last["role"] == "assistant" else text
 
 
 def _render_chat(rows: TextRows, i: int, tokenizer: Any) -> list[int]:
+    given: Any = rows.as_read[i]
+    *before, last = given["conversation"]
+    begun = last["role"] == "assistant"
     if rows.finished[i]:
-        chat = [*rows.as_read[i], {"role": "assistant", "content": rows.responses[i]}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        before, start = (before, last["content"]) if begun else ([*before, last], "")
+        chat = [*before, {"role": "assistant", "content": start + rows.responses[i]}]
+        text = tokenizer.apply_chat_template(**given | {"conversation": chat}, tokenize=False)
     else:
         opening = tokenizer.apply_chat_template(
-            rows.as_read[i], tokenize=False, add_generation_prompt=True
+            **given, tokenize=False, add_generation_prompt=not begun, continue_final_message=begun
         )
         text = opening + rows.responses[i]
     # The template writes the special tokens itself.

@@ -4,6 +4,7 @@ Every rank scores its own rows. Shaping (affine, clip, missing end token) is obj
 """
 
 import logging
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -171,8 +172,11 @@ class RewardSum:
         RewardError, on every rank, where that says stop or more than `failed_reward_share` of all
         rows fail; and for answers that are none: a wrong count, or no numbers. It shows a row.
         """
-        rows = read_rows(rollout, tokenizer)
-        answers = [self._score(source, rows, tokenizer) for source in self._sources]
+        rows, refused = read_rows(rollout, tokenizer), None
+        try:
+            answers = [self._score(source, rows, tokenizer) for source in self._sources]
+        except RewardError as error:  # on this rank alone, perhaps: the others must hear of it
+            answers, refused = [Answer([math.nan] * len(rollout), {}) for _ in self._sources], error
         table = torch.tensor(
             [answer.scores for answer in answers],
             dtype=torch.float64,
@@ -181,9 +185,12 @@ class RewardSum:
         scored = ~table.isnan()  # [rewards, B]
         whole = scored.all(0)
         sums = torch.stack([table.nansum(1), scored.sum(1)])
-        counts = torch.stack([(~whole).sum(), torch.tensor(len(whole), device=whole.device)])
-        reduced = distributed.global_sum(torch.cat([sums.flatten(), counts.double()]))
-        (totals, numbers), (failed, everyone) = reduced[:-2].view(2, -1), reduced[-2:].tolist()
+        counts = sums.new_tensor([int((~whole).sum()), len(whole), refused is not None])
+        reduced = distributed.global_sum(torch.cat([sums.flatten(), counts]))
+        (totals, numbers), (failed, everyone, odd) = reduced[:-3].view(2, -1), reduced[-3:].tolist()
+        if odd:
+            told = distributed.all_gather_objects(None if refused is None else str(refused))
+            raise RewardError(next(text for text in told if text)) from refused
         fault = self._judge_faults(answers, int(failed), int(everyone)) if failed else ""
         table = torch.where(scored, table, (totals / numbers.clamp(min=1))[:, None]).float()
         by_name = dict(zip(self._weights, table, strict=True))

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.rollout.context import positions
 from gearshift.kernels import ops
 
 
@@ -45,7 +46,7 @@ class Request:
 
     def check_context(self, module: nn.Module) -> None:
         """Raises ValueError if a prompt and its response may exceed the model's positions."""
-        limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        limit = positions(module.config)
         if limit is None:
             return
         for index, (prompt, new) in enumerate(zip(self.prompts, self.limits, strict=True)):

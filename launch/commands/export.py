@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gearshift.engine import assemble
 from gearshift.engine.checkpoint import resume
 from gearshift.engine.checkpoint.export import export
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.models.heads import Policy, ValueModel
 from gearshift.engine.models.load import load_model
 from gearshift.engine.zero.state import whole
@@ -45,14 +45,15 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(str(checkpoint), str(found), "name a whole checkpoint")
     state = json.loads((checkpoint / "state.json").read_bytes())
     out = Path(args.out or checkpoint.resolve().parent.parent / "export")
-    blueprint = assemble.draw_up(saved_config(state))
+    config = saved_config(state)
+    parts = cast(config)  # neither rewards nor what the run fits on are asked for
     for role in state["roles"]:
-        model, holder = unpartitioned(blueprint, role)
+        model, holder = unpartitioned(parts[role])
         files = sorted(checkpoint.glob(f"{role}.rank*.safetensors"))
-        optimizer = getattr(blueprint.config, role).optimizer.name
+        optimizer = getattr(config, role).optimizer.name
         stepped = state["roles"][role]["optimizer_steps"] > 0
         fill(holder, files, split=stepped and optimizer == "split_adamw")
-        export(model.to(DTYPES[args.dtype]), blueprint.tokenizer, out / role)
+        export(model.to(DTYPES[args.dtype]), parts["actor"].tokenizer, out / role)
         print(f"exported {out / role}")
     return 0
 
@@ -65,9 +66,8 @@ def saved_config(state: dict[str, Any]) -> Config:
         return config_load.load(file.name, []).config
 
 
-def unpartitioned(blueprint: assemble.Blueprint, role: str) -> tuple[nn.Module, nn.Module]:
-    """The role's model in float32, as it was before training, and what its engine calls it in."""
-    part = blueprint.cast[role]
+def unpartitioned(part: Part) -> tuple[nn.Module, nn.Module]:
+    """A role's model in float32, as it was before training, and what its engine calls it in."""
     model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=part.fresh_head)
     return model, Policy(model) if part.kind == "policy" else ValueModel(model)
 

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.schema import ModelConfig, RolloutConfig, SamplingConfig
+from gearshift.engine.config.errors import ConfigError, refuse_if
+from gearshift.engine.config.schema import DataConfig, ModelConfig, RolloutConfig, SamplingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,35 +41,34 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     """One decoded response per prompt."""
     import torch
 
-    from gearshift.engine.models.load import load_model, load_tokenizer
-    from gearshift.engine.rollout.engine import RolloutEngine
-    from gearshift.engine.rollout.responses import end_token_ids, sequence_seed
+    from gearshift.engine.data.prompts import PromptEncoder
+    from gearshift.engine.models.load import load_config, load_model, load_tokenizer
+    from gearshift.engine.rollout.context import positions
+    from gearshift.engine.rollout.responses import choose_engine, end_token_ids, sequence_seed
 
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = ModelConfig(path=args.model)
     bf16 = {"enabled": device.type == "cuda"}
-    tokenizer = load_tokenizer(config)
+    tokenizer, limit = load_tokenizer(config), positions(load_config(config, "policy"))
+    if args.chat and not tokenizer.chat_template:
+        raise ConfigError("--chat", "the model's tokenizer has no chat template")
+    encoder = PromptEncoder(DataConfig(chat_template="always" if args.chat else "auto"), tokenizer)
+    ids = [encoder.encode(encoder.read({"prompt": prompt}, "prompt")) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        refuse_if(not tokens, "prompts", "the tokenizer makes no token of it", value=repr(prompt))
+        problem = f"a prompt has {len(tokens)} tokens and the model {limit} positions"
+        long = limit is not None and len(tokens) + args.max_new_tokens > limit
+        refuse_if(long, "--max-new-tokens", problem, "lower it", args.max_new_tokens)
     model = load_model(config, "policy", {"zero_optimization": {"stage": 0}, "bf16": bf16})
     ends = end_token_ids(tokenizer, model)
-    engine = RolloutEngine(
+    engine = choose_engine(model, "auto")(
         model.to(device),
         RolloutConfig(),
         eos_token_ids=ends,
         pad_token_id=ends[0],
         device=device,
     )
-    ids = [_encode(tokenizer, prompt, args.chat) for prompt in prompts]
     seeds = [sequence_seed(args.seed, i) for i in range(len(ids))]
     completions = engine.generate(ids, sampling, seeds)
     return [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-
-
-def _encode(tokenizer, prompt: str, chat: bool) -> list[int]:
-    if not chat:
-        return tokenizer(prompt)["input_ids"]
-    if not tokenizer.chat_template:
-        raise ConfigError("--chat", "the model's tokenizer has no chat template")
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,7 @@
 """Exported directories: what anyone else's transformers makes of them."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -11,6 +13,7 @@ from transformers import (
 from gearshift.engine.checkpoint.export import export, whole_weights
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.load import load_model
+from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run
 
@@ -71,3 +74,14 @@ def test_weights_on_one_rank_without_partitions(tmp_path):
     assert lm.config.use_cache is False  # as the training loop had it
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in lm.state_dict().items())
+
+
+def test_what_the_source_says_of_generation_goes_with_it(tmp_path, caplog):
+    """Even where transformers would not save it: a temperature without sampling."""
+    source = tiny.save_policy(tmp_path / "source")
+    said = {"eos_token_id": [2, 5], "do_sample": False, "temperature": 0.6}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    lm = load_model(ModelConfig(path=str(source)), "policy", PLAIN)
+    assert "generation_config.json asks for temperature=0.6; this run samples" in caplog.text
+    export(lm, AutoTokenizer.from_pretrained(source), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == said

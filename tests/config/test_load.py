@@ -90,6 +90,18 @@ def test_whole_lists_from_the_command_line(yaml_file):
     assert [(r.name, r.weight) for r in resolved.config.rewards] == [("z", 2.0)]
 
 
+def test_options_are_a_mapping_of_any_values(yaml_file, tmp_path):
+    file = yaml_file("data: {chat_template_kwargs: {enable_thinking: false, mode: 'a: b'}}")
+    resolved = config_load.load(str(file), [])
+    assert resolved.config.data.chat_template_kwargs == {"enable_thinking": False, "mode": "a: b"}
+    (tmp_path / "again.yaml").write_text(config_load.dump(resolved))
+    assert config_load.load(str(tmp_path / "again.yaml"), []).config == resolved.config
+    typed = config_load.load(None, ["--data.chat_template_kwargs", "{a: 1}"])
+    assert typed.config.data.chat_template_kwargs == {"a": 1}
+    with pytest.raises(ConfigError, match=r"kwargs=\[1\]: expected names and values, as {a: 1}"):
+        config_load.load(None, ["--data.chat_template_kwargs", "[1]"])
+
+
 def test_strings_are_what_was_typed():
     overrides = ["--data.system_prompt", "Be kind: 'yes' # no", "--actor.revision", "1.0"]
     overrides += ["--ppo.missing_eos", "none", "--actor.path", "null", "--run.resume", "null"]

@@ -153,7 +153,9 @@ def test_resuming_continues_exactly(tmp_path, resumed_world):
 
 
 def test_resuming_refuses_other_data_or_counts(tmp_path):
-    state = stream(numbered(tmp_path / "p.jsonl", 9)).state_dict()
+    drawn = stream(numbered(tmp_path / "p.jsonl", 9))
+    drawn.next_batch()
+    state = drawn.state_dict()
     with pytest.raises(ValueError, match="prompts_per_step=8: .*written with 4"):
         stream(numbered(tmp_path / "p.jsonl", 9), prompts_per_step=8).load_state_dict(state)
     with pytest.raises(ValueError, match=r"seed=1: .*written with 0"):
@@ -167,6 +169,42 @@ def test_resuming_refuses_other_data_or_counts(tmp_path):
         stream(numbered(tmp_path / "moved.jsonl", 9, start=1)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"with 2 datasets, now there are 1"):
         stream(moved).load_state_dict(state | {"sources": state["sources"] * 2})
+
+
+def test_rows_that_were_not_drawn_may_change(tmp_path):
+    """Mended in any order; added and deleted in the file's own."""
+    drawn = stream(numbered(tmp_path / "p.jsonl", 9), config={"shuffle": False})
+    drawn.next_batch()
+    state = json.loads(json.dumps(drawn.state_dict()))
+    for count, start in ((6, 0), (12, 0)):
+        rows = numbered(tmp_path / "other.jsonl", count, start=start)
+        other = stream(rows, config={"shuffle": False})
+        other.load_state_dict(state)
+        assert other.next_batch().columns["answer"][:2] == [4, 5]
+        assert other.state_dict()["sources"][0]["drawn"] != state["sources"][0]["drawn"]
+    short = stream(numbered(tmp_path / "short.jsonl", 3), config={"shuffle": False})
+    with pytest.raises(ValueError, match=r"what may change are rows .* not drawn yet\)"):
+        short.load_state_dict(state)
+    shuffled = stream(numbered(tmp_path / "p.jsonl", 9))
+    shuffled.next_batch()
+    state = shuffled.state_dict()
+    seen = set(shuffled.mixture.walks[0]._order[:4])
+    rows = [{"prompt": f"w{i} w{i}" if i in seen else "w99", "answer": i} for i in range(9)]
+    stream(write(tmp_path / "mended.jsonl", rows)).load_state_dict(state)
+    rows[min(seen)]["prompt"] = "w98"
+    with pytest.raises(ValueError, match="but with data.shuffle not how many"):
+        stream(write(tmp_path / "mended.jsonl", rows)).load_state_dict(state)
+
+
+def test_a_deleted_row_that_took_no_part_changes_nothing(tmp_path):
+    rows = [{"prompt": f"w{i}" if i != 5 else None} for i in range(9)]
+    drop = {"bad_rows": "drop"}
+    s = stream(write(tmp_path / "p.jsonl", rows), config=drop)
+    for _ in range(3):
+        s.next_batch()
+    mended = stream(write(tmp_path / "p.jsonl", rows[:5] + rows[6:]))
+    mended.load_state_dict(s.state_dict())
+    assert prompts_of(mended.next_batch()) == prompts_of(s.next_batch())
 
 
 def test_rendered_example_moves_nothing(tmp_path):
@@ -210,6 +248,7 @@ def test_left_padded_without_any_special_token():
 USER = {"role": "user", "content": "w1"}
 ANSWER = {"role": "assistant", "content": "w9"}
 SYSTEM, OTHER = ({"role": "system", "content": text} for text in ("be kind", "w5"))
+PARTS = [{"type": "text", "text": "w"}, {"type": "text", "text": "1"}]
 CHAT = [0, 3, 9, 1, 0, 4]  # <s> user w1 </s> <s> assistant
 
 
@@ -221,14 +260,38 @@ CHAT = [0, 3, 9, 1, 0, 4]  # <s> user w1 </s> <s> assistant
         ({"prompt": [USER]}, "auto", CHAT),
         ({"messages": [USER, ANSWER]}, "auto", CHAT),
         ({"messages": [USER, ANSWER, USER]}, "auto", [0, 3, 9, 1, 0, 4, 17, 1, *CHAT]),
+        ({"prompt": [USER, ANSWER]}, "auto", [0, 3, 9, 1, 0, 4, 17]),
+        ({"prompt": [{"role": "user", "content": PARTS}]}, "auto", CHAT),
     ],
-    ids=["string", "wrapped string", "chat", "answered chat", "long chat"],
+    ids=["string", "wrapped", "chat", "answered", "long chat", "begun answer", "parts"],
 )
 def test_formats(tmp_path, row, mode, expected):
     path = write(tmp_path / "p.jsonl", [row])
     tok = tokenizer(post="<s> $A")  # adds BOS to plain text, and must not add a second to a chat
     batch = stream(path, tok=tok, config={"chat_template": mode}, prompts_per_step=1).next_batch()
     assert live(batch) == expected
+
+
+@pytest.mark.parametrize("key", ["messages", "conversation"])
+def test_an_answer_is_dropped_whatever_the_column_is_called(tmp_path, key):
+    path = write(tmp_path / "p.jsonl", [{key: [USER, ANSWER]}])
+    batch = stream(path, key=key, prompts_per_step=1).next_batch()
+    assert live(batch) == CHAT and prompts_of(batch) == [[USER]]
+
+
+TOOLS = [{"type": "function", "function": {"name": "w3"}}]
+TOOL_TEMPLATE = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}{{ mood }} " + TEMPLATE
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None])
+def test_tools_and_variables_reach_the_template(tmp_path, tools):
+    path = write(tmp_path / "p.jsonl", [{"prompt": [USER], "tools": tools}])
+    config = {"chat_template_kwargs": {"mood": "w4"}}
+    tok = tokenizer(template=TOOL_TEMPLATE)
+    batch = stream(path, tok=tok, config=config, prompts_per_step=1).next_batch()
+    assert live(batch) == ([11] if tools else []) + [12] + CHAT
+    read = {"conversation": [USER], "mood": "w4"} | ({"tools": TOOLS} if tools else {})
+    assert batch.columns[AS_READ] == [read] and batch.columns["tools"] == [tools]
 
 
 def test_prompt_column_is_the_dataset_s_own(tmp_path):
@@ -254,7 +317,8 @@ def test_what_the_policy_read_travels_beside_the_dataset_s_prompt(
     path = write(tmp_path / "p.jsonl", [{"prompt": prompt}])
     s = stream(path, config=config, prompts_per_step=1)
     batch = s.next_batch()
-    assert prompts_of(batch) == [prompt] and batch.columns[AS_READ] == [as_read]
+    read = {"conversation": as_read} if isinstance(as_read, list) else as_read
+    assert prompts_of(batch) == [prompt] and batch.columns[AS_READ] == [read]
     assert AS_READ not in s.columns  # no column that a reward function may ask for
 
 
@@ -323,12 +387,42 @@ def test_a_dataset_without_tokens_is_refused(tmp_path):
         ({"prompt": []}, {}, "row 0: prompt='\\[\\]'"),
         ({"messages": [ANSWER]}, {}, "row 0: prompt='\\[\\]'"),
         ({"prompt": [{"role": "user"}]}, {}, "role and content"),
+        ({"prompt": [{"role": "user", "content": 5}]}, {}, "content='5': must be a text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+            {},
+            "content=.*image.*: has a part that is no",
+        ),
+        ({"prompt": [{"role": None, "content": "w1"}]}, {}, "with role and content"),
+        ({"prompt": [{"role": "user", "content": [{"text": None}]}]}, {}, "a part that is no text"),
+        ({"prompt": "\ud800"}, {}, "row 0: prompt: not valid Unicode"),
+        ({"prompt": [USER], "tools": "[{"}, {}, "row 0: tools: not JSON"),
+        ({"prompt": [USER], "tools": ["hammer"]}, {}, "tools: must be a list of JSON schemas"),
+        ({"prompt": [USER], "tools": TOOLS}, {}, "does not read the tools of this row; rename"),
+        ({"prompt": [SYSTEM, USER]}, {}, "row 0: the chat template refuses it: no system; mend"),
+        ({"prompt": [USER]}, {"system_prompt": "be kind"}, "no system; unset data.system_prompt"),
+        ({"prompt": [USER]}, {"chat_template_kwargs": {"mod": 1}}, "template_kwargs.mod: .* not r"),
     ],
 )
-def test_bad_prompts_name_their_row(tmp_path, row, config, message):
+def test_bad_prompts_are_found_before_the_first_is_drawn(tmp_path, row, config, message):
     path = write(tmp_path / "p.jsonl", [row])
-    with pytest.raises(ValueError, match=message):
-        stream(path, config=config).next_batch()
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    with pytest.raises(ValueError, match=message) as error:
+        stream(path, tok=tokenizer(template=refusing + TEMPLATE), config=config)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_rows_are_left_out_where_that_is_wanted(tmp_path, caplog):
+    rows = [{"prompt": f"w{i}"} for i in range(8)]
+    rows[3]["prompt"] = None
+    path = write(tmp_path / "p.jsonl", rows)
+    with pytest.raises(ValueError, match="p.jsonl, row 3: prompt='None': must be a string"):
+        stream(path)
+    s = stream(path, config={"bad_rows": "drop"}, prompts_per_step=7)
+    assert sorted(prompts_of(s.next_batch())) == [f"w{i}" for i in range(8) if i != 3]
+    assert "1 of 8 rows are left out, as" in caplog.text and s.counts()["sources"][0]["rows"] == 7
+    with pytest.raises(ValueError, match="no row is any good, as .*row 0"):
+        stream(write(tmp_path / "p.jsonl", [{"prompt": 1}]), config={"bad_rows": "drop"})
 
 
 def test_missing_template_is_refused(tmp_path):

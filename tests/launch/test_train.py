@@ -293,15 +293,25 @@ def test_a_mistake_under_deepspeed(zero3):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_the_second_rank_only(zero3, tmp_path):
-    """Rank 0 meets it as a broken collective, of which nobody needs to hear."""
-    body = "import os\n\ndef score(prompts, completions, **columns):\n"
-    body += "    return [0.0] * (len(completions) - int(os.environ['RANK']))\n"
-    (tmp_path / "second.py").write_text(body)
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        ("second = int(os.environ['RANK'])", "error: reward 'words' returned 1 scores for 2 compl"),
+        (
+            "second = 1 // (1 - int(os.environ['RANK']))",
+            "error (rank 1): rewards: words: function=",
+        ),
+    ],
+    ids=["scores", "import"],
+)
+def test_a_mistake_of_the_second_rank_only(zero3, tmp_path, start, told):
+    """Rank 0 is told of it, or meets it as a broken collective, of which nobody needs to hear."""
+    body = f"import os\n\n{start}\n\ndef score(prompts, completions, **columns):\n"
+    (tmp_path / "second.py").write_text(f"{body}    return [0.0] * (len(completions) - second)\n")
     done = deepspeed("--config", zero3, "--rewards.0.function", f"{tmp_path / 'second.py'}:score")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "error (rank 1): reward 'words' returned 1 scores for 2 completions" in done.stderr
+    assert told in done.stderr
     assert not (tmp_path / "run").exists()
 
 

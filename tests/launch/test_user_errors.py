@@ -33,7 +33,7 @@ def refused(job, tmp_path, capsys, monkeypatch):
     tiny_job.alone(monkeypatch)
 
     def run(message: str, *overrides: object, folder: Path = tmp_path / "run") -> str:
-        before = contents(folder)
+        before, _ = contents(folder), capsys.readouterr()
         arguments = ["--config", str(job / "run.yaml"), "--run.dir", str(folder)]
         assert train.main([*arguments, *map(str, overrides)]) == 2
         told = capsys.readouterr().err
@@ -227,6 +227,26 @@ def test_more_than_the_model_s_context(refused):
             "--sampling.max_new_tokens", 200)  # fmt: skip
 
 
+def test_a_critic_of_fewer_positions(refused, tmp_path):
+    """Its reward model, whose rows are cut, starts a critic, whose rows are not."""
+    tiny.save_reward(tmp_path / "judge", tiny_job.VOCABULARY, max_position_embeddings=12)
+    judge = ["--rewards.0.kind", "model", "--rewards.0.path", tmp_path / "judge"]
+    told = refused("sampling.max_new_tokens=6 exceed the critic's context of 12; lower", *judge)
+    assert "or give another critic.path" in told
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rows_that_change_the_rotary_frequencies(refused, tmp_path, kind):
+    factors = {"short_factor": [1.0] * 2, "long_factor": [4.0] * 2}
+    own = {"original_max_position_embeddings": 12, **factors} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, **own}
+    count = 128 if kind == "longrope" else 12
+    sizes = {"max_position_embeddings": count, "rope_parameters": rope}
+    tiny.save_policy(tmp_path / "model", tiny_job.VOCABULARY, **sizes)
+    message = "exceed the actor's context of 12, where its rotary frequencies change; lower either"
+    refused(message, "--actor.path", tmp_path / "model")
+
+
 def test_a_cache_below_one_sequence(refused):
     refused("rollout.kv_cache_gb=1e-06: one sequence of ... tokens needs ... raise it",
             "--rollout.kv_cache_gb", 1e-6)  # fmt: skip
@@ -305,6 +325,17 @@ def test_vocabularies_that_differ(refused, tmp_path, role):
     tiny.save_policy(tmp_path / "small", 8)
     told = refused(f"{role}.path", f"--{role}.path", tmp_path / "small")
     assert "vocabulary of 8 is smaller than the actor's tokenizer (16 tokens)" in told
+
+
+def test_a_reward_model_without_the_rows_that_pad_the_actor_s_vocabulary(refused, tmp_path):
+    actor = tiny.save_policy(tmp_path / "padded", 64)
+    tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(actor)
+    tiny.save_reward(tmp_path / "judge", tiny_job.VOCABULARY)
+    judge = ["--rewards.0.kind", "model", "--rewards.0.path", tmp_path / "judge"]
+    told = refused(
+        "rewards.0.path= ... its vocabulary of 16 is smaller", *judge, "--actor.path", actor
+    )
+    assert "any of 64 ids; pad it by model.resize_token_embeddings(64)" in told
 
 
 def test_tokens_that_differ(refused, tmp_path):

@@ -11,12 +11,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     Gemma2Config,
 )
 
 from gearshift.engine.attention import packed
 from gearshift.engine.config.assets import FILES, cache_dir
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.load import (
     attention_implementation,
@@ -209,15 +211,96 @@ def test_a_misshapen_tensor_is_named(models, tmp_path):
 @pytest.mark.parametrize("role", ["reward", "critic"])
 def test_a_model_without_a_score_head_is_no_judge(models, role):
     """A zero head in its place would give every response the same score."""
-    with pytest.raises(ValueError, match=r"missing.*score\.weight"):
+    with pytest.raises(ValueError, match="has no score head: it is no reward model"):
         load(models / "policy", role)
 
 
 def test_a_reward_model_of_several_labels_is_refused(tmp_path):
     path = tiny.save_reward(tmp_path / "three")
     edit(path, lambda tensors: tensors.update({"score.weight": torch.zeros(3, 16)}))
-    with pytest.raises(ValueError, match=r"score.weight is \[3, 16\]"):
+    with pytest.raises(ValueError, match=r"its score head has 3 labels \(score.weight\)"):
         load(path, "reward")
+
+
+@pytest.mark.parametrize("name", ["score", "classifier", "value_head", "v_head.summary"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_stored_head_is_kept_whatever_its_name(tmp_path, name, bias):
+    path = tiny.save_reward(tmp_path / "own")
+    stored = {f"{name}.weight": torch.randn(1, 16)} | (
+        {f"{name}.bias": torch.ones(1)} if bias else {}
+    )
+    edit(path, lambda tensors: (tensors.pop("score.weight"), tensors.update(stored)))
+    critic = load(path, "critic")
+    assert torch.equal(critic.score.weight, stored[f"{name}.weight"])
+    assert critic.score.bias.item() == bias
+    if not bias:
+        assert torch.equal(load(path, "reward").score.weight, stored[f"{name}.weight"])
+
+
+def test_tensors_without_a_place_are_refused_or_said(models, tmp_path, caplog):
+    path = copy(models, "policy", tmp_path / "more")
+    edit(path, lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 16)}))
+    edit(
+        path, lambda tensors: tensors.update({"model.layers.0.rotary_emb.inv_freq": torch.ones(2)})
+    )
+    load(path)
+    assert "1 of its tensors are left out (v_head.summary)" in caplog.text
+    edit(path, lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}))
+    with pytest.raises(ValueError, match="no place for its tensor model.layers.2.mlp.up_proj"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("fp8", r"\(quantization_config.quant_method=fp8\).*FineGrainedFP8Config\(dequantize=True"),
+        ("mxfp4", r"Mxfp4Config\(dequantize=True\)\)\.save_pretrained\('OUT'\)\"$"),
+        ("gptq", "quant_method=gptq.*; give the checkpoint that it was made from"),
+        ("bitsandbytes", "quant_method=bitsandbytes"),
+    ],
+)
+def test_quantised_weights_are_refused_before_any_is_read(models, tmp_path, method, words):
+    path = copy(models, "policy", tmp_path / method)
+    settings = json.loads((path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": method}
+    (path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=words) as error:
+        load_config(ModelConfig(path=str(path)), "policy")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_numbers_without_scales_are_refused(models, tmp_path, dtype):
+    path, name = copy(models, "policy", tmp_path / "bare"), "model.layers.0.mlp.up_proj.weight"
+    edit(path, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"{name} is stored as {str(dtype)[6:]}; give"):
+        load(path)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_the_text_model_of_a_vision_language_checkpoint_is_read(tmp_path, caplog, old):
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text | heads, vision_config=sight | {"num_attention_heads": 2}
+    )
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path, save_original_format=old)
+    lm, ids = load(tmp_path), torch.tensor([[4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(lm(ids).logits, whole(ids).logits)
+    assert lm.config.vocab_size == 16 and "vision_tower" in caplog.text
+    assert load(tmp_path, "critic", fresh_head=True).score.weight.shape == (1, 16)
+
+
+def test_the_end_ids_of_a_generation_config_are_read(models, tmp_path):
+    path = copy(models, "policy", tmp_path / "ends")
+    (path / "generation_config.json").write_text('{"eos_token_id": [2, 4, 5], "top_p": 0.9}')
+    assert load(path).generation_config.eos_token_id == [2, 4, 5]
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match="generation_config.json"):
+        load(path)
 
 
 def test_checkpoints_that_are_not_there(models, tmp_path):
@@ -243,13 +326,52 @@ def test_checkpoints_that_are_not_there(models, tmp_path):
         load_tokenizer(ModelConfig(path=str(bare)))
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("config.json", "num_attention_heads", "\n", "'num_attention_heads' expected int, got str"),
+        (
+            "config.json",
+            "num_attention_heads",
+            5,
+            "not a multiple of the number of attention heads",
+        ),
+        ("config.json", "head_dim", 0, "no AutoModelForCausalLM of it: "),
+        (
+            "generation_config.json",
+            "eos_token_id",
+            "",
+            "eos_token_id='' is neither an id nor a list",
+        ),
+        ("generation_config.json", "eos_token_id", [{}], "eos_token_id=.* is neither an id nor a"),
+        ("tokenizer.json", "model", None, "tokenizer=.*; name the directory or hub id of one"),
+        ("tokenizer.json", "added_tokens", [[None]], "tokenizer=.*; name the directory or hub id"),
+        ("tokenizer_config.json", "model_max_length", {}, "tokenizer=.*; name the directory or"),
+    ],
+)
+def test_values_that_no_model_has_are_one_line(models, tmp_path, file, key, value, message):
+    path = copy(models, "policy", tmp_path / "odd")
+    settings = json.loads((path / file).read_text()) | {key: value}
+    (path / file).write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message) as error:
+        load_tokenizer(ModelConfig(path=str(path)))
+        load(path)
+    assert "\n" not in str(error.value)
+
+
 def test_critics_need_a_score_head_of_their_family(tmp_path):
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=16
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    config = AutoConfig.for_model("bert", num_attention_heads=1, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no linear `score` head"):
         load(tmp_path, "critic", fresh_head=True)
+
+
+def test_a_critic_of_a_family_whose_head_for_tokens_has_another_name(tmp_path):
+    sizes = {"vocab_size": 16, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = AutoConfig.for_model("gpt2", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert load(tmp_path, "critic", fresh_head=True).score.weight.shape == (1, 8)
 
 
 def test_critic_and_reward_have_one_label(models):
@@ -286,6 +408,27 @@ def test_attention_that_would_lose_a_soft_cap_is_refused():
         attention_implementation("sdpa", config, half)
     config.attn_logit_softcapping = None
     assert attention_implementation("sdpa", config, half) == "sdpa"
+
+
+def test_auto_is_what_the_class_has(tmp_path):
+    sizes = {"vocab_size": 16, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **sizes)).save_pretrained(
+        tmp_path
+    )
+    assert load(tmp_path).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn=sdpa: BloomForCausalLM does not support"):
+        load_model(ModelConfig(path=str(tmp_path), attn="sdpa"), "policy", PLAIN)
+
+
+def test_a_renamed_checkpoint_keeps_its_head_and_says_what_it_drops(models, tmp_path, caplog):
+    path, head = copy(models, "renamed", tmp_path / "renamed"), torch.randn(1, 16)
+    edit(path, lambda tensors: tensors.update({"v_head.summary.weight": head}))
+    load(path)
+    assert "1 of its tensors are left out (v_head.summary)" in caplog.text
+    assert torch.equal(load(path, "critic").score.weight, head)
+    edit(path, lambda tensors: tensors.update({"model.layers.2.mlp.x.weight": head}))
+    with pytest.raises(ValueError, match="no place for its tensor model.layers.2.mlp.x.weight"):
+        load(path)
 
 
 def test_flash_attn_is_for_half_precision(monkeypatch):

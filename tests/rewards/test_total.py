@@ -17,13 +17,14 @@ from transformers import (
 )
 
 from gearshift.engine.batch import AS_READ, Rollout
+from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import DataConfig, RewardConfig
 from gearshift.engine.data.prompts import PromptEncoder
-from gearshift.engine.models.shapes import positions
 from gearshift.engine.rewards import http as reward_http
 from gearshift.engine.rewards.text import check_system_turn
 from gearshift.engine.rewards.total import RewardError, RewardSum, read_rows, render_for_reward
+from gearshift.engine.rollout.context import positions
 
 CHAT = [{"role": "user", "content": "name a fruit"}]
 CHATML = (
@@ -275,7 +276,7 @@ def test_long_text_is_shortened_in_errors(function):
     [
         ("def rewards(prompts, completions): ...", "no 'reward'; did you mean 'rewards'"),
         ("reward = 3", "reward is not a function"),
-        ("async def reward(prompts, completions): ...", "must not be async"),
+        ("class reward: ...", "reward is a class; name an instance of it"),
         ("def reward(prompts, answers): ...", "signature is .prompts, answers.*write def reward"),
         ("def reward(prompts, completions, /): ...", "write def reward"),
         ("import no_such_module", "ModuleNotFoundError.*no_such_module.*:1"),
@@ -285,6 +286,44 @@ def test_long_text_is_shortened_in_errors(function):
 def test_a_bad_function_is_refused_before_the_run(function, source, told):
     with pytest.raises(RewardError, match=told):
         function(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "async def reward(prompts, completions): return [1.0, 2.0]",
+        """
+        class Judge:
+            async def __call__(self, prompts, completions): return [1.0, 2.0]
+        reward = Judge()
+        """,
+    ],
+)
+def test_functions_may_be_async(function, source):
+    assert score(function(source)) == [1.0, 2.0]
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_else(function):
+    rewards = function(
+        """
+        def reward(prompts, completions, gold, **columns):
+            scores = [float(entry.pop("a")) for entry in gold]
+            gold.clear(), prompts.clear(), columns.clear()
+            return scores
+        """
+    )
+    rollout = rollout_of(["a", "b"], ["c", "d"], gold=[{"a": 1}, {"a": 2}])
+    assert score(rewards, rollout) == score(rewards, rollout) == [1.0, 2.0]
+    assert rollout.columns == {"prompt": ["a", "b"], "gold": [{"a": 1}, {"a": 2}]}
+
+
+def test_a_mistake_on_another_rank_ends_this_one_with_the_same_line(function, monkeypatch):
+    rewards = function("def reward(prompts, completions): return [1.0, 2.0]")
+    there = torch.tensor([0.0, 0.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    monkeypatch.setattr(distributed, "global_sum", lambda value: value + there)
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda told: [told, "r returned a set"])
+    with pytest.raises(RewardError, match="^r returned a set$"):
+        score(rewards)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +473,13 @@ def test_bad_urls_are_refused(urls, told):
         http(urls)
 
 
+def test_what_is_not_finite_is_sent_as_null(endpoint):
+    url, received = endpoint([GOOD])
+    odd = [math.nan, {"a": [math.inf, 1.5]}]
+    score(http([url]), rollout_of(["a", "b"], ["c", "d"], gold=odd))
+    assert received[0]["columns"]["gold"] == [None, {"a": [None, 1.5]}]
+
+
 def test_a_column_that_is_no_json_is_named(endpoint):
     url, _ = endpoint([GOOD])
     odd = rollout_of(["a", "b"], ["c", "d"], when=[object(), object()])
@@ -522,6 +568,7 @@ def rollout_as_read(prompt, answer: str = "a pear", **data) -> Rollout:
 
 
 KIND = {"system_prompt": "be kind"}
+BEGUN = {"role": "assistant", "content": "it is"}
 
 
 @pytest.mark.parametrize(
@@ -556,6 +603,39 @@ def test_a_reward_model_reads_the_chat_that_the_policy_read(prompt, data, templa
     with_template.bos_token = "<|end|>"
     read = [tok.decode(render(tok, rollout)[0]) for tok in (with_template, without)]
     assert read == [f"<|end|> {templated}" if templated else f"{plain}<eos>", f"{plain}<eos>"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_reward_model_reads_an_answer_that_the_prompt_began(finished):
+    text = PromptEncoder(DataConfig(), POLICY).read({"prompt": [*CHAT, BEGUN]}, "prompt")
+    assert text.rendered.endswith("<|assistant|>it is")
+    rollout = rollout_of([text.rendered], [" a pear"], finished=finished)
+    rollout = replace(rollout, columns={"prompt": [text.prompt], AS_READ: [text.as_read]})
+    reward = byte_tokenizer(BRACKETS)
+    reward.bos_token = "<eos>"
+    read = reward.decode(render(reward, rollout)[0])
+    told = "<eos> [user] name a fruit [/] [assistant] it is a pear"
+    assert read == told + " [/] " * finished
+    plain = reward.decode(render(reward, rollout, chat_template=False)[0])
+    assert plain == "name a fruit\n\nit is a pear" + "<eos>" * finished
+
+
+def test_a_reward_model_s_template_gets_tools_and_variables():
+    policy = byte_tokenizer("{{ tools }}{{ mood }}" + CHATML)
+    row = {"prompt": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    text = PromptEncoder(DataConfig(chat_template_kwargs={"mood": "x"}), policy).read(row, "prompt")
+    rollout = replace(
+        rollout_of([text.rendered], ["a"]),
+        columns={"prompt": [text.prompt], AS_READ: [text.as_read]},
+    )
+    reward = byte_tokenizer("{{ tools[0].function.name }} {{ mood }}" + BRACKETS)
+    assert reward.decode(render(reward, rollout)[0]).startswith("f x")
+
+
+def test_a_reward_model_s_template_that_refuses_a_chat_names_the_row():
+    strict = byte_tokenizer("{{ raise_exception('no user') }}")
+    with pytest.raises(RewardError, match="refuses it: no user; set its .*false.*name a fruit"):
+        render(strict)
 
 
 def test_a_function_gets_the_dataset_s_form_of_a_prompt(function):
@@ -635,23 +715,6 @@ def test_more_tokens_than_the_model_has_positions_are_refused(caplog):
     with pytest.raises(ConfigError, match=told):
         rewards.fit("r", 4)
     assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "limit"),
-    [
-        ("bert", {"max_position_embeddings": 512}, 512),
-        ("roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 512),
-        ("xlm-roberta", {"max_position_embeddings": 20, "pad_token_id": 3}, 16),
-        ("gpt2", {"n_positions": 64}, 64),
-        ("llama", {"max_position_embeddings": 2048}, 2048),
-        ("t5", {}, None),
-        ("xlnet", {}, None),
-        ("bloom", {}, None),
-    ],
-)
-def test_positions(family, settings, limit):
-    assert positions(AutoConfig.for_model(family, **settings)) == limit
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

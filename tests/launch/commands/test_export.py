@@ -20,6 +20,7 @@ def test_a_checkpoint_is_what_the_run_exports(tmp_path, capsys, zero):
     with pytest.MonkeyPatch.context() as patch:
         tiny_job.alone(patch)
         assert train.main(["--config", str(path)]) == 0
+    (tmp_path / "reward.py").unlink()  # an export asks for no reward
     checkpoint, out = tmp_path / "run" / "checkpoints" / "step_000002", tmp_path / "out"
     assert cli.main(["export", str(checkpoint), "--out", str(out)]) == 0
     assert f"exported {out / 'critic'}" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from gearshift.launch import cli
@@ -75,6 +76,28 @@ def test_chats_are_wrapped_by_the_template(tmp_path, capsys):
     assert chat == plain == expected(folder, "w8 w4 w9", 8)
 
 
+def test_prompts_are_encoded_as_in_training(tmp_path, capsys):
+    """Without the end token that some tokenizers put behind every text."""
+    folder = tiny.save_policy(tmp_path / "ends", 16, initializer_range=0.2)
+    tokenizer = tiny.tokenizer(16)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    arguments = ["--temperature", "0", "--max-new-tokens", "8", "w4 w5"]
+    assert cli.main(["generate", "--model", str(folder), *arguments]) == 0
+    assert capsys.readouterr().out == f"w4 w5 -> {expected(folder, 'w4 w5', 8)}\n"
+
+
+def test_a_model_that_the_paged_engine_cannot_run(tmp_path, capsys):
+    """The same choice as in training."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    folder = tiny.save_policy(tmp_path / "moving", 16, initializer_range=0.2, rope_parameters=rope)
+    arguments = ["--temperature", "0", "--max-new-tokens", "8", "w4 w5"]
+    assert cli.main(["generate", "--model", str(folder), *arguments]) == 0
+    assert capsys.readouterr().out == f"w4 w5 -> {expected(folder, 'w4 w5', 8)}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -82,6 +105,8 @@ def test_chats_are_wrapped_by_the_template(tmp_path, capsys):
         (["--chat", "w4"], "--chat: the model's tokenizer has no chat template"),
         (["--temperature", "-1", "w4"], "temperature=-1.0: must be at least 0"),
         (["--top-p", "0", "w4"], "top_p=0.0: must be above 0"),
+        (["--max-new-tokens", "128", "w4"], "--max-new-tokens=128: a prompt has 1 tokens and the"),
+        ([""], "prompts='': the tokenizer makes no token of it"),
         (["--max-new-tokens", "0", "w4"], "max_new_tokens=0: must be at least 1"),
         ([], "prompts: give a text, or lines on standard input"),
     ],
