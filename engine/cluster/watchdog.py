@@ -26,8 +26,9 @@ from gearshift.engine.cluster import distributed, progress
 _FAULT = 1  # exit status
 _LEFT = "left"  # the phase of a rank that ends in good order, or has printed its own error
 _RANKS_PER_SECOND = 64  # how many ranks' worth of beats each rank reads; more ranks: more rarely
-# A rank whose connection broke looks so many intervals for the one that is gone.
-_LOOKS = 6
+# A rank whose connection broke looks so many intervals for the one that is gone, and compares with
+# what it knew after so many: what was read before may lack the last word of the one that died.
+_LOOKS, _SETTLED = 6, 2.5
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,13 @@ class Watchdog:
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._blaming.set()
-        before = {rank: seen.beat for rank, seen in self._seen.items()}
-        deadline = time.monotonic() + _LOOKS * self.interval
-        while time.monotonic() < deadline:
+        start, before = time.monotonic(), dict[int, Beat]()
+        while time.monotonic() < start + _LOOKS * self.interval:
             dead = self._dead()
             if dead:
                 return dead.described("died")
+            if not before and time.monotonic() > start + _SETTLED * self.interval:
+                before = {rank: seen.beat for rank, seen in self._seen.items()}
             time.sleep(self.interval / 4)
         silent = [
             b
