@@ -1,7 +1,6 @@
 """One run: its folder, its models and the loop over PPO steps."""
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -18,7 +17,7 @@ from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint import store as checkpoint_store
 from gearshift.engine.checkpoint.export import export
 from gearshift.engine.checkpoint.state import tokenizer_print
-from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
@@ -26,7 +25,7 @@ from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
 from gearshift.engine.data.streams import PromptStream, TextStream
 from gearshift.engine.guards import Alarm, GuardStop
-from gearshift.engine.log.run_log import RunLog, nearest_existing
+from gearshift.engine.log.run_log import RunLog
 from gearshift.engine.log.trackers import check_trackers
 from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
@@ -47,6 +46,7 @@ class Session:
         parse_deadline(config.run.save_by, time.time())
         self.device = distributed.start(config.run.threads)
         deadline = agree_on_deadline(config.run.save_by)
+        self.fresh = claim.take(self.folder)
         self.resumed, remarks = resume.choose(config.run)
         remarks += check_folder(config, self.resumed)
         watchdog.start(config.run.hang_timeout_s, self.folder)
@@ -107,7 +107,7 @@ class Session:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
         with ExitStack() as undo, self.saver:
             left = steps - self.trainer.steps_done
-            if self.main and left > 0 and not self.folder.exists():
+            if self.main and left > 0 and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
             stopping = None
@@ -215,7 +215,6 @@ class Session:
         """Writes the settings and opens the log, on rank 0."""
         if not self.main:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         for later in checkpoint_store.retire(self.folder / "checkpoints", self.trainer.steps_done):
             self.console.note(f"set aside {later}: this run replaces it")
         (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")
@@ -226,7 +225,7 @@ class Session:
 
 
 def check_folder(config: Config, resumed: Path | None) -> list[str]:
-    """Raises ValueError where another run is, or where nothing can be written; returns remarks.
+    """Raises ValueError where another run has been; returns remarks.
 
     resumed: the checkpoint that is continued. A run that was killed before its first checkpoint
     begins again, by the same command as any other.
@@ -242,10 +241,6 @@ def check_folder(config: Config, resumed: Path | None) -> list[str]:
             fix = f"choose a new folder, or delete it{more}"
             raise ConfigError("run.dir", "holds another run", fix, repr(str(folder)))
         remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
-    place = nearest_existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "is not writable" if place.is_dir() else "is a file"
-        raise ConfigError("run.dir", f"{place} {what}", "choose another folder", repr(str(folder)))
     return remarks
 
 

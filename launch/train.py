@@ -12,7 +12,7 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.config import check as config_check
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.load import Resolved
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+    finally:
+        claim.release()
 
 
 def print_mistake(mistake: str) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
@@ -192,6 +193,11 @@ def has_launcher() -> bool:
 def world_group() -> dist.ProcessGroup | None:
     """The group of all ranks, None before `start`."""
     return dist.group.WORLD if dist.is_initialized() else None
+
+
+def host() -> str:
+    """This machine, as messages name it."""
+    return socket.gethostname()
 
 
 def is_main() -> bool:

@@ -174,7 +174,7 @@ def test_a_folder_of_another_run(refused, tmp_path):
 
 def test_no_place_to_write(refused, tmp_path):
     (tmp_path / "file").write_text("x")
-    message = "file is a file; choose another folder"
+    message = "cannot be written: ... choose another folder"
     refused(message, folder=tmp_path / "file" / "run")
     refused(message, folder=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
