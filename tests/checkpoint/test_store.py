@@ -129,8 +129,19 @@ def test_what_is_no_checkpoint(tmp_path):
     assert store.steps(folder) == [last]
     assert resume.choose(run) == (last, [])
     assert resume.choose(RunConfig(dir=str(tmp_path / "run"), resume="none")) == (None, [])
-    with pytest.raises(ValueError, match="no checkpoint there; use auto, none or its path"):
+    with pytest.raises(ValueError, match="no checkpoint there; use auto, none or the path"):
         resume.choose(RunConfig(resume=str(tmp_path / "absent")))
+
+
+def test_a_checkpoint_that_one_host_misses_is_passed_over_by_all(tmp_path, monkeypatch):
+    """Rank 0's list is everybody's, so that all ask about the same checkpoint."""
+    first, last = (made(tmp_path / "run" / "checkpoints", step) for step in (1, 2))
+    missing = ("n1", "no checkpoint there")
+    answers = iter([[[first, last], []], [None, missing], [None, None]])  # of rank 0 and rank 1
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda mine: next(answers))
+    chosen, remarks = resume.choose(RunConfig(dir=str(tmp_path / "run")))
+    assert chosen == first
+    assert remarks == [f"{last}: no checkpoint there (on n1); going on from step_000001"]
 
 
 class Poison:

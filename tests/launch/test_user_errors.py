@@ -181,7 +181,7 @@ def test_no_place_to_write(refused, tmp_path):
 
 
 def test_resuming_from_nowhere(refused, tmp_path):
-    refused("no checkpoint there; use auto, none or its path", "--run.resume", tmp_path / "x")
+    refused("no checkpoint there; use auto, none or the path", "--run.resume", tmp_path / "x")
 
 
 def test_a_tracker_that_is_not_installed(refused, monkeypatch):
