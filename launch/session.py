@@ -31,6 +31,7 @@ from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.kernels.checks.self_check import self_check
+from gearshift.launch import alike
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
 
@@ -44,7 +45,8 @@ class Session:
         self.folder = Path(config.run.dir)
         check_trackers(config.run.trackers)
         parse_deadline(config.run.save_by, time.time())
-        self.device = distributed.start(config.run.threads)
+        self.device = distributed.start(config.run.threads, config.run.start_timeout_s)
+        alike.check_programs(config)
         deadline = agree_on_deadline(config.run.save_by)
         self.fresh = claim.take(self.folder)
         self.resumed, remarks = resume.choose(config.run)
@@ -57,6 +59,7 @@ class Session:
         if checked:
             self.console.note(checked)
         self.blueprint = assemble.draw_up(config)
+        alike.check_files(config, self.blueprint)
         if self.device.type == "cuda":
             remarks += assemble.slower_than_need_be(self.blueprint, distributed.world_size())
         config = self._plan(config)

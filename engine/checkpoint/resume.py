@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it is a checkpoint of this run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -134,19 +134,20 @@ def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """By key, values that differ; a key that one side lacks has None there."""
-    before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    before, after = dict(leaves(old, "")), dict(leaves(new, ""))
     keys = sorted(before.keys() | after.keys())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _leaves(value: Any, key: str):
+def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Plain values inside a configuration, by their dotted keys below `key`."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            yield from _leaves(entry, f"{key}.{name}" if key else name)
+            yield from leaves(entry, f"{key}.{name}" if key else name)
     elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
         for index, entry in enumerate(value):
-            yield from _leaves(entry, f"{key}.{index}")
+            yield from leaves(entry, f"{key}.{index}")
     else:
         yield key, value
 

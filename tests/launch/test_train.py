@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from gearshift.engine.checkpoint import store
+from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
 from tests.tiny.on_ranks import free_port
 
 PHASES = {"generate", "rewards", "logprobs", "ref", "values", "update_actor", "update_critic"}
+HOST = distributed.host()
 METRICS = {
     *(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")),
     *("objective/scores", "objective/kl_coef", "critic/vf_explained_var", "rewards/words/mean"),
@@ -85,7 +87,7 @@ def test_print_config_shows_origins_and_loads_again(tmp_path, capsys):
     ("rank", "error", "told", "waits"),
     [
         ("0", ValueError("ppo.lam=2:\n too large"), "gearshift: error: ppo.lam=2: too large\n", 0),
-        ("1", ValueError("ppo.lam=2"), "gearshift: error (rank 1): ppo.lam=2\n", 1),
+        ("1", ValueError("ppo.lam=2"), f"gearshift: error (rank 1 on {HOST}): ppo.lam=2\n", 1),
         ("0", RuntimeError("gloo: Connection closed by peer"), None, 1),
         ("1", RuntimeError("a fault"), None, 0),
     ],
@@ -98,6 +100,7 @@ def test_who_speaks_first(rank, error, told, waits, monkeypatch, capsys):
 
     slept = []
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("GEARSHIFT_TRACEBACK", raising=False)
     monkeypatch.setattr(train, "run", fail)
     monkeypatch.setattr(train.time, "sleep", slept.append)
@@ -301,7 +304,10 @@ def test_a_mistake_of_the_second_rank_only(zero3, tmp_path):
     done = deepspeed("--config", zero3, "--rewards.0.function", f"{tmp_path / 'second.py'}:score")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "error (rank 1): reward 'words' returned 1 scores for 2 completions" in done.stderr
+    assert (
+        f"error (rank 1 on {HOST}): reward 'words' returned 1 scores for 2 completions"
+        in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
