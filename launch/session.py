@@ -218,6 +218,7 @@ class Session:
         """Writes the settings and opens the log, on rank 0."""
         if not self.main:
             return None
+        self.console.keep(self.folder / "console.log")
         for later in checkpoint_store.retire(self.folder / "checkpoints", self.trainer.steps_done):
             self.console.note(f"set aside {later}: this run replaces it")
         (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")

@@ -69,7 +69,11 @@ def release() -> None:
 
 def _acquire(folder: Path) -> SoftFileLease:
     lease = SoftFileLease(
-        folder / LOCK, lease_duration=_LEASE_S, heartbeat_interval=_BEAT_S, on_compromise=_lost
+        folder / LOCK,
+        lease_duration=_LEASE_S,
+        heartbeat_interval=_BEAT_S,
+        on_compromise=_lost,
+        thread_local=False,  # the watchdog's thread may release it
     )
     touched = _touched(folder)
     while not lease.is_locked:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from gearshift.engine.cluster import distributed, progress
+from gearshift.engine.cluster import claim, distributed, guard, progress
 
 _FAULT = 1  # exit status
 _LEFT = "left"  # the phase of a rank that ends in good order, or has printed its own error
@@ -96,6 +97,10 @@ class Watchdog:
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self._threads:
             thread.start()
+        # Later than the others name it, so that they do not find it dead instead.
+        command = [sys.executable, "-P", guard.__file__, str(timeout + 3 * self.interval)]
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self._guard = subprocess.Popen(command, **quiet) if distributed.world_size() > 1 else None
 
     def leave(self, *, failing: bool = False) -> None:
         """Ends the watching of this rank, so that no other rank reports it as lost.
@@ -105,6 +110,9 @@ class Watchdog:
         """
         self._blaming.set()
         self._gone.set()
+        if self._guard:
+            self._guard.kill()
+            self._guard.wait()
         for thread in self._threads:
             thread.join(self.interval)
         progress.enter(_LEFT)
@@ -195,12 +203,12 @@ class Watchdog:
         # Rank 0 first: while it is silent nothing is known of the others.
         silent = [s.beat for s in seen if now - s.announced > self.timeout]
         if silent:
-            return self._unanswering(silent[0])
+            return silent[0].described(f"did not answer for {self.timeout:g} s")
         if any(now - s.moved <= self.timeout for s in seen):
             return None
         last = min(seen, key=lambda s: s.beat.reached)  # the others wait for it
         if now - last.announced > _LOOKS * self.interval / 2:
-            return self._unanswering(last.beat)
+            return last.beat.described(f"did not answer for {self.timeout:g} s")
         return last.beat.described(f"made no progress for {self.timeout:g} s")
 
     def _begin_anew(self, now: float) -> None:
@@ -208,22 +216,24 @@ class Watchdog:
         for seen in list(self._seen.values()):
             seen.announced = seen.moved = now
 
-    def _unanswering(self, beat: Beat) -> str:
-        if beat.here and not beat.dead():
-            os.kill(beat.pid, signal.SIGKILL)  # stopped: deaf to its launcher's SIGTERM
-        return beat.described(f"did not answer for {self.timeout:g} s")
+    def _write(self, verdict: str) -> Path:
+        """For those who see the run folder, but not what is printed; returns where it is."""
+        logs = self.folder / "logs"
+        with suppress(OSError):
+            logs.mkdir(parents=True, exist_ok=True)
+            with (logs / f"rank_{distributed.rank():05d}.txt").open("w", encoding="utf-8") as log:
+                log.write(f"{verdict}\n")
+                log.flush()
+                faulthandler.dump_traceback(log, all_threads=True)
+        return logs
 
     def _end(self, verdict: str) -> None:
-        logs = self.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank_{distributed.rank():05d}.txt").open("w", encoding="utf-8") as log:
-            log.write(f"{verdict}\n")
-            log.flush()
-            faulthandler.dump_traceback(log, all_threads=True)
+        logs = self._write(verdict)
         report_fault(
             f"{verdict}. Stacks are in {logs}; raise run.hang_timeout_s if it was only slow"
         )
         time.sleep(2 * self.interval)  # the launcher ends all when the first leaves: let them write
+        claim.release()
         os._exit(_FAULT)
 
     def _follow_launcher(self) -> None:
@@ -284,5 +294,8 @@ def leave(*, failing: bool = False) -> None:
 
 
 def blame() -> str | None:
-    """As Watchdog.blame, if there is one."""
-    return _running.blame() if _running else None
+    """As Watchdog.blame, if there is one; what it says is in the run folder, too."""
+    found = _running.blame() if _running else None
+    if _running and found:
+        _running._write(found)
+    return found

@@ -37,7 +37,14 @@ METRICS = {
     "timing_s/swap",
 }
 FOLDER = {
-    *("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "report.html"),
+    *(
+        "config.yaml",
+        "console.log",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+    ),
     *("ds_actor.json", "ds_critic.json", "ds_reference.json", "checkpoints", "export"),
 }
 
@@ -215,6 +222,9 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     assert [line["step"] for line in tiny_job.learned(tmp_path / "run")] == [1, 2]
     assert store.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002")
     assert (tmp_path / "run" / "export" / "actor" / "config.json").exists()
+    told = (tmp_path / "run" / "console.log").read_text()
+    kinds = ("plan: fits", "prompts from", "step 1/2", "step 2/2", "exported", "report")
+    assert all(f"\n{kind}" in f"\n{told}" for kind in kinds)
 
 
 def test_a_checkpoint_without_a_critic(tmp_path, capsys):
