@@ -75,6 +75,9 @@ class Session:
         for text in [*warnings, *remarks]:
             self.console.warn(text)
         self._describe_data()
+        self.hosts = distributed.all_gather_objects(distributed.host())
+        if len(set(self.hosts)) > 1:
+            self.console.note(f"hosts of ranks 0, 1, ...: {', '.join(self.hosts)}")
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
@@ -122,10 +125,14 @@ class Session:
             log.close()
         if stopping:
             raise GuardStop(stopping.text)
-        if not self.saver.ended:
-            return self._finish()
-        done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
-        self.console.note(f"{done}; the same command goes on from there")
+        if self.saver.ended:
+            done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
+            self.console.note(f"{done}; the same command goes on from there")
+        else:
+            self._finish()
+        if self.main:
+            outcome = {"outcome": "stopped" if self.saver.ended else "finished"}
+            (self.folder / "outcome.json").write_text(json.dumps(outcome) + "\n")
 
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
@@ -218,13 +225,15 @@ class Session:
         """Writes the settings and opens the log, on rank 0."""
         if not self.main:
             return None
+        (self.folder / "outcome.json").unlink(missing_ok=True)
         self.console.keep(self.folder / "console.log")
         for later in checkpoint_store.retire(self.folder / "checkpoints", self.trainer.steps_done):
             self.console.note(f"set aside {later}: this run replaces it")
         (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")
         for role, settings in self.blueprint.deepspeed.items():
             (self.folder / f"ds_{role}.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        found = environment() | {"hosts": self.hosts}
+        (self.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         return RunLog(self.config.run, asdict(self.config), resumed_step=self.trainer.steps_done)
 
 

@@ -99,8 +99,10 @@ class Watchdog:
             thread.start()
         # Later than the others name it, so that they do not find it dead instead.
         command = [sys.executable, "-P", guard.__file__, str(timeout + 3 * self.interval)]
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        self._guard = subprocess.Popen(command, **quiet) if distributed.world_size() > 1 else None
+        self._guard = None
+        if distributed.world_size() > 1:
+            mute = subprocess.DEVNULL
+            self._guard = subprocess.Popen(command, stdin=mute, stdout=mute, stderr=mute)
 
     def leave(self, *, failing: bool = False) -> None:
         """Ends the watching of this rank, so that no other rank reports it as lost.

@@ -40,6 +40,7 @@ FOLDER = {
     *(
         "config.yaml",
         "console.log",
+        "outcome.json",
         "environment.json",
         "metrics.jsonl",
         "samples.jsonl",
