@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,45 +15,59 @@ from gearshift.engine.checkpoint.resume import leaves
 from gearshift.engine.checkpoint.state import tokenizer_print
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.assets import resolve
-from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models.load import location
 from gearshift.engine.models.shapes import PREFIX
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DRIVER = Path("/proc/driver/nvidia/version")
+FIX = "start every host with the same configuration, code and libraries"
 _READ_BYTES = 1 << 22  # of a file, from its start; with the size of the whole
 
 
-def compare(facts: Mapping[str, Any], fix: str) -> None:
+def compare(mine: Mapping[str, str], fix: str) -> None:
     """Raises ConfigError, naming the first fact that differs and on which host. A collective.
 
     Facts are only sent where their digests differ: there can be a thousand of them.
     """
-    mine = {key: str(value) for key, value in facts.items()}
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
     if len(set(distributed.all_gather_objects(digest))) == 1:
         return
     told = distributed.all_gather_objects((distributed.host(), mine))
-    first, ours = told[0]
-    host, theirs = next((host, facts) for host, facts in told if facts != ours)
+    for other in told:
+        found = difference(*told[0], *other)
+        if found:
+            raise ConfigError(*found, fix)
+
+
+def difference(
+    first: str, ours: Mapping[str, str], host: str, theirs: Mapping[str, str]
+) -> tuple[str, str] | None:
+    """The first fact in which two hosts differ, and how."""
     keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if not keys:
+        return None
     here, there = (facts.get(keys[0], "absent") for facts in (ours, theirs))
     more = f" ({len(keys)} differ)" if len(keys) > 1 else ""
-    refuse_if(True, keys[0], f"{first} has {here}, {host} has {there}{more}", fix)
+    return keys[0], f"{first} has {here}, {host} has {there}{more}"
 
 
 def check_programs(config: Config) -> None:
     """Every key of the configuration, and what `programs` finds. A collective."""
     if distributed.world_size() > 1:
-        facts = dict(leaves(asdict(config), "")) | programs()
-        compare(facts, "start every host with the same configuration, code and libraries")
+        compare(settings(config) | programs(), FIX)
 
 
 def check_files(config: Config, blueprint: Blueprint) -> None:
     """What `files` finds. A collective."""
     if distributed.world_size() > 1:
         compare(files(config, blueprint), "give every host the same files")
+
+
+def settings(config: Config) -> dict[str, str]:
+    """Every key of the configuration."""
+    return {key: str(value) for key, value in leaves(asdict(config), "")}
 
 
 def programs() -> dict[str, str]:

@@ -49,9 +49,13 @@ def ssh(host: str, command: str, timeout: float = 60) -> subprocess.CompletedPro
         return subprocess.CompletedProcess(words, _SILENT, "", f"no answer in {timeout:g} s")
 
 
-def on_all(hosts: Mapping[str, int], command: str) -> dict[str, subprocess.CompletedProcess[str]]:
+def on_all(
+    hosts: Mapping[str, int], command: str, timeout: float = 60
+) -> dict[str, subprocess.CompletedProcess[str]]:
     with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        return dict(zip(hosts, pool.map(lambda host: ssh(host, command), hosts), strict=True))
+        return dict(
+            zip(hosts, pool.map(lambda host: ssh(host, command, timeout), hosts), strict=True)
+        )
 
 
 def look(hosts: Mapping[str, int], folder: Path) -> None:
