@@ -113,6 +113,7 @@ class Attempt:
             left.unlink(missing_ok=True)
         self._shown: dict[Path, int] = {}
         self._failed_at: float | None = None
+        self._without_ssh = False
         own = {machines.LAUNCH: self.name}
         if hosts:
             own[HOSTS] = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
@@ -158,9 +159,8 @@ class Attempt:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         elif self._alive():
-            print("launch: the launcher has ended before its ranks: they are asked to save and end")
-            self.request.asked += 1
-            while self._alive() and self.request.asked < 3:
+            self._save_without_ssh()
+            while self._alive() and self.request.asked < 2:
                 self._pass_on()
         self._show()
         try:
@@ -168,6 +168,8 @@ class Attempt:
         except OSError:
             status = 2 if process.returncode == 2 else 1
         told = {0: "finished", 3: "saved and stopped", 2: "not started", 1: "failed"}[status]
+        if status == 3 and not self.request.asked and self._without_ssh:
+            status = 1  # nobody wanted it to stop
         print(f"launch: {told}; a log of each rank is in {self.logs}", flush=True)
         return status
 
@@ -190,15 +192,20 @@ class Attempt:
         if now < self._failed_at + _GRACE_S:
             return False
         if failed[2] == "255" and machines.runs(failed[1], self.name):
-            self.request.asked = max(self.request.asked, 1)
+            self._save_without_ssh()
             self._failed_at = now
             return False
         print(f"launch: host {failed[1]} has failed; the others are ended")
         return True
 
+    def _save_without_ssh(self) -> None:
+        if not self._without_ssh:
+            print("launch: ssh has ended before the ranks: they are asked to save and end")
+        self._without_ssh = True
+
     def _pass_on(self) -> None:
         """The request to stop, by a file that rank 0 looks for after each step."""
-        if self.request.asked:
+        if self.request.asked or self._without_ssh:
             self.stop.touch()
         self._show()
         time.sleep(_POLL_S)
