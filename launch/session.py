@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -76,8 +77,10 @@ class Session:
             self.console.warn(text)
         self._describe_data()
         self.hosts = distributed.all_gather_objects(distributed.host())
-        if len(set(self.hosts)) > 1:
-            self.console.note(f"hosts of ranks 0, 1, ...: {', '.join(self.hosts)}")
+        counts = Counter(self.hosts)
+        if len(counts) > 1:
+            each = (f"{host} ({count})" for host, count in counts.items())
+            self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)

@@ -75,6 +75,8 @@ def main(args: argparse.Namespace) -> int:
         wait = min(300, 5 * 2**retry)
         print(f"launch: start {retry + 2} in {wait} s, on {', '.join(hosts) or 'this host'}")
         request.sleep(wait)
+        if request.asked:
+            break
     return status
 
 
@@ -113,6 +115,8 @@ class Attempt:
             left.unlink(missing_ok=True)
         self._shown: dict[Path, int] = {}
         self._failed_at: float | None = None
+        self._failed = 0
+        self._touched = (0, 0.0)  # when the lock of the run was, and when that was seen first
         self._without_ssh = False
         own = {machines.LAUNCH: self.name}
         if hosts:
@@ -166,7 +170,7 @@ class Attempt:
         try:
             status = _OUTCOMES[json.loads(self.outcome.read_bytes())["outcome"]]
         except OSError:
-            status = 2 if process.returncode == 2 else 1
+            status = 2 if 2 in (process.returncode, self._failed) else 1
         told = {0: "finished", 3: "saved and stopped", 2: "not started", 1: "failed"}[status]
         if status == 3 and not self.request.asked and self._without_ssh:
             status = 1  # nobody wanted it to stop
@@ -187,7 +191,7 @@ class Attempt:
         failed = re.search(r"pdsh@\S+ (\S+): ssh exited with exit code (\d+)", text)
         if not failed:
             return False
-        now = time.monotonic()
+        now, self._failed = time.monotonic(), int(failed[2])
         self._failed_at = self._failed_at or now
         if now < self._failed_at + _GRACE_S:
             return False
@@ -213,9 +217,12 @@ class Attempt:
     def _alive(self) -> bool:
         """Whether rank 0 holds the run folder still."""
         try:
-            return time.time() - (self.folder / LOCK).stat().st_mtime < _SILENCE_S
+            touched = (self.folder / LOCK).stat().st_mtime_ns
         except OSError:
             return False
+        if touched != self._touched[0]:
+            self._touched = touched, time.monotonic()
+        return time.monotonic() < self._touched[1] + _SILENCE_S
 
     def _show(self) -> None:
         """What rank 0 has said since, and what others say that is ours."""

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,70 @@ def test_what_ranks_get_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("NCCL_DEBUG", "$(id)")
     with pytest.raises(ValueError, match="NCCL_DEBUG='.*: ssh cannot pass it"):
         launch.Attempt(hosts, 0, [], tmp_path / "two", launch.Request())
+
+
+JOB = """
+import json, pathlib, sys, time
+logs = next(word for word in sys.argv if "each_rank_log" in word).split("=")[1]
+run = pathlib.Path(logs).parents[1]
+pathlib.Path(logs, "x_rank0.log").write_text("step 1\\n")
+pathlib.Path(logs, "x_rank1.log").write_text("noise\\ngearshift: error (rank 1 on n1): mine\\n")
+what = (run.parent / "do").read_text().split()
+if what[0] == "wait":
+    while not (run / "stop").exists():
+        time.sleep(0.1)
+if what[1] != "nothing":
+    (run / "outcome.json").write_text(json.dumps({"outcome": what[1]}))
+if what[0] == "remote":
+    print(f"pdsh@n0: n1: ssh exited with exit code {what[2]}", flush=True)
+    time.sleep(60)
+sys.exit(int(what[2]))
+"""
+
+
+@pytest.fixture
+def attempt(tmp_path, monkeypatch, capfd):
+    """attempt(what, request): (status, what was shown) of a job that does as it is told."""
+    (tmp_path / "job.py").write_text(JOB)
+    monkeypatch.setattr(launch, "_GRACE_S", 0.5)
+    monkeypatch.setattr(
+        launch.demo, "launcher", lambda ranks: [sys.executable, tmp_path / "job.py"]
+    )
+    monkeypatch.setattr(launch.demo, "environment", lambda: dict(os.environ))
+
+    def run(what: str, request: launch.Request) -> tuple[int, list[str]]:
+        (tmp_path / "do").write_text(what)
+        status = launch.Attempt({}, 0, [], tmp_path / "run", request).run()
+        return status, capfd.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "said"),
+    [
+        ("go finished 0", 0, "finished"),
+        ("go stopped 0", 3, "saved and stopped"),  # run.save_by
+        ("go nothing 0", 1, "failed"),  # whatever the launcher says
+        ("go nothing 1", 1, "failed"),
+        ("go nothing 247", 1, "failed"),
+        ("go nothing 2", 2, "not started"),
+        ("remote nothing 1", 1, "failed"),
+        ("remote nothing 2", 2, "not started"),
+    ],
+)
+def test_the_status_is_what_the_run_says(attempt, what, status, said):
+    found, lines = attempt(what, launch.Request())
+    assert found == status
+    assert lines[:2] == ["step 1", "gearshift: error (rank 1 on n1): mine"] or "remote" in what
+    assert lines[-1].startswith(f"launch: {said}; a log of each rank is in ")
+
+
+def test_a_signal_is_passed_on_and_waited_for(attempt):
+    request = launch.Request()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert attempt("wait stopped 1", request)[0] == 3
+    assert request.asked == 1
 
 
 @pytest.mark.slow
