@@ -31,7 +31,8 @@ from torch.nn.functional import pad
 
 from gearshift.engine.cluster import distributed
 
-# A column beside the dataset's: the prompt as the policy's template read it, system turn included.
+# A column beside the dataset's: the prompt as the policy's template read it, a string or the
+# template's arguments, system turn included.
 AS_READ = "prompt as read"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gearshift.engine.batch import Experience, Rollout
 from gearshift.engine.cluster import distributed, progress
+from gearshift.engine.microbatch import Budget
 
 # Width of the reduction of maxima. Fixed, so that ranks with different keys meet in one collective
 # of one size and are told apart there.
@@ -294,18 +295,18 @@ def report_rollout(
     metrics.add_sum("tokens", lengths + rollout.prompt_mask.sum(1))
 
 
-def report_batches(
-    metrics: StepMetrics, micros: Sequence[Experience], tokens: int | None, *, packed: bool
-) -> None:
+def report_batches(metrics: StepMetrics, micros: Sequence[Experience], budget: Budget) -> None:
     """batch/padding_fraction, the share of what an update's forwards read that is padding, and
-    batch/budget_used, the mean share of `tokens`, ppo.micro_batch_tokens, that they fill."""
+    batch/budget_used, the mean share of ppo.micro_batch_tokens that they fill (where only rows are
+    limited, of ppo.micro_batch_size)."""
     for micro in micros:
         mask = micro.attention_mask
         live = mask.sum().double()
-        read = live if packed else torch.full_like(live, mask.numel())
+        read = live if budget.packed else torch.full_like(live, mask.numel())
         metrics.add_mean("batch/padding_fraction", 1 - live / read, read)
-        if tokens is not None:
-            metrics.add_mean("batch/budget_used", read / tokens)
+        rows = torch.full_like(live, len(micro))
+        used = rows / (budget.rows or len(micro)) if budget.tokens is None else read / budget.tokens
+        metrics.add_mean("batch/budget_used", used)
 
 
 def report_streams(metrics: StepMetrics, moved: dict[str, dict[str, float]]) -> None:

@@ -80,7 +80,7 @@ def _packed(
 ) -> list[Group]:
     """As few groups as hold all rows, longest rows first, each row where the cost is least
     (Graham 1969)."""
-    bound = [least]
+    bound = [float(least)]
     if budget.tokens:
         bound.append(sum(min(n, budget.tokens) for n in lengths) / (budget.tokens * ranks))
     bound += [len(order) / (budget.rows * ranks)] if budget.rows else []

@@ -181,7 +181,7 @@ class PPOTrainer:
         trained = [role for role in (actor, critic) if role]
         budget = train_budget(ppo, trained)
         pieces = micro_batches(minibatch, budget)
-        report_batches(metrics, pieces, budget.tokens, packed=budget.packed)
+        report_batches(metrics, pieces, budget)
         drift = torch.zeros(2, dtype=torch.float64, device=minibatch.prompt_ids.device)
         seen: dict[str, list[Piece]] = {"actor": [], "critic": []}
         for i, micro in enumerate(pieces):

@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "demo": ("gearshift.launch.commands.demo", "fetch a small model and train it: PPO in minutes"),
+    "launch": ("gearshift.launch.commands.launch", "start a job on many hosts, and see it through"),
     "doctor": (
         "gearshift.launch.commands.doctor",
         "examine this machine, each problem with its fix",

@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -60,6 +61,14 @@ class Console:
         self._stream = sys.stdout if stream is None else stream
         self._rich = _Rich(file=self._stream, highlight=False)
         self._bars = not quiet and self._stream.isatty() and not self._rich.is_dumb_terminal
+        self._kept: list[str] | TextIO = []
+
+    def keep(self, path: Path) -> None:
+        """From here on all text is also added to a file; what was said before goes there first."""
+        before = self._kept
+        self._kept = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        if isinstance(before, list):
+            self._kept.writelines(before)
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """One line: the step's key figures and where its seconds went."""
@@ -99,17 +108,22 @@ class Console:
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """A table of rows {"prompt", "response", "score"}."""
-        if self._bars:
-            return self._write(self._rich.print, _table(step, rows))
         for row in rows:
-            self._print(
-                Text(
-                    f"sample {step}  score {row['score']:+.3f}  "
-                    f"prompt {_one_line(row['prompt'])}  response {_one_line(row['response'])}"
-                )
+            line = (
+                f"sample {step}  score {row['score']:+.3f}  "
+                f"prompt {_one_line(row['prompt'])}  response {_one_line(row['response'])}"
             )
+            self._add(line) if self._bars else self._print(Text(line))
+        if self._bars:
+            self._write(self._rich.print, _table(step, rows))
+
+    def _add(self, line: str) -> None:
+        add = self._kept.append if isinstance(self._kept, list) else self._kept.write
+        with suppress(OSError):  # a disk that is full
+            add(f"{line}\n")
 
     def _print(self, line: Text) -> None:
+        self._add(line.plain)
         if self._bars:
             return self._write(self._rich.print, line, soft_wrap=True)
         # Not through rich: it would wrap a log's lines at 80 columns.

@@ -51,7 +51,9 @@ class Saver:
             about=about,
             tell=console.warn,
         )
-        self.interrupt = Interrupt(deadline, announce=distributed.is_main())
+        main = distributed.is_main()
+        request = Path(run.dir) / "stop" if main else None
+        self.interrupt = Interrupt(deadline, announce=main, request=request)
         self.ended: str | None = None
         self._saved_at = self._stepped_at = time.monotonic()
 

@@ -1,11 +1,11 @@
 """One run: its folder, its models and the loop over PPO steps."""
 
 import json
-import os
 import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint import store as checkpoint_store
 from gearshift.engine.checkpoint.export import export
 from gearshift.engine.checkpoint.state import tokenizer_print
-from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
@@ -26,12 +26,13 @@ from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
 from gearshift.engine.data.streams import PromptStream, TextStream
 from gearshift.engine.guards import Alarm, GuardStop
-from gearshift.engine.log.run_log import RunLog, nearest_existing
+from gearshift.engine.log.run_log import RunLog
 from gearshift.engine.log.trackers import check_trackers
 from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.kernels.checks.self_check import self_check
+from gearshift.launch import alike
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
 
@@ -45,8 +46,10 @@ class Session:
         self.folder = Path(config.run.dir)
         check_trackers(config.run.trackers)
         parse_deadline(config.run.save_by, time.time())
-        self.device = distributed.start(config.run.threads)
+        self.device = distributed.start(config.run.threads, config.run.start_timeout_s)
+        alike.check_programs(config)
         deadline = agree_on_deadline(config.run.save_by)
+        self.fresh = claim.take(self.folder)
         self.resumed, remarks = resume.choose(config.run)
         remarks += check_folder(config, self.resumed)
         watchdog.start(config.run.hang_timeout_s, self.folder)
@@ -57,6 +60,7 @@ class Session:
         if checked:
             self.console.note(checked)
         self.blueprint = assemble.draw_up(config)
+        alike.check_files(config, self.blueprint)
         if self.device.type == "cuda":
             remarks += assemble.slower_than_need_be(self.blueprint, distributed.world_size())
         config = self._plan(config)
@@ -72,6 +76,11 @@ class Session:
         for text in [*warnings, *remarks]:
             self.console.warn(text)
         self._describe_data()
+        self.hosts = distributed.all_gather_objects(distributed.host())
+        counts = Counter(self.hosts)
+        if len(counts) > 1:
+            each = (f"{host} ({count})" for host, count in counts.items())
+            self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
@@ -107,7 +116,7 @@ class Session:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
         with ExitStack() as undo, self.saver:
             left = steps - self.trainer.steps_done
-            if self.main and left > 0 and not self.folder.exists():
+            if self.main and left > 0 and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
             stopping = None
@@ -119,10 +128,14 @@ class Session:
             log.close()
         if stopping:
             raise GuardStop(stopping.text)
-        if not self.saver.ended:
-            return self._finish()
-        done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
-        self.console.note(f"{done}; the same command goes on from there")
+        if self.saver.ended:
+            done = f"ended by {self.saver.ended} after step {self.trainer.steps_done}"
+            self.console.note(f"{done}; the same command goes on from there")
+        else:
+            self._finish()
+        if self.main:
+            outcome = {"outcome": "stopped" if self.saver.ended else "finished"}
+            (self.folder / "outcome.json").write_text(json.dumps(outcome) + "\n")
 
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
@@ -215,18 +228,20 @@ class Session:
         """Writes the settings and opens the log, on rank 0."""
         if not self.main:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "outcome.json").unlink(missing_ok=True)
+        self.console.keep(self.folder / "console.log")
         for later in checkpoint_store.retire(self.folder / "checkpoints", self.trainer.steps_done):
             self.console.note(f"set aside {later}: this run replaces it")
         (self.folder / "config.yaml").write_text(config_load.dump(self.resolved), encoding="utf-8")
         for role, settings in self.blueprint.deepspeed.items():
             (self.folder / f"ds_{role}.json").write_text(json.dumps(settings, indent=2) + "\n")
-        (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        found = environment() | {"hosts": self.hosts}
+        (self.folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         return RunLog(self.config.run, asdict(self.config), resumed_step=self.trainer.steps_done)
 
 
 def check_folder(config: Config, resumed: Path | None) -> list[str]:
-    """Raises ValueError where another run is, or where nothing can be written; returns remarks.
+    """Raises ValueError where another run has been; returns remarks.
 
     resumed: the checkpoint that is continued. A run that was killed before its first checkpoint
     begins again, by the same command as any other.
@@ -242,10 +257,6 @@ def check_folder(config: Config, resumed: Path | None) -> list[str]:
             fix = f"choose a new folder, or delete it{more}"
             raise ConfigError("run.dir", "holds another run", fix, repr(str(folder)))
         remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
-    place = nearest_existing(folder)
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "is not writable" if place.is_dir() else "is a file"
-        raise ConfigError("run.dir", f"{place} {what}", "choose another folder", repr(str(folder)))
     return remarks
 
 

@@ -12,7 +12,7 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gearshift.engine.cluster import distributed, watchdog
+from gearshift.engine.cluster import claim, distributed, rendezvous, watchdog
 from gearshift.engine.config import check as config_check
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.load import Resolved
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+    finally:
+        claim.release()
 
 
 def print_mistake(mistake: str) -> None:
@@ -61,7 +63,9 @@ def print_mistake(mistake: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(_WAIT_FOR_OTHERS_S)
-    where = f" (rank {rank})" if rank else ""
+        if rendezvous.another_tells():  # on another host: its launcher does not end this rank
+            return
+    where = f" (rank {rank} on {distributed.host()})" if rank else ""
     with suppress(OSError):  # the launcher that reads it may be gone
         print(f"gearshift: error{where}: {mistake}", file=sys.stderr, flush=True)
 

@@ -167,8 +167,8 @@ def _attend_alike(query: Tensor, key: Tensor, value: Tensor, alike: Alike, rules
     outs = []
     for index in alike.tokens:
         flat = index.flatten().to(query.device)
-        rows = (x[flat].unflatten(0, index.shape) for x in (query, key, value))
-        outs.append(_attend(*rows, rules).flatten(0, 1))
+        q, k, v = (x[flat].unflatten(0, index.shape) for x in (query, key, value))
+        outs.append(_attend(q, k, v, rules).flatten(0, 1))
     return torch.cat(outs)[alike.places.to(query.device)]
 
 

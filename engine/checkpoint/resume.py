@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it is a checkpoint of this run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
+from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.schema import RESUME_MAY_CHANGE, RESUME_MUST_MATCH, RunConfig
 
 # Of a DeepSpeed JSON: where states lie may change, what is computed may not.
@@ -25,18 +26,13 @@ def choose(run: RunConfig) -> tuple[Path | None, list[str]]:
     if run.resume == "none":
         return None, []
     if run.resume != "auto":
-        if not Path(run.resume).is_dir():
-            raise ValueError(
-                f"run.resume={run.resume!r}: no checkpoint there; use auto, none or its path"
-            )
         found = fault(Path(run.resume))
-        if found:
-            raise ValueError(
-                f"run.resume={run.resume!r}: {found}; use auto, none or another checkpoint"
-            )
+        fix = "use auto, none or the path of a whole checkpoint"
+        refuse_if(found, "run.resume", str(found), fix, repr(run.resume))
         return Path(run.resume), []
     folder, remarks = Path(run.dir) / "checkpoints", list[str]()
-    for candidate in reversed(store.steps(folder)):
+    # Rank 0's listing is everybody's: each candidate is a collective, whoever misses it.
+    for candidate in reversed(distributed.all_gather_objects(store.steps(folder))[0]):
         found = fault(candidate)
         if not found:
             remarks = [f"{remark}; going on from {candidate.name}" for remark in remarks]
@@ -57,15 +53,21 @@ def fault(checkpoint: Path) -> str | None:
     """
     found: str | None
     try:
+        if not checkpoint.is_dir():
+            raise ValueError("no checkpoint there")
         manifest = store.read_manifest(checkpoint)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         found = str(error)
     else:
         files = sorted(manifest["files"].items())
         mine = files[distributed.rank() :: distributed.world_size()]
         faults = (store.fault(checkpoint, name, entry) for name, entry in mine)
         found = next((entry for entry in faults if entry), None)
-    return next((text for text in distributed.all_gather_objects(found) if text), None)
+    told = distributed.all_gather_objects(found and (distributed.host(), found))
+    first = next((entry for entry in told if entry), None)
+    if first is None or all(told):
+        return first and first[1]
+    return f"{first[1]} (on {first[0]})"
 
 
 def identity(config: Mapping[str, Any], deepspeed: Mapping[str, dict], tokenizer: str) -> dict:
@@ -132,19 +134,20 @@ def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """By key, values that differ; a key that one side lacks has None there."""
-    before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    before, after = dict(leaves(old, "")), dict(leaves(new, ""))
     keys = sorted(before.keys() | after.keys())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _leaves(value: Any, key: str):
+def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Plain values inside a configuration, by their dotted keys below `key`."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            yield from _leaves(entry, f"{key}.{name}" if key else name)
+            yield from leaves(entry, f"{key}.{name}" if key else name)
     elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
         for index, entry in enumerate(value):
-            yield from _leaves(entry, f"{key}.{index}")
+            yield from leaves(entry, f"{key}.{index}")
     else:
         yield key, value
 

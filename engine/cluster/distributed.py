@@ -1,8 +1,8 @@
 """Starting up under deepspeed, torchrun, srun, mpirun or plain python, and what ranks share."""
 
-import importlib
 import os
 import random
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import cache
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gearshift.engine.cluster import rendezvous
 from gearshift.engine.config.errors import ConfigError, refuse_if
 
 # Where launchers that set no RANK keep it: (rank, local rank, world size). Slurm is last: mpirun in
@@ -61,11 +62,13 @@ def forbid_cudnn_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def start(threads: int = 0) -> torch.device:
+def start(threads: int = 0, timeout_s: float = 120) -> torch.device:
     """Joins the process group and returns this rank's device.
 
     threads: CPU threads of this rank; 0 shares the cores between the ranks of the node.
-    Raises ConfigError where the launcher's port is taken, a rank has no GPU or nodes differ.
+    timeout_s: how long ranks wait for each other.
+    Raises ConfigError where a rank does not come, the port is taken, a rank has no GPU or nodes
+    differ.
     """
     adopt_launcher_environment()
     # Host temporaries above 32 MB are mapped anew for every op. In huge pages a tiny step with
@@ -79,7 +82,7 @@ def start(threads: int = 0) -> torch.device:
         device = torch.device("cuda", _adopt_gpu())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        rendezvous.join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout_s)
     if world_size() > 1:
         _patient_group()
     cores = share_of_cores(os.sched_getaffinity(0))
@@ -103,23 +106,6 @@ def _adopt_gpu() -> int:
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = "0"
     return 0
-
-
-def _join(backend: str) -> None:
-    import deepspeed
-
-    # On CPU DeepSpeed would compile an all-reduce that only its own inference layers call: minutes
-    # on the first run of a machine, and a line of output per rank on every other.
-    backend_module: Any = importlib.import_module("deepspeed.comm.torch")
-    backend_module.build_shm_op = lambda: None
-    try:
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        problem = "another job on this machine has that port"
-        fix = "choose a free one, as deepspeed --master_port 29600 ..."
-        raise ConfigError("MASTER_PORT", problem, fix, os.environ["MASTER_PORT"]) from None
 
 
 def stop() -> None:
@@ -194,6 +180,11 @@ def has_launcher() -> bool:
 def world_group() -> dist.ProcessGroup | None:
     """The group of all ranks, None before `start`."""
     return dist.group.WORLD if dist.is_initialized() else None
+
+
+def host() -> str:
+    """This machine, as messages name it."""
+    return socket.gethostname()
 
 
 def is_main() -> bool:

@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import suppress
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ from gearshift.engine.config.errors import ConfigError
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
 # What ranks agree on is a number: the highest that any of them has.
-REASONS = ("", "run.save_by", *SIGNALS)
+REASONS = ("", "run.save_by", "the file `stop`", *SIGNALS)
 
 
 class Interrupt:
@@ -23,16 +24,18 @@ class Interrupt:
     Between `listen` and `restore`, a signal out of SIGNALS asks for that, and so does the deadline;
     a second SIGINT raises KeyboardInterrupt at once. deadline: Unix time by which the last step
     must have ended, or None.
-    announce: whether this rank prints that it was asked.
+    announce: whether this rank prints that it was asked. request: a file that asks for it by being
+    there, for those whom no signal reaches; `listen` and `restore` remove it.
     """
 
-    def __init__(self, deadline: float | None, *, announce: bool):
-        self.deadline, self.announce = deadline, announce
+    def __init__(self, deadline: float | None, *, announce: bool, request: Path | None = None):
+        self.deadline, self.announce, self.request = deadline, announce, request
         self._asked = 0
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Takes over the signals of this process; only its main thread can."""
+        self._forget()
         for name in SIGNALS:
             number = getattr(signal, name)
             self._before[number] = signal.signal(number, self._hear)
@@ -41,9 +44,16 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.request:
+            self.request.unlink(missing_ok=True)
 
     def reason(self, step_s: float) -> int:
         """Index into REASONS; 0: go on. step_s: seconds that the next step may take."""
+        if not self._asked and self.request and self.request.exists():
+            self._asked = REASONS.index("the file `stop`")
         if self._asked:
             return self._asked
         late = self.deadline is not None and time.time() + step_s > self.deadline

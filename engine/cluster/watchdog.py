@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -21,13 +22,14 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
-from gearshift.engine.cluster import distributed, progress
+from gearshift.engine.cluster import claim, distributed, guard, progress
 
 _FAULT = 1  # exit status
 _LEFT = "left"  # the phase of a rank that ends in good order, or has printed its own error
 _RANKS_PER_SECOND = 64  # how many ranks' worth of beats each rank reads; more ranks: more rarely
-# A rank whose connection broke looks so many intervals for the one that is gone.
-_LOOKS = 6
+# A rank whose connection broke looks so many intervals for the one that is gone, and compares with
+# what it knew after so many: what was read before may lack the last word of the one that died.
+_LOOKS, _SETTLED = 6, 2.5
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Watchdog:
         self._threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self._threads:
             thread.start()
+        # Later than the others name it, so that they do not find it dead instead.
+        command = [sys.executable, "-P", guard.__file__, str(timeout + 3 * self.interval)]
+        self._guard = None
+        if distributed.world_size() > 1:
+            mute = subprocess.DEVNULL
+            self._guard = subprocess.Popen(command, stdin=mute, stdout=mute, stderr=mute)
 
     def leave(self, *, failing: bool = False) -> None:
         """Ends the watching of this rank, so that no other rank reports it as lost.
@@ -104,6 +112,9 @@ class Watchdog:
         """
         self._blaming.set()
         self._gone.set()
+        if self._guard:
+            self._guard.kill()
+            self._guard.wait()
         for thread in self._threads:
             thread.join(self.interval)
         progress.enter(_LEFT)
@@ -122,12 +133,13 @@ class Watchdog:
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._blaming.set()
-        before = {rank: seen.beat for rank, seen in self._seen.items()}
-        deadline = time.monotonic() + _LOOKS * self.interval
-        while time.monotonic() < deadline:
+        start, before = time.monotonic(), dict[int, Beat]()
+        while time.monotonic() < start + _LOOKS * self.interval:
             dead = self._dead()
             if dead:
                 return dead.described("died")
+            if not before and time.monotonic() > start + _SETTLED * self.interval:
+                before = {rank: seen.beat for rank, seen in self._seen.items()}
             time.sleep(self.interval / 4)
         silent = [
             b
@@ -193,12 +205,12 @@ class Watchdog:
         # Rank 0 first: while it is silent nothing is known of the others.
         silent = [s.beat for s in seen if now - s.announced > self.timeout]
         if silent:
-            return self._unanswering(silent[0])
+            return silent[0].described(f"did not answer for {self.timeout:g} s")
         if any(now - s.moved <= self.timeout for s in seen):
             return None
         last = min(seen, key=lambda s: s.beat.reached)  # the others wait for it
         if now - last.announced > _LOOKS * self.interval / 2:
-            return self._unanswering(last.beat)
+            return last.beat.described(f"did not answer for {self.timeout:g} s")
         return last.beat.described(f"made no progress for {self.timeout:g} s")
 
     def _begin_anew(self, now: float) -> None:
@@ -206,22 +218,24 @@ class Watchdog:
         for seen in list(self._seen.values()):
             seen.announced = seen.moved = now
 
-    def _unanswering(self, beat: Beat) -> str:
-        if beat.here and not beat.dead():
-            os.kill(beat.pid, signal.SIGKILL)  # stopped: deaf to its launcher's SIGTERM
-        return beat.described(f"did not answer for {self.timeout:g} s")
+    def _write(self, verdict: str) -> Path:
+        """For those who see the run folder, but not what is printed; returns where it is."""
+        logs = self.folder / "logs"
+        with suppress(OSError):
+            logs.mkdir(parents=True, exist_ok=True)
+            with (logs / f"rank_{distributed.rank():05d}.txt").open("w", encoding="utf-8") as log:
+                log.write(f"{verdict}\n")
+                log.flush()
+                faulthandler.dump_traceback(log, all_threads=True)
+        return logs
 
     def _end(self, verdict: str) -> None:
-        logs = self.folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank_{distributed.rank():05d}.txt").open("w", encoding="utf-8") as log:
-            log.write(f"{verdict}\n")
-            log.flush()
-            faulthandler.dump_traceback(log, all_threads=True)
+        logs = self._write(verdict)
         report_fault(
             f"{verdict}. Stacks are in {logs}; raise run.hang_timeout_s if it was only slow"
         )
         time.sleep(2 * self.interval)  # the launcher ends all when the first leaves: let them write
+        claim.release()
         os._exit(_FAULT)
 
     def _follow_launcher(self) -> None:
@@ -282,5 +296,8 @@ def leave(*, failing: bool = False) -> None:
 
 
 def blame() -> str | None:
-    """As Watchdog.blame, if there is one."""
-    return _running.blame() if _running else None
+    """As Watchdog.blame, if there is one; what it says is in the run folder, too."""
+    found = _running.blame() if _running else None
+    if _running and found:
+        _running._write(found)
+    return found

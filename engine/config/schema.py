@@ -343,6 +343,9 @@ class RunConfig:
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     ignore_plan: Flag = knob(False, "start even where the memory plan says that it cannot fit")
     threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0, le=4096)
+    start_timeout_s: Number = knob(
+        120.0, "seconds that ranks wait for each other at the start; those missing are named", gt=0
+    )
     hang_timeout_s: Number = knob(
         1200.0,
         "seconds a rank may stand still before it is named and the run ended; 0: forever",

@@ -86,6 +86,7 @@ class ScoreModel(ValueModel):
         """[B] float32. An encoder such as BERT pools as it likes: its rows are right-padded."""
         if isinstance(getattr(self.model, "score", None), nn.Linear):
             return super().forward(reading, places)
+        assert reading.attention_mask is not None, "its rows are padded"
         live = reading.attention_mask.long()  # some subtract it
         return self.model(input_ids=reading.input_ids, attention_mask=live).logits[:, 0].float()
 

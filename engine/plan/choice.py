@@ -29,7 +29,7 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
     recompute: tuple[bool, ...] = RECOMPUTE
     if all(role.gradient_checkpointing is not None for role in roles):
         recompute = RECOMPUTE[:1]
-    tokens = CPU_TOKENS if shared else GPU_TOKENS
+    tokens: tuple[int, ...] = CPU_TOKENS if shared else GPU_TOKENS
     if config.ppo.micro_batch_tokens != "auto" or config.ppo.micro_batch_size:
         tokens = tokens[:1]
     for again in recompute:

@@ -24,7 +24,7 @@ from gearshift.engine.attention.cache import (
 )
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
-from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
+from gearshift.engine.rollout.graphs import DecodeGraphs, Drawn, addresses, cannot_capture
 from gearshift.engine.rollout.linear import fast_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
@@ -256,7 +256,8 @@ class RolloutEngine:
     ) -> Iterator[Ended]:
         """Steps of the same rows. The device works on the next step while the host reads one, so a
         sequence that ended is noticed a step late, and what it drew then is dropped."""
-        flying, live = graphs.launch(), [True] * len(rows)
+        flying: Drawn | None = graphs.launch()
+        live = [True] * len(rows)
         while flying:
             following = [
                 here and s.row >= 0 and len(s.logprobs) + 1 < s.limit

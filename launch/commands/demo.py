@@ -33,16 +33,25 @@ def main(args: argparse.Namespace) -> int:
 
 
 def command(ranks: int, overrides: list[str]) -> list[str]:
-    """The launch line, on a port that is free."""
+    """The launch line of the demo."""
+    gpus = gpu_count()
+    ranks = ranks or min(_MOST_RANKS, gpus or _MOST_RANKS)
+    recipe = ["--config", str(LAUNCH / "recipes" / "demo.yaml"), "--rollout.tp", str(ranks)]
+    return [*launcher(ranks), str(LAUNCH / "train.py"), *recipe, *overrides]
+
+
+def gpu_count() -> int:
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    ranks = ranks or min(_MOST_RANKS, gpus or _MOST_RANKS)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
-    launcher += ["--master_port", str(free_port())]
-    launcher += ["--num_gpus" if gpus else "--num_accelerators", str(ranks)]
-    recipe = ["--config", str(LAUNCH / "recipes" / "demo.yaml"), "--rollout.tp", str(ranks)]
-    return [*launcher, str(LAUNCH / "train.py"), *recipe, *overrides]
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def launcher(ranks: int) -> list[str]:
+    """`deepspeed` on this machine, on a port that is free; 0 ranks: one per GPU, or one."""
+    gpus = gpu_count()
+    words = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
+    words += ["--master_port", str(free_port())]
+    return [*words, "--num_gpus" if gpus else "--num_accelerators", str(ranks or gpus or 1)]
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Examine this machine before a job is queued for it: each problem with its fix.
 
 Give the job's YAML to examine its run folder, disks and attention, too. Any key can be overridden:
---run.dir /scratch/run. Exit status: 0 nothing is red, 1 something is, 2 a mistake.
+--run.dir /scratch/run. With a hostfile every host is examined, and compared with the first.
+Exit status: 0 nothing is red, 1 something is, 2 a mistake.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gearshift.engine.config import load as config_load
+from gearshift.engine.config.schema import Config
 from gearshift.launch.examine.machine import MACHINE, Finding
 from gearshift.launch.train import quiet_libraries
 
@@ -22,21 +24,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.set_defaults(overrides=[])  # what is not named below, as --section.key value
     parser.add_argument("--config", metavar="FILE", help="the job's YAML")
+    parser.add_argument("--hostfile", metavar="FILE", help="examine every host of a launch, by ssh")
+    parser.add_argument("--facts", action="store_true", help=argparse.SUPPRESS)  # of one such host
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def main(args: argparse.Namespace) -> int:
-    findings = examine(args.config, args.overrides)
-    if args.json:
+    findings, config = examine(args.config, args.overrides, args.hostfile)
+    if args.facts:
+        from gearshift.launch.examine import hosts
+
+        print(hosts.as_json(findings, config))
+    elif args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         show(findings)
     return 1 if any(finding.level == "bad" for finding in findings) else 0
 
 
-def examine(path: str | None, overrides: list[str]) -> list[Finding]:
+def examine(
+    path: str | None, overrides: list[str], hostfile: str | None = None
+) -> tuple[list[Finding], Config | None]:
     """Everything that was looked at. Raises ValueError for a wrong configuration."""
     config = config_load.load(path, overrides).config if path or overrides else None
+    if hostfile:
+        from gearshift.launch.examine import hosts
+
+        words = ["--config", path, *overrides] if path else overrides
+        return list(hosts.examine(hostfile, config, words)), config
     findings = [finding for check in MACHINE for finding in check()]
     if config:
         quiet_libraries()
@@ -45,7 +60,7 @@ def examine(path: str | None, overrides: list[str]) -> list[Finding]:
         )
 
         findings += doctor_job.examine(config)
-    return findings
+    return findings, config
 
 
 def show(findings: list[Finding], console: Console | None = None) -> None:

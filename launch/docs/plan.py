@@ -39,12 +39,15 @@ CASES = (
 
 
 def offline(recipe: str) -> tuple[str, list[str]]:
-    """(the recipe's file, overrides that name its models by their architectures)."""
+    """(the recipe's file, overrides that name its models by their architectures, and leave out
+    liger-kernel, which need not be installed where the page is made)."""
     path = RECIPES / f"{recipe}.yaml"
     sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     named = {"actor": sections["actor"], "critic": sections["critic"]}
     named |= {f"rewards.{i}": reward for i, reward in enumerate(sections["rewards"])}
     overrides = [f"--{key}.path={SHAPES[m['path']]}" for key, m in named.items() if "path" in m]
+    everyone = [*named, "reference", *(f"rewards.{i}" for i in range(len(sections["rewards"])))]
+    overrides += [f"--{key}.liger=never" for key in dict.fromkeys(everyone)]
     return str(path), overrides
 
 

@@ -87,7 +87,7 @@ def tables(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
         logprobs = trainer.actor.engine(
             reading, before, lambda rows, weight, bias: (rows @ weight.T).log_softmax(-1)
         )
-        values = trainer.critic.engine(reading, before)
+        values = trainer.critic.engine(reading, places.flatten()).view(2, 6)
     return {"actor": logprobs.view(2, 5, -1), "critic": values}
 
 

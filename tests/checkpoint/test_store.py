@@ -16,7 +16,13 @@ from safetensors import safe_open
 
 from gearshift.engine.checkpoint import resume, store
 from gearshift.engine.cluster import distributed
-from gearshift.engine.cluster.interrupt import REASONS, Interrupt, agree_on_deadline, parse_deadline
+from gearshift.engine.cluster.interrupt import (
+    REASONS,
+    SIGNALS,
+    Interrupt,
+    agree_on_deadline,
+    parse_deadline,
+)
 from gearshift.engine.config.schema import RunConfig
 
 
@@ -129,8 +135,19 @@ def test_what_is_no_checkpoint(tmp_path):
     assert store.steps(folder) == [last]
     assert resume.choose(run) == (last, [])
     assert resume.choose(RunConfig(dir=str(tmp_path / "run"), resume="none")) == (None, [])
-    with pytest.raises(ValueError, match="no checkpoint there; use auto, none or its path"):
+    with pytest.raises(ValueError, match="no checkpoint there; use auto, none or the path"):
         resume.choose(RunConfig(resume=str(tmp_path / "absent")))
+
+
+def test_a_checkpoint_that_one_host_misses_is_passed_over_by_all(tmp_path, monkeypatch):
+    """Rank 0's list is everybody's, so that all ask about the same checkpoint."""
+    first, last = (made(tmp_path / "run" / "checkpoints", step) for step in (1, 2))
+    missing = ("n1", "no checkpoint there")
+    answers = iter([[[first, last], []], [None, missing], [None, None]])  # of rank 0 and rank 1
+    monkeypatch.setattr(distributed, "all_gather_objects", lambda mine: next(answers))
+    chosen, remarks = resume.choose(RunConfig(dir=str(tmp_path / "run")))
+    assert chosen == first
+    assert remarks == [f"{last}: no checkpoint there (on n1); going on from step_000001"]
 
 
 class Poison:
@@ -318,7 +335,7 @@ def test_a_deadline_that_one_rank_knows_is_every_rank_s(monkeypatch):
 
 
 def test_signals_ask_once_and_a_second_interrupt_ends_at_once(capfd):
-    before = {name: signal.getsignal(getattr(signal, name)) for name in REASONS[2:]}
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     interrupt = Interrupt(None, announce=True)
     interrupt.listen()
     try:
@@ -333,6 +350,19 @@ def test_signals_ask_once_and_a_second_interrupt_ends_at_once(capfd):
         interrupt.restore()
     assert capfd.readouterr().err == "SIGUSR1: ending after this step, with a checkpoint\n"
     assert before == {name: signal.getsignal(getattr(signal, name)) for name in before}
+
+
+def test_a_file_asks_where_no_signal_reaches(tmp_path):
+    (tmp_path / "stop").touch()  # left by a run that was killed
+    interrupt = Interrupt(None, announce=False, request=tmp_path / "stop")
+    interrupt.listen()
+    try:
+        assert interrupt.reason(0) == 0
+        (tmp_path / "stop").touch()
+        assert REASONS[interrupt.reason(0)] == "the file `stop`"
+    finally:
+        interrupt.restore()
+    assert not (tmp_path / "stop").exists()
 
 
 def test_a_step_that_would_end_too_late_is_not_begun():

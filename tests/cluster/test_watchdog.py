@@ -5,13 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from gearshift.engine.cluster import progress, watchdog
+from gearshift.engine.cluster import distributed, progress, watchdog
 from tests.tiny.on_ranks import free_port
 
 SCRIPT = Path(__file__).with_name("watchdog_on_ranks.py")
@@ -137,3 +138,24 @@ def test_progress_tells_the_phase_and_the_innermost_call_first():
     progress.enter("rewards")
     assert progress.current() == ("rewards", phases + 1, 0)
     assert re.search(r"^progress.py:\d+ main_thread_at < test_watchdog", progress.main_thread_at())
+
+
+@pytest.mark.parametrize("lag", (0.0, 0.9))
+def test_a_rank_of_another_machine_is_named_whenever_it_died(monkeypatch, lag):
+    """Its last word may have come after the others' last reading."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(watchdog.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(watchdog.Watchdog, "__init__", lambda self: None)
+    dog = watchdog.Watchdog()
+    dog.interval, dog._blaming, dog._read_at = 0.2, threading.Event(), 0.0
+    dog._seen = {1: watchdog._Seen(far_beat(announced=7), 0.0, 0.0)}
+    later = watchdog._Seen(far_beat(announced=8), 0.0, 0.0)
+    reading = threading.Timer(lag * dog.interval, dog._seen.update, [{1: later}])
+    reading.start()
+    found = dog.blame()
+    reading.join()
+    assert found.startswith("rank 1 (pid 77 on elsewhere) is gone; it was in rewards")
+
+
+def far_beat(announced: int) -> watchdog.Beat:
+    return watchdog.Beat(1, "elsewhere", "", 77, "rewards", 1, 0, announced, "")

@@ -149,3 +149,17 @@ def test_a_stream_that_breaks_is_written_to_no_more():
     console.step(1, FIGURES)
     console.samples(1, SAMPLES)
     assert Broken.tries == 1
+
+
+def test_what_is_said_is_kept_from_the_beginning(tmp_path):
+    """Also what a terminal draws as a table, and what nobody reads."""
+    console = Console(40, stream=io.StringIO())
+    console.note("before")
+    console.keep(tmp_path / "console.log")
+    console.step(3, FIGURES)
+    console.samples(3, SAMPLES)
+    console._bars = True
+    console.samples(4, SAMPLES)
+    kept = (tmp_path / "console.log").read_text().splitlines()
+    begins = ("before", "step  3/40  score", *["sample 3  score"] * 2, *["sample 4  score"] * 2)
+    assert all(line.startswith(start) for line, start in zip(kept, begins, strict=True))

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from gearshift.engine.checkpoint import store
+from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
 from tests.tiny.on_ranks import free_port
 
 PHASES = {"generate", "rewards", "logprobs", "ref", "values", "update_actor", "update_critic"}
+HOST = distributed.host()
 METRICS = {
     *(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")),
     *("objective/scores", "objective/kl_coef", "critic/vf_explained_var", "rewards/words/mean"),
@@ -35,7 +37,15 @@ METRICS = {
     "timing_s/swap",
 }
 FOLDER = {
-    *("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "report.html"),
+    *(
+        "config.yaml",
+        "console.log",
+        "outcome.json",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "report.html",
+    ),
     *("ds_actor.json", "ds_critic.json", "ds_reference.json", "checkpoints", "export"),
 }
 
@@ -85,7 +95,7 @@ def test_print_config_shows_origins_and_loads_again(tmp_path, capsys):
     ("rank", "error", "told", "waits"),
     [
         ("0", ValueError("ppo.lam=2:\n too large"), "gearshift: error: ppo.lam=2: too large\n", 0),
-        ("1", ValueError("ppo.lam=2"), "gearshift: error (rank 1): ppo.lam=2\n", 1),
+        ("1", ValueError("ppo.lam=2"), f"gearshift: error (rank 1 on {HOST}): ppo.lam=2\n", 1),
         ("0", RuntimeError("gloo: Connection closed by peer"), None, 1),
         ("1", RuntimeError("a fault"), None, 0),
     ],
@@ -98,6 +108,7 @@ def test_who_speaks_first(rank, error, told, waits, monkeypatch, capsys):
 
     slept = []
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("GEARSHIFT_TRACEBACK", raising=False)
     monkeypatch.setattr(train, "run", fail)
     monkeypatch.setattr(train.time, "sleep", slept.append)
@@ -212,6 +223,9 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     assert [line["step"] for line in tiny_job.learned(tmp_path / "run")] == [1, 2]
     assert store.read_manifest(tmp_path / "run" / "checkpoints" / "step_000002")
     assert (tmp_path / "run" / "export" / "actor" / "config.json").exists()
+    told = (tmp_path / "run" / "console.log").read_text()
+    kinds = ("plan: fits", "prompts from", "step 1/2", "step 2/2", "exported", "report")
+    assert all(f"\n{kind}" in f"\n{told}" for kind in kinds)
 
 
 def test_a_checkpoint_without_a_critic(tmp_path, capsys):
@@ -299,7 +313,7 @@ def test_a_mistake_under_deepspeed(zero3):
         ("second = int(os.environ['RANK'])", "error: reward 'words' returned 1 scores for 2 compl"),
         (
             "second = 1 // (1 - int(os.environ['RANK']))",
-            "error (rank 1): rewards: words: function=",
+            f"error (rank 1 on {HOST}): rewards: words: function=",
         ),
     ],
     ids=["scores", "import"],

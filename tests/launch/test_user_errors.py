@@ -17,6 +17,7 @@ from gearshift.engine.config import deepspeed as ds_config
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
 from tests.tiny import models as tiny
+from tests.tiny import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +175,14 @@ def test_a_folder_of_another_run(refused, tmp_path):
 
 def test_no_place_to_write(refused, tmp_path):
     (tmp_path / "file").write_text("x")
-    message = "file is a file; choose another folder"
+    message = "cannot be written: ... choose another folder"
     refused(message, folder=tmp_path / "file" / "run")
     refused(message, folder=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "x"
 
 
 def test_resuming_from_nowhere(refused, tmp_path):
-    refused("no checkpoint there; use auto, none or its path", "--run.resume", tmp_path / "x")
+    refused("no checkpoint there; use auto, none or the path", "--run.resume", tmp_path / "x")
 
 
 def test_a_tracker_that_is_not_installed(refused, monkeypatch):
@@ -453,6 +454,27 @@ def test_a_reward_model_of_few_positions(job, tmp_path, capsys, caplog, monkeypa
 
 
 # Processes
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        ("0", "rank 1 of n1 did not come in 2 s; 1 did, of "),
+        ("1", "MASTER_ADDR=127.0.0.1: no answer to "),
+    ],
+)
+def test_a_rank_that_does_not_come(job, tmp_path, rank, told):
+    """As where the other host has no configuration, no key, or an error of its own."""
+    place = {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place |= {"MASTER_PORT": on_ranks.free_port(), "GEARSHIFT_HOSTS": "n0:1,n1:1"}
+    command = [sys.executable, tiny_job.TRAIN, "--config", job / "run.yaml"]
+    command += [f"--run.dir={tmp_path}/run", "--run.start_timeout_s", "2"]
+    done = subprocess.run(
+        command, env=tiny_job.environment(**place), capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("gearshift: error") and told in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_port_that_is_taken(job, tmp_path):

@@ -4,13 +4,17 @@ import importlib
 import json
 import shutil
 import socket
+import time
 from collections import namedtuple
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.launch import cli
+from gearshift.launch.examine import hosts as doctor_hosts
 from gearshift.launch.examine import machine as doctor_checks
 from tests.tiny import job as tiny_job
 
@@ -157,3 +161,41 @@ def test_an_nvme_folder_that_is_missing(job, capsys):
 def test_a_wrong_key_is_a_mistake(job, capsys):
     assert cli.main(["doctor", "--config", str(job), "--run.dri", "x"]) == 2
     assert "run.dri" in capsys.readouterr().err
+
+
+def test_hosts_are_examined_and_compared(job, tmp_path, monkeypatch, capsys):
+    """n0 is this machine; n1 differs in all that is compared."""
+    own = {"same": {"torch": "2.13"}, "gpus": 2, "time": time.time(), "findings": []}
+    red = {"name": "nvcc", "level": "bad", "text": "missing", "fix": "install it"}
+    other = own | {"same": {"torch": "2.10"}, "gpus": 1, "time": time.time() - 60}
+    told = {"n0": own, "n1": other | {"findings": [red]}, "n2": None}
+
+    def on_all(hosts, command, timeout=0):
+        if command.startswith("ls "):
+            assert Path(command.split()[1]).exists()
+            return {host: CompletedProcess([], 2 * (host == "n1")) for host in hosts}
+        assert f"doctor --facts --config {job}" in command
+        return {
+            host: CompletedProcess([], 0, json.dumps(told[host]) if told[host] else "", "no torch")
+            for host in hosts
+        }
+
+    monkeypatch.setattr(doctor_hosts.machines, "look", lambda hosts, folder: None)
+    monkeypatch.setattr(doctor_hosts.machines, "on_all", on_all)
+    (tmp_path / "hosts").write_text("n0 slots=2\nn1 slots=2\nn2 slots=2\n")
+    status, seen = findings(capsys, "--config", job, "--hostfile", tmp_path / "hosts")
+    assert status == 1
+    assert seen["run folder"]["text"].startswith("n1 do not see")
+    assert seen["n0"]["level"] == "ok" and seen["n1: nvcc"]["fix"] == "install it"
+    assert seen["n1: slots"]["fix"] == "write n1 slots=1"
+    assert seen["n1: clock"]["text"] == "60 s from ours"
+    assert seen["n1: torch"]["text"] == "n0 has 2.13, n1 has 2.10"
+    assert seen["n2"]["text"] == "said no torch"
+    assert list(tmp_path.rglob(".gearshift-*")) == []
+
+
+def test_what_a_host_says_of_itself(job, capsys):
+    assert cli.main(["doctor", "--facts", "--config", str(job)]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"sampling.max_new_tokens", "torch", "gearshift/engine/ppo.py"} <= set(told["same"])
+    assert {entry["name"] for entry in told["findings"]} >= {"port", "run folder"}

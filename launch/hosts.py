@@ -1,0 +1,112 @@
+"""The hosts of a launch: read from a hostfile, looked at over ssh, and left empty."""
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gearshift.engine.config.errors import ConfigError, refuse_if
+
+# A host that does not answer for half a minute is lost, and no question is asked.
+SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+SSH += ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
+LAUNCH = "GEARSHIFT_LAUNCH"  # in the environment of every process of a launch: its name
+_SILENT = 255  # ssh's own exit status
+
+
+def read(hostfile: str) -> dict[str, int]:
+    """Slots by host, in order; raises ConfigError where DeepSpeed would guess or go wrong."""
+    path = Path(hostfile)
+    refuse_if(not path.is_file(), "--hostfile", "no such file", value=repr(hostfile))
+    hosts, lines = dict[str, int](), dict[str, int]()
+    fix = "write one host a line, as: node1 slots=8"
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        place, found = f"{hostfile}, line {number}", re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if found is None or int(found[2]) < 1:
+            raise ConfigError(place, "not a host and its slots", fix, repr(text))
+        host = found[1]
+        before = lines.setdefault(host, number)
+        refuse_if(before != number, place, f"{host} is in line {before} already", "drop one")
+        hosts[host] = int(found[2])
+    refuse_if(not hosts, hostfile, "names no host", fix)
+    return hosts
+
+
+def ssh(host: str, command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Runs a shell command there; a status of 255 is ssh's own."""
+    words = ["ssh", *SSH, host, command]
+    try:
+        return subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, _SILENT, "", f"no answer in {timeout:g} s")
+
+
+def on_all(
+    hosts: Mapping[str, int], command: str, timeout: float = 60
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    with ThreadPoolExecutor(min(64, len(hosts))) as pool:
+        return dict(
+            zip(hosts, pool.map(lambda host: ssh(host, command, timeout), hosts), strict=True)
+        )
+
+
+def look(hosts: Mapping[str, int], folder: Path) -> None:
+    """Raises ConfigError for the first host that cannot take part.
+
+    folder: where ranks start. Every host is asked at once, before anything is started.
+    """
+    python = sys.executable
+    # A machine is its boot and its container; a host name says neither.
+    question = (
+        f"cd '{folder}' || exit 3; test -x '{python}' || exit 4; "
+        "cat /proc/sys/kernel/random/boot_id; readlink /proc/self/ns/pid"
+    )
+    machines: dict[str, str] = {}
+    for host, answer in on_all(hosts, question).items():
+        key = f"host {host}"
+        if answer.returncode == _SILENT:
+            said = (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+            fix = f"see `ssh -o BatchMode=yes {host} hostname`: it must ask for nothing"
+            raise ConfigError(key, f"ssh says: {said}", fix)
+        fix = "put it on a file system that all hosts share, under the same path"
+        refuse_if(answer.returncode == 3, key, f"{folder} is not there", fix)
+        refuse_if(answer.returncode == 4, key, f"{python} is not there", fix)
+        twin = machines.setdefault(answer.stdout, host)
+        refuse_if(twin != host, key, f"is the same machine as {twin}", "name it once")
+
+
+def meeting_point(host: str) -> tuple[str, int]:
+    """An address of `host` that others reach, and a port that is free there."""
+    script = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+    answer = ssh(host, f'{sys.executable} -c "{script}"; hostname -I')
+    words = answer.stdout.split()
+    if len(words) < 2:
+        raise ConfigError(f"host {host}", f"has no address: {answer.stderr.strip()}")
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:  # a name of ssh's configuration
+        address = words[1]
+    return words[1] if address.startswith("127.") else address, int(words[0])
+
+
+def runs(host: str, launch: str) -> bool:
+    """Whether that host answers and a process of the launch is there."""
+    return bool(ssh(host, f"grep -lszx {LAUNCH}={launch} /proc/[0-9]*/environ").stdout)
+
+
+def end(hosts: Mapping[str, int], launch: str) -> list[str]:
+    """Kills what a launch left on the hosts, and nothing else; returns hosts that do not answer."""
+    command = (
+        f"for e in $(grep -lszx {LAUNCH}={launch} /proc/[0-9]*/environ); do "
+        'p=${e%/environ}; kill -KILL "${p#/proc/}" 2>/dev/null; done; true'
+    )
+    answers = on_all(hosts, command)
+    return [host for host, answer in answers.items() if answer.returncode == _SILENT]
