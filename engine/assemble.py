@@ -66,6 +66,7 @@ def draw_up(config: Config) -> Blueprint:
         with part.errors():
             check_optimizer(part.section.optimizer, part.settings)
     rewards = RewardSum(config.rewards, config.guards)
+    _check_liger(everyone)
     for part in named:
         _check_files(part)
     for part in readers:
@@ -151,6 +152,20 @@ def _load(config: Config, part: Part, store: Store | None = None) -> nn.Module:
         source = replace(source, gradient_checkpointing=recompute)
     fresh = part.fresh_head
     return load_model(source, part.kind, part.settings, fresh_head=fresh, store=store)
+
+
+def _check_liger(parts: list[Part]) -> None:
+    """Raises ConfigError where models of one family disagree: fusing one changes its classes."""
+    first: dict[str, Part] = {}
+    for part in parts:
+        before = first.setdefault(part.hf_config.model_type, part)
+        refuse_if(
+            part.section.liger != before.section.liger,
+            f"{part.key}.liger",
+            f"{before.key}, of the same family, has {before.section.liger}",
+            "give both the same",
+            part.section.liger,
+        )
 
 
 def _check_files(part: Part) -> None:

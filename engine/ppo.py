@@ -225,7 +225,9 @@ class PPOTrainer:
         assert self.roles.pretrain, "ptx_coef without a stream of text"
         tokens = self.roles.pretrain.next_batch().to(metrics.device)
         in_step = tokens[:, 1:].numel() * distributed.world_size()
-        rows = self.ppo.micro_batch_size or max(1, self.ppo.micro_tokens // tokens.shape[1])
+        rows, budget = self.ppo.micro_batch_size or len(tokens), self.ppo.micro_tokens
+        if budget is not None:
+            rows = min(rows, max(1, budget // tokens.shape[1]))
         pieces = tokens.split(rows)
         for i, piece in enumerate(pieces):
             loss = self.actor.pretrain_loss(piece, in_step)

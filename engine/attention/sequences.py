@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gearshift.engine.attention.cache import LayerCache
 from gearshift.kernels.paged_attention import Rules, attend_masked
 
+CPU = torch.device("cpu")
 UNSAID = -1  # the window of a layer that does not say any: its model's mask alone would apply it
 WIDEST_HEAD = 256  # of the variable-length kernels
 
@@ -56,8 +57,7 @@ class Alike:
     places: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> "Alike":
-        """On the host, whose attention it is for; a device takes the indices when it uses them."""
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Alike":
         starts: dict[int, list[int]] = {}
         for length, start in zip(lengths, accumulate(lengths, initial=0), strict=False):
             starts.setdefault(length, []).append(start)
@@ -66,7 +66,7 @@ class Alike:
             for length, places in starts.items()
         ]
         order = torch.cat([index.flatten() for index in tokens])
-        return cls(tokens=tokens, places=order.argsort())
+        return cls(tokens=[index.to(device) for index in tokens], places=order.argsort().to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,7 @@ class Sequences:
     spans: list[Span]
     packed: Packed | None  # where a variable-length kernel may run
     lengths: tuple[int, ...] = ()  # of whole sequences; empty where spans are chunks
+    device: torch.device = CPU
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Sequences":
@@ -87,13 +88,13 @@ class Sequences:
             most = max(lengths)
             packed = Packed(queries=ends, keys=ends, longest_query=most, longest_key=most)
         spans = [Span(start=start, stop=stop) for start, stop in pairwise(bounds)]
-        return cls(spans=spans, packed=packed, lengths=tuple(lengths))
+        return cls(spans=spans, packed=packed, lengths=tuple(lengths), device=device)
 
     @cached_property
     def alike(self) -> Alike | None:
         """Where whole sequences share a length; read where no kernel takes all of them."""
         several = len(set(self.lengths)) < len(self.lengths)
-        return Alike.of(self.lengths) if several else None
+        return Alike.of(self.lengths, self.device) if several else None
 
 
 NONE = Sequences(spans=[], packed=None)
@@ -166,10 +167,10 @@ def _attend_alike(query: Tensor, key: Tensor, value: Tensor, alike: Alike, rules
     """Whole sequences, those of one length in one call."""
     outs = []
     for index in alike.tokens:
-        flat = index.flatten().to(query.device)
+        flat = index.flatten()
         q, k, v = (x[flat].unflatten(0, index.shape) for x in (query, key, value))
         outs.append(_attend(q, k, v, rules).flatten(0, 1))
-    return torch.cat(outs)[alike.places.to(query.device)]
+    return torch.cat(outs)[alike.places]
 
 
 def _kernel(query: Tensor, value: Tensor, packed: Packed, rules: Rules) -> Callable | None:

@@ -61,7 +61,9 @@ class ModelConfig:
         "other: transformers' implementation of that name, over padded rows",
     )
     liger: Literal["auto", "never"] = knob(
-        "auto", "RMSNorm, RoPE and SwiGLU as liger-kernel's kernels; auto: where installed, on GPUs"
+        "auto",
+        "RMSNorm, RoPE and SwiGLU as liger-kernel's kernels; auto: where installed, on GPUs; all "
+        "models of one family must agree, as their classes change",
     )
     gradient_checkpointing: Flag | None = knob(
         None, "recompute activations in backward: less memory; null: where the plan needs it"

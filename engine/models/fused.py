@@ -17,9 +17,16 @@ from transformers import PreTrainedModel
 def fuses(hf_config: Any, wanted: str) -> bool:
     """Whether a model of this configuration has fused layers on a GPU of this installation.
 
-    wanted: "auto" or "never", see the key `liger`.
+    wanted: "auto" or "never", see the key `liger`. Not where liger-kernel would compute something
+    else: it takes the usual activation for granted and knows no biases of an MLP. Its expert layers
+    have not been tried in CUDA graphs.
     """
-    return wanted == "auto" and hf_config.get_text_config().model_type in _families()
+    text = hf_config.get_text_config()
+    activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
+    usual = activation in (None, "silu", "swish", "gelu_pytorch_tanh")
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    other = any(getattr(text, name, None) for name in ("mlp_bias", *experts))
+    return wanted == "auto" and usual and not other and text.model_type in _families()
 
 
 def fuse(module: PreTrainedModel, wanted: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.attention import packed
+from gearshift.engine.cluster import distributed
 from gearshift.engine.models.reading import Reading, hidden_states, lay_out
 from gearshift.engine.zero.layout import gathered
 from gearshift.kernels import ops
@@ -116,15 +117,20 @@ def verify_head(engine: Any) -> None:
             return ops.linear_logprob(hidden, output.weight, rarest, bias=bias, **options)[0]
 
     # The model rounds its logits to its own dtype, we do not.
-    most = 1e-4 + 2 * eps * float(logits.abs().max())
-    error = float((_alone(engine, apart) - own).abs().max())
-    if policy.packs and not error <= most:
+    most = 1e-4 + 2 * eps * float(distributed.global_max(logits.abs().max()))
+
+    def error() -> float:
+        """The largest of any rank: all must read their rows in one way."""
+        return float(distributed.global_max((_alone(engine, apart) - own).abs().max()))
+
+    found = error()
+    if policy.packs and not found <= most:
         _pad(lm)
-        error = float((_alone(engine, apart) - own).abs().max())
-    if not error <= most:
+        found = error()
+    if not found <= most:
         raise ValueError(
             f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
-            f"supported: its log-probs differ from ours by {error:.2g} nats; choose another family"
+            f"supported: its log-probs differ from ours by {found:.2g} nats; choose another family"
         )
 
 
@@ -142,7 +148,8 @@ def verify_packing(engine: Any) -> None:
     with packed.padded(model):
         alone = _alone(engine, lambda: _beside_another(model, ids))
     rounding = torch.finfo(alone.dtype).eps ** 0.5
-    if not (together - alone).abs().max() <= rounding * alone.abs().max():
+    error = (together - alone).abs().max() / alone.abs().max()
+    if not distributed.global_max(error.float()) <= rounding:  # all ranks read in one way
         _pad(model)
 
 

@@ -30,7 +30,10 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
     if all(role.gradient_checkpointing is not None for role in roles):
         recompute = RECOMPUTE[:1]
     tokens: tuple[int, ...] = CPU_TOKENS if shared else GPU_TOKENS
-    if config.ppo.micro_batch_tokens != "auto" or config.ppo.micro_batch_size:
+    ppo = config.ppo
+    given = [ppo.micro_batch_size, ppo.score_batch_size]
+    given += [None if n == "auto" else n for n in (ppo.micro_batch_tokens, ppo.score_batch_tokens)]
+    if (given[0] or given[2]) and (given[1] or given[3]):
         tokens = tokens[:1]
     for again in recompute:
         for budget in tokens:

@@ -62,11 +62,17 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
 
 
 def _forward_rows(rows: int, length: int, most: int | None, budget: int | None) -> int:
-    """Of `rows` full rows, how many the largest forward reads; most: as many as the user allows."""
+    """Of `rows` full rows, how many a forward reads; most: as many as the user allows."""
     together = min(rows, most or rows)
     if budget is not None:
         together = min(together, max(1, budget // length))
     return math.ceil(rows / math.ceil(rows / together))
+
+
+def _forward_tokens(rows: int, length: int, most: int | None, budget: int | None) -> int:
+    """The most that a forward over at most `rows` rows may read: shorter rows fill the budget."""
+    tokens = min(rows, most or rows) * length
+    return tokens if budget is None else min(tokens, max(budget, length))
 
 
 class _Key:
@@ -98,7 +104,8 @@ class _Planner:
         update = math.ceil(ppo.minibatch_size / hardware.world)
         scored = _forward_rows(rows, length, ppo.score_batch_size, ppo.score_tokens)
         learned = _forward_rows(update, length, ppo.micro_batch_size, ppo.micro_tokens)
-        self.scored, self.learned = scored * length, learned * length
+        self.scored = _forward_tokens(rows, length, ppo.score_batch_size, ppo.score_tokens)
+        self.learned = _forward_tokens(update, length, ppo.micro_batch_size, ppo.micro_tokens)
         self.several = learned < update
         self.work = Work(
             rows=rows,
@@ -224,7 +231,7 @@ class _Planner:
         ppo, work, zero, tokens = self.config.ppo, self.work, role.zero, self.scored
         if phase is Phase.REWARDS and role.part.section.batch_size:
             most = role.part.section.batch_size
-            tokens = work.length * _forward_rows(work.rows, work.length, most, ppo.score_tokens)
+            tokens = _forward_tokens(work.rows, work.length, most, ppo.score_tokens)
         gpu = self._resident(phase)
         if role.streamed:
             gpu["streamed weights"] = model.streamed_weights(role.shape, zero)

@@ -90,12 +90,14 @@ class ModelReward:
 
     def scores(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> Answer:
         """One score per row; a longer row keeps its last `limit` tokens."""
-        token_ids = render_for_reward(
-            rows, policy_tokenizer, scorer.tokenizer, chat_template=self.config.chat_template
-        )
-        if not all(token_ids):
-            empty = rows.row(token_ids.index([]))
-            raise RewardError(f"reward {self.name!r}: its tokenizer makes no token of {empty}")
+        token_ids, refused = [], None
+        try:
+            token_ids = self._tokens(rows, scorer, policy_tokenizer)
+        except RewardError as error:
+            refused = str(error)
+        # Scoring is a collective: no rank may begin it without the others.
+        for told in filter(None, distributed.all_gather_objects(refused)):
+            raise RewardError(told)
         limit = self.limit
         longest = max(map(len, token_ids))
         if longest > limit and not self._warned:
@@ -110,6 +112,15 @@ class ModelReward:
         first = getattr(scorer.tokenizer, "cls_token_id", None)
         shortened = [_last(ids, limit, first) for ids in token_ids]
         return checked_scores(self.name, scorer.score_ids(shortened).detach(), rows)
+
+    def _tokens(self, rows: TextRows, scorer: Scorer, policy_tokenizer: Any) -> list[list[int]]:
+        token_ids = render_for_reward(
+            rows, policy_tokenizer, scorer.tokenizer, chat_template=self.config.chat_template
+        )
+        if not all(token_ids):
+            empty = rows.row(token_ids.index([]))
+            raise RewardError(f"reward {self.name!r}: its tokenizer makes no token of {empty}")
+        return token_ids
 
 
 def _last(ids: list[int], limit: int, first: int | None) -> list[int]:

@@ -95,6 +95,8 @@ class DecodeGraphs:
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
         self._buckets = buckets(rows, coarse=coarse)
+        most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+        self._last_position = most - 1 if most and most > 0 else None
         self._allocate(self._buckets[-1])
 
     def fits(self, sampling: SamplingConfig, rows: int, width: int) -> bool:
@@ -186,7 +188,9 @@ class DecodeGraphs:
         """
         token_ids, positions, draws, lengths, seeds = self._numbers[:, :bucket]
         tables, size = self._tables[:bucket], self.cache.block_size
-        # A row that is waste may have counted beyond its table.
+        # A row that is waste may have counted beyond its table, and a learned one of positions.
+        if self._last_position is not None:
+            positions = positions.clamp(max=self._last_position)
         place = (positions // size).clamp(max=self.width - 1)
         slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
         step = paged.decode_step(self.cache, slots, tables, lengths.clamp(max=self.width * size))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gearshift.engine.attention import paged
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
@@ -72,6 +73,22 @@ def test_padding_rows_touch_the_dummy_block_alone():
     for layer, kept in cache.layers.items():
         assert torch.equal(kept.key[:-1], before[layer][:-1])
         assert not torch.equal(kept.key[-1], before[layer][-1])
+
+
+def test_rows_that_ended_count_no_further_than_the_positions_there_are():
+    """They stay in a burst while others go on; a model may look its positions up."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).eval()
+    prompts, limits = make_prompts([28] + [2] * 14), [20] + [5] * 7 + [20] * 7
+    outputs = []
+    for graphs in (False, True):
+        config = RolloutConfig(block_size=4, max_sequences=8)
+        engine = RolloutEngine(model, config, eos_token_ids=[999], pad_token_id=0)
+        engine._use_graphs = graphs
+        made = engine.generate(prompts, SAMPLING, list(range(15)), limits=limits)
+        outputs.append([c.token_ids for c in made])
+    assert outputs[0] == outputs[1] and [len(ids) for ids in outputs[0]] == limits
 
 
 def test_experts_that_read_their_routing_on_the_host_are_not_captured():
