@@ -74,7 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=32, help="responses in all")
     parser.add_argument("--prompt", type=int, default=256, help="longest prompt, in tokens")
     parser.add_argument("--response", type=int, default=512, help="longest response, in tokens")
-    parser.add_argument("--full", action="store_true", help="every row has the longest lengths")
+    parser.add_argument(
+        "--lengths",
+        choices=("even", "skewed", "full"),
+        default="even",
+        help="even: from a quarter of the longest up; skewed: every eighth row is longest, the "
+        "others have up to a quarter, a quarter on average in all; full: all are longest",
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="ppo.micro_batch_tokens")
     parser.add_argument("--deepspeed", default="trained_zero1_bf16_split.json", help="JSON")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
@@ -112,13 +118,10 @@ def apart(args: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def make_rows(args: argparse.Namespace, vocabulary: int, device: torch.device) -> Experience:
-    """Random tokens. Lengths are drawn evenly from a quarter of the longest to the longest."""
+    """Random tokens; see --lengths."""
     draw = torch.Generator().manual_seed(0)
     prompts, responses = (
-        torch.full((args.rows,), most)
-        if args.full
-        else torch.randint(max(1, most // 4), most + 1, (args.rows,), generator=draw)
-        for most in (args.prompt, args.response)
+        lengths_of(args.lengths, args.rows, most, draw) for most in (args.prompt, args.response)
     )
     mask = torch.arange(args.response) < responses[:, None]
     ids = torch.randint(3, vocabulary, (args.rows, args.prompt + args.response), generator=draw)
@@ -140,6 +143,16 @@ def make_rows(args: argparse.Namespace, vocabulary: int, device: torch.device) -
         scores=torch.zeros(args.rows),
     )
     return rows.to(device)
+
+
+def lengths_of(kind: str, rows: int, most: int, draw: torch.Generator) -> Tensor:
+    """[rows] int64, at most `most`."""
+    if kind == "full":
+        return torch.full((rows,), most)
+    if kind == "even":
+        return torch.randint(max(1, most // 4), most + 1, (rows,), generator=draw)
+    short = torch.randint(1, max(2, most // 4 + 1), (rows,), generator=draw)
+    return torch.where(torch.arange(rows) % 8 == 0, most, short)
 
 
 def measure(
