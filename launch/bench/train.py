@@ -2,8 +2,9 @@
 
 The model of a published shape has random weights and trains by the given DeepSpeed JSON, as in the
 main job. Rows are ragged; a micro-batch holds --tokens of them. Peers, in the same run, one after
-the other: our own padded way, and plain transformers under DeepSpeed, whose script pads a batch,
-takes log-softmax of all logits and calls backward.
+the other: our own padded way, its rows sorted by length, and plain transformers under DeepSpeed,
+whose script pads a fixed number of rows as they come, takes log-softmax of all logits and calls
+backward.
 
   gearshift bench train --shape qwen2.5-7b --layers 8 --tokens 8192 --peers
 """
@@ -167,7 +168,10 @@ def measure(
     """One side, from building the model on."""
     role = build(args, device, attn, liger)
     budget = train_budget(role.ppo, [role])
-    micros = microbatch.micro_batches(rows, budget)
+    if plain:  # rows as they come, as many as may be of full length
+        micros = list(rows.split(max(1, args.tokens // (args.prompt + args.response))))
+    else:
+        micros = microbatch.micro_batches(rows, budget)
     loss = plain_loss if plain else role_loss
 
     def once() -> None:
