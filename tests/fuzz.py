@@ -111,7 +111,7 @@ def main() -> int:
     os.environ |= {"MASTER_PORT": "0", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("hangs")))
     wrong = 0
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         base = Path(scratch) / "job"
         base.mkdir()
         tiny_job.write(base, run={"steps": 1, "export": False})

@@ -27,6 +27,9 @@ def check(config: Config, world_size: int = 1) -> list[str]:
 
 
 def _check_present(config: Config) -> None:
+    folder = config.run.dir
+    wrong = not folder.strip() or not folder.isprintable()
+    refuse_if(wrong, "run.dir", "is no name of a folder", "as runs/mine", repr(folder))
     problem = "give a Hugging Face directory, hub id or .gguf file"
     refuse_if(config.actor.path is None, "actor.path", problem, value="null")
     problem = "at least one is needed, as --rewards.0.function my_rewards.py:score"

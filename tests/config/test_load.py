@@ -228,6 +228,8 @@ def test_a_runnable_configuration_has_no_warnings():
     ("overrides", "message"),
     [
         (["--actor.path", "null"], "actor.path=null"),
+        (["--run.dir", "\n"], r"run.dir='\\n': is no name of a folder; as runs/mine"),
+        (["--run.dir", " "], "run.dir=' ': is no name of a folder"),
         (["--rewards", "[]"], r"rewards=\[\]: at least one"),
         (["--data.sources", "[]"], r"data.sources=\[\]: at least one"),
         (["--data.sources.0.path", ""], "data.sources.0.path: give a file"),
