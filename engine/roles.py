@@ -325,8 +325,7 @@ def train_budget(ppo: PPOConfig, roles: Sequence[Trained]) -> Budget:
 
 def _budget(tokens: int | None, rows: int | None, engine: Any) -> Budget:
     head = engine.module
-    model = getattr(head, "lm", None) or head.model
-    hidden = model.config.get_text_config().hidden_size
+    hidden = head.model.config.get_text_config().hidden_size
     return Budget(tokens=tokens, rows=rows, packed=head.packs, hidden=hidden)
 
 

@@ -1,8 +1,6 @@
 """Attention of training and scoring: all live tokens of some sequences in one row, [1, N].
 
-transformers looks its attention function up by name (`AttentionInterface`). Ours has no mask
-function, so that transformers builds no mask; where each sequence ends is known to whoever runs the
-model, and said by `reading`.
+Where each sequence ends is known to whoever runs the model, and said by `reading`.
 """
 
 from collections.abc import Iterator
@@ -11,9 +9,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gearshift.engine.attention.sequences import UNSAID, Sequences, attend, rules_of
+from gearshift.engine.attention.sequences import Sequences, attend, register
+from gearshift.kernels.paged_attention import Rules
 
 NAME = "gearshift_packed"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -54,17 +53,21 @@ def unpackable(module: nn.Module) -> str | None:
         return f"{name} has layers other than full or windowed attention ({kinds})"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
-    moving = sorted(_rope_types(config) & {"dynamic", "longrope"})
-    if moving:
-        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving[0]})"
+    if moving := moving_rope(config):
+        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving})"
     return None
 
 
-def _rope_types(config: Any) -> set[str]:
-    """The rope types of all layers; the parameters are one dict, or one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
-    return {entry.get("rope_type", "default") for entry in [parameters, *nested]}
+def rope_entries(text: Any) -> list[dict[str, Any]]:
+    """The rope parameters of a text model's layers: one dict, or one per layer type."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
+
+
+def moving_rope(text: Any) -> str | None:
+    """The rope type of a text model whose frequencies change with the longest row it reads."""
+    types = {entry.get("rope_type") for entry in rope_entries(text)}
+    return next((kind for kind in ("dynamic", "longrope") if kind in types), None)
 
 
 def adopt(module: nn.Module) -> None:
@@ -113,27 +116,12 @@ def _configs(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = UNSAID,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """The AttentionInterface function: [1, heads, N, size] -> [1, N, heads, size of values].
-
-    A mask that a model makes by itself is not applied: whoever packs it finds out (models/heads).
-    """
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, others: dict
+) -> Tensor:
     sequences = _current.get()
     assert sequences is not None, "a packed model was given padded rows"
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    rules = rules_of(module, query, scaling, sliding_window, softcap, s_aux)
-    return attend(query, key, value, sequences, rules)[None], None
+    return attend(query, key, value, sequences, rules)
 
 
-AttentionInterface.register(NAME, attention)
+register(NAME, _attend)

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from gearshift.engine.attention.cache import KVCache, LayerCache, LayerShape
 from gearshift.engine.attention.packed import implementation, unpackable
-from gearshift.engine.attention.sequences import NONE, UNSAID, Sequences, attend, rules_of
+from gearshift.engine.attention.sequences import NONE, Sequences, attend, register
 from gearshift.kernels import dispatch, ops
 from gearshift.kernels.paged_attention import Gather, Rules, attend_gathered
 
@@ -99,54 +98,48 @@ def running(step: Step | Probe) -> Iterator[None]:
 
 
 @contextmanager
-def attending(module: nn.Module) -> Iterator[None]:
-    """The module attends through the paged cache, in eval mode; leaves it as it was found."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and every part back to the mode it was in."""
     training = [part for part in module.modules() if part.training]
     try:
         for part in training:
             part.training = False
-        with implementation(module, NAME):
-            yield
+        yield
     finally:
         for part in training:
             part.training = True
 
 
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = UNSAID,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **others,
-) -> tuple[Tensor, None]:
-    """The AttentionInterface function: [1, heads, N, size] -> [1, N, heads, size of values]."""
+@contextmanager
+def attending(module: nn.Module) -> Iterator[None]:
+    """The module attends through the paged cache, in eval mode; leaves it as it was found."""
+    with evaluating(module), implementation(module, NAME):
+        yield
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, rules: Rules, others: dict
+) -> Tensor:
     step = _current
     assert step is not None, "paged attention outside the rollout engine"
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if isinstance(step, Probe):
         return _observe(step, module, query, key, value, others)
-    rules = rules_of(module, query, scaling, sliding_window, softcap, s_aux)
     layer = step.cache.layers[module]
     layer.write(step.slots, key, value)
     decoding = len(step.lengths)
     if decoding == len(query):
-        return decode_attention(query, layer, step, rules)[None], None
+        return decode_attention(query, layer, step, rules)
     out = query.new_empty(*query.shape[:2], value.shape[-1])
     if decoding:
         out[:decoding] = decode_attention(query[:decoding], layer, step, rules)
     query, key, value = (x[decoding:] for x in (query, key, value))
     out[decoding:] = attend(query, key, value, step.prompts, rules, layer)
-    return out[None], None
+    return out
 
 
 def _observe(
     probe: Probe, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, others: dict
-) -> tuple[Tensor, None]:
+) -> Tensor:
     unknown = [
         name
         for name, argument in others.items()
@@ -159,7 +152,7 @@ def _observe(
         )
     shape = LayerShape(key=tuple(key.shape[1:]), value=tuple(value.shape[1:]), dtype=key.dtype)
     probe.shapes[module] = shape
-    return value.repeat_interleave(query.shape[1] // value.shape[1], 1)[None], None
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1)
 
 
 def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules) -> Tensor:
@@ -183,4 +176,4 @@ def decode_attention(query: Tensor, layer: LayerCache, step: Step, rules: Rules)
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
-AttentionInterface.register(NAME, attention)
+register(NAME, _attend)

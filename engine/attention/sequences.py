@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from gearshift.engine.attention.cache import LayerCache
 from gearshift.kernels.paged_attention import Rules, attend_masked
@@ -100,30 +101,46 @@ class Sequences:
 NONE = Sequences(spans=[], packed=None)
 
 
-def rules_of(
-    module: nn.Module,
-    query: Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    s_aux: Tensor | None,
-) -> Rules:
-    """A layer's rules, from what transformers passes to an attention function.
+def register(name: str, attend_row: Callable[..., Tensor]) -> None:
+    """Makes an attention function of transformers, by `name`, for rows [1, heads, N, size].
 
-    sliding_window: UNSAID where it passes none.
+    attend_row(module, query [N, HQ, D], key [N, HK, D], value [N, HK, DV], rules, others) returns
+    [N, HQ, DV]; others: what a model passes besides. No mask function goes with it, so that
+    transformers builds no mask, and a mask that a model makes by itself is not applied: whoever
+    packs it finds out (models/heads.py).
     """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = UNSAID,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        rules = Rules(
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            window=_window_of(module, sliding_window),
+            softcap=softcap,
+            sinks=s_aux,
+        )
+        return attend_row(module, query, key, value, rules, others)[None], None
+
+    AttentionInterface.register(name, attention)
+
+
+def _window_of(module: nn.Module, said: int | None) -> int | None:
+    """A layer's window; said: what its model passes, UNSAID where it passes none."""
     config: Any = getattr(module, "config", None)
     types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    if sliding_window in (None, UNSAID) and types is not None and index is not None:
-        sliding_window = config.sliding_window if types[index] == "sliding_attention" else None
-    elif sliding_window == UNSAID:
-        sliding_window = getattr(config, "sliding_window", None)
-    return Rules(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    if said in (None, UNSAID) and types is not None and index is not None:
+        return config.sliding_window if types[index] == "sliding_attention" else None
+    return getattr(config, "sliding_window", None) if said == UNSAID else said
 
 
 def packs(device: torch.device) -> bool:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from gearshift.engine.rollout.graphs import has_experts
+
 
 def fuses(hf_config: Any, wanted: str) -> bool:
     """Whether a model of this configuration has fused layers on a GPU of this installation.
@@ -24,8 +26,7 @@ def fuses(hf_config: Any, wanted: str) -> bool:
     text = hf_config.get_text_config()
     activation = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None)
     usual = activation in (None, "silu", "swish", "gelu_pytorch_tanh")
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    other = any(getattr(text, name, None) for name in ("mlp_bias", *experts))
+    other = getattr(text, "mlp_bias", False) or has_experts(text)
     return wanted == "auto" and usual and not other and text.model_type in _families()
 
 

@@ -49,6 +49,11 @@ class Policy(nn.Module):
         self.options = HeadOptions.of(lm.config)
 
     @property
+    def model(self) -> nn.Module:
+        """As ValueModel.model."""
+        return self.lm
+
+    @property
     def packs(self) -> bool:
         """Whether its trunk reads rows end to end."""
         return packed.packs(self.lm)
@@ -60,6 +65,11 @@ class Policy(nn.Module):
         bias = getattr(output, "bias", None)
         with gathered(output.weight, bias):
             return head(rows, output.weight, bias)
+
+
+def has_score(module: nn.Module) -> bool:
+    """Whether a classifier reads its score off a trunk's hidden states, by a linear head."""
+    return isinstance(getattr(module, "score", None), nn.Linear)
 
 
 class ValueModel(nn.Module):
@@ -85,7 +95,7 @@ class ScoreModel(ValueModel):
 
     def forward(self, reading: Reading, places: Tensor) -> Tensor:
         """[B] float32. An encoder such as BERT pools as it likes: its rows are right-padded."""
-        if isinstance(getattr(self.model, "score", None), nn.Linear):
+        if has_score(self.model):
             return super().forward(reading, places)
         assert reading.attention_mask is not None, "its rows are padded"
         live = reading.attention_mask.long()  # some subtract it

@@ -40,6 +40,7 @@ from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.models.files import LM_HEADS, CheckpointFiles
 from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
+from gearshift.engine.models.heads import has_score
 from gearshift.engine.streaming.store import Store, partitioning, place, room_of
 from gearshift.engine.zero import layout
 
@@ -205,7 +206,7 @@ def prepare(module: PreTrainedModel, config: ModelConfig, role: str) -> PreTrain
 
 def _pack(module: PreTrainedModel, role: str, path: str | None) -> None:
     """Rows lie end to end wherever the model allows it."""
-    pools = role == "reward" and not isinstance(getattr(module, "score", None), nn.Linear)
+    pools = role == "reward" and not has_score(module)
     name = type(module).__name__
     why = f"{name} pools its tokens by itself" if pools else packed.unpackable(module)
     if why is None:
@@ -335,7 +336,7 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
         problem = f"no {auto.__name__} of it: {reason}"
         raise ConfigError("path", problem, value=repr(config.path)) from None
     module.tie_weights()
-    if role == "critic" and not isinstance(getattr(module, "score", None), nn.Linear):
+    if role == "critic" and not has_score(module):
         raise ConfigError(
             "path",
             f"{type(module).__name__} has no linear `score` head, which a critic needs",
@@ -354,13 +355,12 @@ def _fill(
 ) -> None:
     """Reads every tensor of `module`, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
-    wanted = {id(parameter): name for name, parameter in module.named_parameters()}
     values = _in_order(partial(_read, files, names), list(module.named_parameters()))
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if id(parameter) not in made:
                 read, value = next(values)
-                assert read == wanted[id(parameter)], "a module names its parameters in one order"
+                assert read == f"{path}.{name}".removeprefix("."), "not in the modules' order"
                 made[id(parameter)] = nn.Parameter(value.to(dtype))
                 partition(made[id(parameter)])
                 beat()

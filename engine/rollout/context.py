@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from gearshift.engine.attention.packed import moving_rope, rope_entries
+
 # Their first positions belong to padding: transformers counts from padding_idx + 1.
 _COUNTED_FROM_PADDING = {
     "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta",
@@ -20,8 +22,7 @@ def positions(hf_config: Any) -> int | None:
     count = getattr(text, "max_position_embeddings", None)
     if count is None or count < 1:  # XLNet says -1
         return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+    for entry in rope_entries(text):
         before = entry.get("original_max_position_embeddings") or count
         if entry.get("rope_type") == "longrope":
             count = min(count, before)
@@ -33,6 +34,4 @@ def positions(hf_config: Any) -> int | None:
 
 def moves(hf_config: Any) -> bool:
     """Whether longer texts than `positions` would change a model's rotary frequencies."""
-    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
-    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return any(entry.get("rope_type") in ("dynamic", "longrope") for entry in entries)
+    return moving_rope(hf_config.get_text_config()) is not None

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gearshift.engine.attention import paged
 from gearshift.engine.attention.cache import KVCache
 from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.packing import Inputs
 from gearshift.engine.rollout.sampling import draw_packed
 
@@ -51,13 +52,17 @@ def addresses(module: nn.Module) -> tuple[int, ...]:
     return tuple(t.data_ptr() for t in (*module.parameters(), *module.buffers()))
 
 
+def has_experts(text: Any) -> bool:
+    """Whether a text model has expert layers."""
+    counts = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any(getattr(text, name, None) for name in counts)
+
+
 def cannot_capture(module: nn.Module) -> str | None:
     """Why the module's forward cannot be captured; None if nothing known forbids it."""
     config = module.config.get_text_config()
-    counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = any(getattr(config, name, None) for name in counts)
     kind = getattr(config, "_experts_implementation", None)
-    if experts and kind not in CAPTURABLE_EXPERTS:
+    if has_experts(config) and kind not in CAPTURABLE_EXPERTS:
         return f"its experts ({kind}) read the routing on the host"
     return None
 
@@ -95,8 +100,7 @@ class DecodeGraphs:
         self._replays: dict[int, tuple[Callable[[], None], Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._capture else None
         self._buckets = buckets(rows, coarse=coarse)
-        most = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-        self._last_position = most - 1 if most and most > 0 else None
+        self._positions = positions(module.config)
         self._allocate(self._buckets[-1])
 
     def fits(self, sampling: SamplingConfig, rows: int, width: int) -> bool:
@@ -186,17 +190,17 @@ class DecodeGraphs:
 
         Leaves the buffers as the next step needs them, but for new blocks.
         """
-        token_ids, positions, draws, lengths, seeds = self._numbers[:, :bucket]
+        token_ids, places, draws, lengths, seeds = self._numbers[:, :bucket]
         tables, size = self._tables[:bucket], self.cache.block_size
         # A row that is waste may have counted beyond its table, and a learned one of positions.
-        if self._last_position is not None:
-            positions = positions.clamp(max=self._last_position)
-        place = (positions // size).clamp(max=self.width - 1)
-        slots = tables.gather(1, place[:, None])[:, 0].long() * size + positions % size
+        if self._positions is not None:
+            places = places.clamp(max=self._positions - 1)
+        block = (places // size).clamp(max=self.width - 1)
+        slots = tables.gather(1, block[:, None])[:, 0].long() * size + places % size
         step = paged.decode_step(self.cache, slots, tables, lengths.clamp(max=self.width * size))
         with paged.running(step):
             output = self.module(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False
+                input_ids=token_ids[None], position_ids=places[None], use_cache=False
             )
         logits = output.logits[0]
         packed = draw_packed(logits, self.sampling, seeds, draws, self.group)

@@ -4,15 +4,12 @@ A plain loop over the module with its own cache on a left-padded batch. Draws, l
 endings are those of the paged engine, so that both give the same responses.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.attention.packed import padded
-from gearshift.engine.attention.paged import accepts
+from gearshift.engine.attention.paged import accepts, evaluating
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.linear import fast_linear
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
@@ -71,19 +68,6 @@ class PaddedEngine:
 
     def rest(self) -> None:
         """Nothing outlives a call."""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode, and every part back to the mode it was in."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _complete(
