@@ -108,10 +108,16 @@ def _reach(place: str, port: int, timeout_s: float, deadline: float) -> None:
         time.sleep(_POLL_S)
 
 
-def _about_me(backend: str) -> dict[str, str]:
-    host, space, address = socket.gethostname(), "", ""
+def machine() -> tuple[str, str]:
+    """This machine, and the namespace of its processes: containers of one host may share its name,
+    but a process number of one means another process, or none, in the next."""
     with suppress(OSError):
-        space = os.readlink("/proc/self/ns/pid")  # containers may share a host's name
+        return socket.gethostname(), os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), ""
+
+
+def _about_me(backend: str) -> dict[str, str]:
+    (host, space), address = machine(), ""
     with suppress(OSError):
         address = socket.gethostbyname(host)
     slot = os.environ.get("LOCAL_RANK", "")

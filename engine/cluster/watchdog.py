@@ -9,7 +9,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import psutil
 import torch.distributed as dist
 
 from gearshift.engine.cluster import claim, distributed, guard, progress
+from gearshift.engine.cluster.rendezvous import machine
 
 _FAULT = 1  # exit status
 _LEFT = "left"  # the phase of a rank that ends in good order, or has printed its own error
@@ -48,7 +48,7 @@ class Beat:
 
     @property
     def here(self) -> bool:
-        return (self.host, self.space) == _here()
+        return (self.host, self.space) == machine()
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -171,7 +171,7 @@ class Watchdog:
 
     def _announce(self) -> None:
         self._count += 1
-        mine = [*_here(), os.getpid(), *progress.current(), self._count]
+        mine = [*machine(), os.getpid(), *progress.current(), self._count]
         self._store.set(_key(distributed.rank()), json.dumps([*mine, progress.main_thread_at()]))
 
     def _read_all(self) -> None:
@@ -246,15 +246,6 @@ class Watchdog:
         if distributed.has_launcher() and os.getppid() != self._parent:
             self._parent = os.getppid()
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _here() -> tuple[str, str]:
-    """This machine, and the namespace of its processes: containers of one host may share its name,
-    but a process number of one means another process, or none, in the next."""
-    space = Path("/proc/self/ns/pid")
-    with suppress(OSError):
-        return socket.gethostname(), os.readlink(space)
-    return socket.gethostname(), ""
 
 
 def report_fault(message: str) -> None:

@@ -61,18 +61,15 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     return Role(part=part, shape=shape, zero=zero, states=states)
 
 
-def _forward_rows(rows: int, length: int, most: int | None, budget: int | None) -> int:
-    """Of `rows` full rows, how many a forward reads; most: as many as the user allows."""
-    together = min(rows, most or rows)
-    if budget is not None:
-        together = min(together, max(1, budget // length))
-    return math.ceil(rows / math.ceil(rows / together))
-
-
 def _forward_tokens(rows: int, length: int, most: int | None, budget: int | None) -> int:
     """The most that a forward over at most `rows` rows may read: shorter rows fill the budget."""
     tokens = min(rows, most or rows) * length
     return tokens if budget is None else min(tokens, max(budget, length))
+
+
+def _pieces(rows: int, length: int, tokens: int) -> int:
+    """Forwards of at most `tokens` that read `rows` full rows."""
+    return math.ceil(rows / (tokens // length))
 
 
 class _Key:
@@ -102,17 +99,15 @@ class _Planner:
         rows = math.ceil(ppo.rows_per_step / hardware.world)
         length = config.data.max_prompt_tokens + config.sampling.max_new_tokens
         update = math.ceil(ppo.minibatch_size / hardware.world)
-        scored = _forward_rows(rows, length, ppo.score_batch_size, ppo.score_tokens)
-        learned = _forward_rows(update, length, ppo.micro_batch_size, ppo.micro_tokens)
         self.scored = _forward_tokens(rows, length, ppo.score_batch_size, ppo.score_tokens)
         self.learned = _forward_tokens(update, length, ppo.micro_batch_size, ppo.micro_tokens)
-        self.several = learned < update
+        self.several = _pieces(update, length, self.learned) > 1
         self.work = Work(
             rows=rows,
             prompt=config.data.max_prompt_tokens,
             response=config.sampling.max_new_tokens,
-            score_pieces=math.ceil(rows / scored),
-            train_pieces=rows // update * math.ceil(update / learned),
+            score_pieces=_pieces(rows, length, self.scored),
+            train_pieces=rows // update * _pieces(update, length, self.learned),
             epochs=ppo.epochs,
             updates=ppo.optimizer_steps_per_step,
         )

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,16 +27,19 @@ from gearshift.engine.batch import Experience
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import Config, CriticConfig, PPOConfig, TrainedConfig
+from gearshift.engine.metrics import peak_memory, reset_peak_memory
 from gearshift.engine.models.load import PreTrainedModel, auto_class, prepare
 from gearshift.engine.models.shapes import published, shape_of
 from gearshift.engine.objective import token_weights
 from gearshift.engine.plan.hardware import GPUS
-from gearshift.engine.plan.start import known_gpu
+from gearshift.engine.plan.seconds import Work, forward_flops
+from gearshift.engine.plan.start import this_machine
 from gearshift.engine.roles import Actor, Critic, train_budget
 from gearshift.launch.bench import ranks
 from gearshift.launch.bench.job import check_counts
 from gearshift.launch.bench.record import machine, write_json
 from gearshift.launch.bench.table import show
+from gearshift.launch.bench.workload import timed
 
 SIDES: dict[str, dict[str, Any]] = {
     "gearshift": {},
@@ -181,32 +183,29 @@ def measure(
             )
             role.backward(loss(role, micro, weights), last=i == len(micros) - 1)
         role.engine.optimizer.zero_grad()
+        if on_gpu:
+            torch.cuda.synchronize(device)
 
+    on_gpu = device.type == "cuda"
     for _ in range(WARM_UP):
         once()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = sorted(timed(once, device) for _ in range(args.repeats))[args.repeats // 2]
-    on_gpu = device.type == "cuda"
-    launches, busy = profiled(once, device) if on_gpu else (None, None)
+    reset_peak_memory(device)
+    seconds = sorted(timed(once).wall_s for _ in range(args.repeats))[args.repeats // 2]
+    launches, busy = profiled(once) if on_gpu else (None, None)
     live = int(rows.attention_mask.sum())
     useful = useful_flops(args, rows) / seconds
-    name = known_gpu(torch.cuda.get_device_name(device), _memory(device)) if on_gpu else None
+    hardware = this_machine(device)
     return Figures(
         micro_batches=len(micros),
         live_tokens=live,
         seconds=seconds,
         tokens_per_s=live / seconds,
         useful_tflops=useful / 1e12,
-        mfu=useful / GPUS[name].flops if name else None,
+        mfu=useful / hardware.gpu.flops if hardware.name in GPUS else None,
         launches=launches // len(micros) if launches is not None else None,
         device_busy=busy,
-        peak_gb=torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
+        peak_gb=peak_memory(device) if on_gpu else None,
     )
-
-
-def _memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
 
 
 def build(args: argparse.Namespace, device: torch.device, attn: str, liger: str) -> Any:
@@ -252,9 +251,10 @@ def plain_loss(role: Any, micro: Experience, weights: Tensor) -> Tensor:
     live = micro.response_mask
     mask = micro.attention_mask
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    lm = role.engine.module.lm if hasattr(role.engine.module, "lm") else role.engine.module.model
     role.engine.train()
-    logits = lm(micro.input_ids, attention_mask=mask, position_ids=positions).logits
+    logits = role.engine.module.model(
+        micro.input_ids, attention_mask=mask, position_ids=positions
+    ).logits
     before = logits[:, micro.prompt_ids.shape[1] - 1 : -1]
     if logits.shape[-1] == 1:
         return (weights * (before[..., 0].float() - micro.returns) ** 2)[live].sum() / 2
@@ -266,25 +266,10 @@ def plain_loss(role: Any, micro: Experience, weights: Tensor) -> Tensor:
     return -(weights * gain)[live].sum()
 
 
-def timed(call: Callable[[], None], device: torch.device) -> float:
-    """Seconds until the device is done."""
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def profiled(call: Callable[[], None], device: torch.device) -> tuple[int, float]:
+def profiled(call: Callable[[], None]) -> tuple[int, float]:
     """(kernels and copies on the device, share of the time from first to last in which one ran)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        _wait(device)
     return busy_share(
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
@@ -307,10 +292,10 @@ def busy_share(spans: Iterator[tuple[float, float]]) -> tuple[int, float]:
 def useful_flops(args: argparse.Namespace, rows: Experience) -> float:
     """Multiplications and additions of forward and backward over live tokens; see Figures."""
     shape = shape_of(_shape(args), "policy" if args.role == "actor" else "critic")
-    lengths = rows.attention_mask.sum(1).double()
-    attention = 2 * shape.heads * shape.head_dim * shape.layers * float(lengths.square().sum())
-    head = 2.0 * shape.head * int(rows.response_mask.sum())
-    return 3 * (2.0 * shape.body * float(lengths.sum()) + attention + head)
+    once = {"rows": 1, "score_pieces": 1, "train_pieces": 1, "epochs": 1, "updates": 1}
+    lengths = zip(rows.prompt_mask.sum(1).tolist(), rows.lengths.tolist(), strict=True)
+    works = (Work(prompt=prompt, response=response, **once) for prompt, response in lengths)
+    return 3 * sum(sum(forward_flops(shape, work)) for work in works)
 
 
 def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:

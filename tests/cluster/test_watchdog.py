@@ -124,7 +124,7 @@ def test_a_shell_may_end_before_its_run_and_a_launcher_may_not(tmp_path, launche
 def test_a_process_number_means_nothing_in_another_container(elsewhere):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host, space = watchdog._here()
+    host, space = watchdog.machine()
     space = "pid:[1]" if elsewhere else space
     beat = watchdog.Beat(1, host, space, ended.pid, "rewards", 1, 0, 1, "")
     assert beat.dead() is not elsewhere
