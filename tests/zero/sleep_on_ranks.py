@@ -28,6 +28,7 @@ CASES = {
     "zero0": ("zero0", {}, ("always",)),
     "zero1_bf16": ("zero1_bf16", {}, ("exchange",)),
     "zero3": ("zero3", {}, ("gradients", "exchange")),
+    "split1": ("zero1_bf16_split", SPLIT, ("exchange",)),
     "split2": ("zero2_bf16_split", SPLIT, ("exchange",)),
     "split3_bf16": ("zero3_bf16_split", SPLIT | {"moments": "bf16"}, ("always",)),
 }
