@@ -1,7 +1,8 @@
 """Which curves the report shows, and the cards they are shown on."""
 
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
 
 from gearshift.launch.report.data import Point, Run, condense, spans
 from gearshift.launch.report.svg import Curve, line_chart, short
@@ -25,16 +26,9 @@ class Chart:
 _CHARTS = {
     "Learning": (
         Chart(
-            "Score",
-            "mean of a step",
-            {"objective/scores": "score"},
-            spread="objective/scores_std",
+            "Score", "mean of a step", {"objective/scores": "score"}, spread="objective/scores_std"
         ),
-        Chart(
-            "KL to the reference",
-            "nats, summed over a response",
-            {"objective/kl": "KL"},
-        ),
+        Chart("KL to the reference", "nats, summed over a response", {"objective/kl": "KL"}),
         Chart(
             "Return of the objective",
             "score less the KL penalty",
@@ -116,16 +110,26 @@ def step_names(run: Run, groups: list[range]) -> list[str]:
     return [f"{steps[g[0]]}–{steps[g[-1]]}" if len(g) > 1 else f"{steps[g[0]]}" for g in groups]
 
 
-def chart_sections(run: Run) -> str:
-    """All cards that have at least one number, under their headings."""
+@dataclass(frozen=True)
+class Card:
+    """What page.html shows of a chart. now: the latest value."""
+
+    title: str
+    now: str
+    about: str
+    drawing: Markup
+    legend: list[tuple[str, str]]
+
+
+def chart_cards(run: Run) -> dict[str, list[Card]]:
+    """By heading, all charts that have at least one number."""
     groups = spans(len(run.metrics), _MOST_POINTS)
-    sections = []
-    for heading, charts in _CHARTS.items():
-        shown = charts + (_reward_charts(run) if heading == "Learning" else ())
-        cards = "".join(_card(run, chart, groups) for chart in shown)
-        if cards:
-            sections.append(f'<h2>{escape(heading)}</h2><div class="grid">{cards}</div>')
-    return "".join(sections)
+    charts = _CHARTS | {"Learning": _CHARTS["Learning"] + _reward_charts(run)}
+    cards = {
+        heading: [card for chart in shown if (card := _card(run, chart, groups))]
+        for heading, shown in charts.items()
+    }
+    return {heading: shown for heading, shown in cards.items() if shown}
 
 
 def _reward_charts(run: Run) -> tuple[Chart, ...]:
@@ -136,22 +140,22 @@ def _reward_charts(run: Run) -> tuple[Chart, ...]:
     return (Chart("Rewards", "mean of each, before its weight", lines),)
 
 
-def _card(run: Run, chart: Chart, groups: list[range]) -> str:
+def _card(run: Run, chart: Chart, groups: list[range]) -> Card | None:
     curves = []
     for key, label in chart.lines.items():
         points = condense(run.series(key), groups)
         if any(points):
             curves.append(Curve(label, points, _band(run, chart, points, groups)))
     if not curves:
-        return ""
+        return None
     names = step_names(run, groups)
     spread = chart.spread is not None and any(run.series(chart.spread))
-    about = chart.about + (" ± one deviation" if spread else "")
-    drawing = line_chart(chart.title, names, curves, log=chart.log, percent=chart.percent)
-    return (
-        f'<section class="card"><div class="head"><h3>{escape(chart.title)}</h3>'
-        f'<span class="now">{_latest(run, chart)}</span></div>'
-        f'<p class="about">{escape(about)}</p>{drawing}{_legend(curves)}</section>'
+    return Card(
+        title=chart.title,
+        now=_latest(run, chart),
+        about=chart.about + (" ± one deviation" if spread else ""),
+        drawing=line_chart(chart.title, names, curves, log=chart.log, percent=chart.percent),
+        legend=[(curve.label, "") for curve in curves],
     )
 
 
@@ -175,13 +179,3 @@ def _latest(run: Run, chart: Chart) -> str:
     values = [value for key in chart.lines for value in reversed(run.series(key))]
     value = next(value for value in values if value is not None)
     return f"{short(100 * value, 3)}%" if chart.percent else short(value, 3)
-
-
-def _legend(curves: list[Curve]) -> str:
-    if len(curves) < 2:
-        return ""
-    entries = "".join(
-        f'<span><i class="back{i % 12}"></i>{escape(curve.label)}</span>'
-        for i, curve in enumerate(curves)
-    )
-    return f'<div class="legend">{entries}</div>'

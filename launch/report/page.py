@@ -1,23 +1,32 @@
 """`gearshift report RUN_DIR`: the run as one self-contained page, RUN_DIR/report.html.
 
-page.html is its frame, with the style sheet; what a run fills in is made here.
+page.html is its template, with the style sheet; what a run fills in is made here.
 """
 
 import argparse
 import math
 import os
-from html import escape
+from itertools import zip_longest
 from pathlib import Path
-from string import Template
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from gearshift.launch.console import PHASES, printable, prompt_text
-from gearshift.launch.report.charts import chart_sections, step_names
+from gearshift.launch.report.charts import chart_cards, step_names
 from gearshift.launch.report.data import Run, condense, load_run, spans
 from gearshift.launch.report.svg import short, stacked_bars
 
-# Its policy lets a browser fetch nothing, whatever a sample holds.
-_PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+# The page's policy lets a browser fetch nothing, whatever a sample holds.
+_JINJA = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+)
 _MOST_BARS = 120
 
 # label, dotted key of config.yaml
@@ -73,39 +82,34 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 def render(run: Run) -> str:
     """The page. It needs no other file and makes no request."""
-    name = run.folder.resolve().name
-    parts = [_header(run, name), _tiles(run)]
-    if run.metrics:
-        parts += [chart_sections(run), _samples(run), _timeline(run), _memory(run)]
-    parts += [_environment(run), _config(run)]
-    return _PAGE.substitute(name=_safe(name), body="".join(parts))
+    last, total = (run.steps or [0])[-1], run.setting("run.steps")
+    finished = isinstance(total, int) and last >= total
+    facts = dict(run.environment)
+    command = facts.pop("command", facts.pop("command_line", ""))
+    steps = list(dict.fromkeys(run.samples[i]["step"] for i in (0, -1) if run.samples))
+    return _JINJA.get_template("page.html").render(
+        name=run.folder.resolve().name,
+        finished=finished,
+        status="finished" if finished else f"step {last}" + f" of {total}" * isinstance(total, int),
+        summary=_summary(run),
+        chips=_chips(run),
+        tiles=_tiles(run),
+        charts=chart_cards(run) if run.metrics else {},
+        samples=_samples(run, steps) if run.metrics else [],
+        sampled=" and ".join(f"step {step}" for step in steps),
+        timeline=_timeline(run),
+        memory=_memory(run),
+        command=" ".join(map(str, command)) if isinstance(command, list) else command,
+        facts=_flat(facts),
+        settings=[_setting(line) for line in run.config_text.rstrip().split("\n") if line],
+    )
 
 
-def _safe(text: Any) -> str:
-    return escape(printable(str(text)))
-
-
-def _header(run: Run, name: str) -> str:
+def _chips(run: Run) -> list[tuple[str, Any]]:
     chips = [(label, run.setting(key)) for label, key in _HIGHLIGHTS]
     rewards = run.setting("rewards") or []
     chips += [("reward", reward.get("name")) for reward in rewards if isinstance(reward, dict)]
-    shown = "".join(
-        f'<span class="chip"><b>{_safe(label)}</b>{_safe(value)}</span>'
-        for label, value in chips
-        if value is not None
-    )
-    return (
-        f'<header><div class="top"><h1>{_safe(name)}</h1>{_status(run)}</div>'
-        f'<p>{_summary(run)}</p><div class="chips">{shown}</div></header>'
-    )
-
-
-def _status(run: Run) -> str:
-    last, total = (run.steps or [0])[-1], run.setting("run.steps")
-    if isinstance(total, int) and last >= total:
-        return '<span class="pill done">finished</span>'
-    of = f" of {total}" if isinstance(total, int) else ""
-    return f'<span class="pill open">step {last}{of}</span>'
+    return [(label, value) for label, value in chips if value is not None]
 
 
 def _summary(run: Run) -> str:
@@ -127,56 +131,38 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(label, the last value, the first one and its step)"""
     tiles = []
     for label, key in _TILES:
         known = [
-            (step, value)
-            for step, value in zip(run.steps, run.series(key), strict=True)
-            if value is not None
+            (step, v) for step, v in zip(run.steps, run.series(key), strict=True) if v is not None
         ]
-        if not known:
-            continue
-        (first_step, first), (last_step, last) = known[0], known[-1]
-        before = f"{short(first, 3)} at step {first_step}" if last_step > first_step else "one step"
-        tiles.append(
-            f'<div class="tile"><span>{label}</span><strong>{short(last, 3)}</strong>'
-            f"<small>{before}</small></div>"
-        )
-    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+        if known:
+            (first_step, first), (last_step, last) = known[0], known[-1]
+            several = last_step > first_step
+            before = f"{short(first, 3)} at step {first_step}" if several else "one step"
+            tiles.append((label, short(last, 3), before))
+    return tiles
 
 
-def _samples(run: Run) -> str:
-    if not run.samples:
-        return ""
-    first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    before = [row for row in run.samples if row["step"] == first]
-    after = [row for row in run.samples if row["step"] == last] if last != first else []
-    pairs = "".join(
-        f'<div class="pair">{"".join(_sample(rows, i) for rows in (before, after) if rows)}</div>'
-        for i in range(max(len(before), len(after)))
-    )
-    heading = f"step {first} and step {last}" if after else f"step {first}"
-    return f"<h2>Samples <small>{_safe(heading)}</small></h2>{pairs}"
+def _samples(run: Run, steps: list[int]) -> list[tuple]:
+    """Rows of the first and of the last step that has any, side by side; None beyond a step's."""
+    columns = [[_sample(row) for row in run.samples if row["step"] == step] for step in steps]
+    return list(zip_longest(*columns))
 
 
-def _sample(rows: list[dict[str, Any]], i: int) -> str:
-    if i >= len(rows):
-        return "<div></div>"
-    row = rows[i]
-    score = row.get("score")
-    shown = f"{score:+.3f}" if isinstance(score, (int, float)) else "no score"
-    chat = isinstance(row.get("prompt"), list)
-    response = f"\n\n{row.get('response', '').lstrip()}" if chat else row.get("response", "")
-    return (
-        f'<section class="card sample"><div class="head"><h3>Step {_safe(row["step"])}</h3>'
-        f'<span class="score">{shown}</span></div><div class="text"><span class="prompt">'
-        f"{_safe(prompt_text(row.get('prompt', '')))}</span>"
-        f"{_safe(response)}</div></section>"
-    )
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    prompt, response, score = (row.get(name, "") for name in ("prompt", "response", "score"))
+    return {
+        "step": row["step"],
+        "score": f"{score:+.3f}" if isinstance(score, (int, float)) else "no score",
+        "prompt": prompt_text(prompt),
+        "response": f"\n\n{response.lstrip()}" if isinstance(prompt, list) else response,
+    }
 
 
-def _timeline(run: Run) -> str:
+def _timeline(run: Run) -> dict[str, Any] | None:
     groups = spans(len(run.metrics), _MOST_BARS)
     layers = []
     for key in _in_order(run.keys("timing_s/")):
@@ -184,20 +170,14 @@ def _timeline(run: Run) -> str:
         if key != "timing_s/step" and any(point and point.mean for point in points):
             layers.append((key.removeprefix("timing_s/"), [p.mean if p else 0.0 for p in points]))
     if not layers:
-        return ""
+        return None
     layers += _untimed(condense(run.series("timing_s/step"), groups), layers)
-    total = math.fsum(value for _, values in layers for value in values)
-    legend = "".join(
-        f'<span><i class="back{i % 12}"></i>{_safe(name)}<b>{math.fsum(values) / total:.0%}</b>'
-        "</span>"
-        for i, (name, values) in enumerate(layers)
-    )
-    drawing = stacked_bars("Seconds of each step by phase", step_names(run, groups), layers)
-    return (
-        "<h2>Where the time goes <small>seconds a step, by phase, of the slowest rank</small></h2>"
-        f'<section class="card"><div class="scroll">{drawing}</div>'
-        f'<div class="legend">{legend}</div></section>'
-    )
+    sums = {name: math.fsum(values) for name, values in layers}
+    total = math.fsum(sums.values())
+    return {
+        "drawing": stacked_bars("Seconds of each step by phase", step_names(run, groups), layers),
+        "shares": [(name, f"{seconds / total:.0%}") for name, seconds in sums.items()],
+    }
 
 
 def _in_order(keys: list[str]) -> list[str]:
@@ -216,42 +196,14 @@ def _untimed(steps: list, layers: list[tuple[str, list[float]]]) -> list[tuple[s
     return [("other", rest)] if math.fsum(rest) > 0.005 * whole else []
 
 
-def _memory(run: Run) -> str:
+def _memory(run: Run) -> dict[str, float]:
+    """GB of each phase, the highest of any step."""
     peaks = {}
     for key in _in_order(run.keys("memory_gb/")):
         known = [value for value in run.series(key) if value is not None]
         if known:
             peaks[key.removeprefix("memory_gb/")] = max(known)
-    if not peaks:
-        return ""
-    most = max(peaks.values()) or 1.0
-    rows = "".join(
-        f'<tr><td class="name">{_safe(name)}</td><td><div class="meter back0" '
-        f'style="width:{100 * value / most:.1f}%"></div></td>'
-        f'<td class="num">{value:.2f} GB</td></tr>'
-        for name, value in peaks.items()
-    )
-    return (
-        "<h2>Memory <small>highest of any rank and step, by phase</small></h2>"
-        f'<section class="card"><table class="rows">{rows}</table></section>'
-    )
-
-
-def _environment(run: Run) -> str:
-    if not run.environment:
-        return ""
-    facts = dict(run.environment)
-    command = facts.pop("command", facts.pop("command_line", ""))
-    line = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-    shown = f'<pre class="command"><code>{_safe(line)}</code></pre>' if line else ""
-    rows = "".join(
-        f'<tr><td class="name">{_safe(name)}</td><td class="value">{_safe(value)}</td></tr>'
-        for name, value in _flat(facts)
-    )
-    return (
-        f'<h2>Environment</h2><section class="card">{shown}<table class="rows">{rows}</table>'
-        "</section>"
-    )
+    return peaks
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -265,20 +217,7 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return pairs
 
 
-def _config(run: Run) -> str:
-    if not run.config_text:
-        return ""
-    lines = "\n".join(_config_line(line) for line in run.config_text.rstrip().split("\n"))
-    return (
-        "<h2>Configuration <small>as resolved; coloured where it is not the default</small></h2>"
-        f'<section class="card"><details><summary>config.yaml</summary><pre><code>{lines}</code>'
-        "</pre></details></section>"
-    )
-
-
-def _config_line(line: str) -> str:
+def _setting(line: str) -> tuple[str, str]:
+    """A line of config.yaml: what is set, and its origin, "" where the line sets nothing."""
     body, mark, origin = line.rpartition(" # ")
-    if not mark:
-        return _safe(line)
-    text = _safe(body) if origin.strip() == "default" else f'<span class="set">{_safe(body)}</span>'
-    return f'{text}<span class="from">{_safe(mark + origin)}</span>'
+    return (body, origin) if mark else (line, "")

@@ -5,6 +5,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from html import escape
 
+from markupsafe import Markup
+
 from gearshift.launch.report.data import Point
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 8.0, 8.0, 24.0  # room around a drawing
@@ -71,7 +73,7 @@ def short(value: float, digits: int = 4) -> str:
 
 def line_chart(
     title: str, steps: list[str], curves: list[Curve], *, log: bool = False, percent: bool = False
-) -> str:
+) -> Markup:
     """Curves over the groups of steps named by `steps`; hovering a group shows its values."""
     width, height = 330.0, 186.0
     y = _value_axis(curves, height, log)
@@ -84,7 +86,7 @@ def line_chart(
     return _svg(title, width, height, "".join(body))
 
 
-def stacked_bars(title: str, steps: list[str], layers: list[tuple[str, list[float]]]) -> str:
+def stacked_bars(title: str, steps: list[str], layers: list[tuple[str, list[float]]]) -> Markup:
     """One bar per group of steps, made of the layers (label, seconds per group) from below."""
     width, height = 1240.0, 270.0
     tops = [math.fsum(values[i] for _, values in layers) for i in range(len(steps))]
@@ -207,8 +209,8 @@ def _percent(value: float) -> str:
     return f"{short(100 * value)}%"
 
 
-def _svg(title: str, width: float, height: float, body: str) -> str:
-    return (
+def _svg(title: str, width: float, height: float, body: str) -> Markup:
+    return Markup(
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
         f"{body}</svg>"
     )
