@@ -58,8 +58,7 @@ def jobs_of(part: str, gpus: int) -> list[Job]:
     ]
     for shape in SPEED_SHAPES:
         name = f"kernels-speed-{shape}"
-        files = ("--json", f"{{out}}/{name}.json", "--svg", f"{{out}}/{name}.svg")
-        words = (*bench, "kernels", "--shape", shape, "--peers", *files)
+        words = (*bench, "kernels", "--shape", shape, "--peers", "--json", f"{{out}}/{name}.json")
         jobs.append(Job("kernels-speed", name, words, 460, ("triton",)))
     for batch in BATCHES:
         name = f"generation-{batch}"

@@ -18,7 +18,6 @@ from gearshift.kernels.checks.self_check import CASES
 from gearshift.launch.bench.ops import timing as bench_timing
 from gearshift.launch.bench.ops.case import Row, Setting, measure
 from gearshift.launch.bench.ops.peers import PEER_NAMES
-from gearshift.launch.bench.ops.roofline import roofline
 from gearshift.launch.bench.ops.shapes import FLOORS, SHAPES, parse_shape
 from gearshift.launch.bench.ops.timing import DRIFT, Ceiling
 from gearshift.launch.bench.record import machine, write_json
@@ -41,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--backend", nargs="+", choices=backends, default=None, help="of ours; default: as used")
     add("--seed", type=int, default=None, help="of the inputs; default: a fresh one, printed")
     add("--json", type=Path, metavar="FILE", help="write all figures there, op by op")
-    add("--svg", type=Path, metavar="FILE", help="draw the roofline there")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -63,8 +61,6 @@ def main(args: argparse.Namespace) -> int:
     later = bench_timing.calibrate(device, settings[0].dtype)
     report |= {"ceiling_after": later._asdict(), "machine_after": machine(device)}
     _write(args, report, rows)
-    if args.svg:
-        args.svg.write_text(roofline(rows, ceiling, report["machine"]["device"]))
     if ceiling.drift(later) > DRIFT:
         print(f"the ceilings moved by {ceiling.drift(later):.0%} during the run: measure again")
     return int(any(row.ours and row.problem for row in rows))
