@@ -186,8 +186,7 @@ def test_shapes_by_numbers():
     assert (size.rows, size.hidden, size.vocab, size.plain) == (64, 32, 1000, True)
 
 
-def test_the_table_without_rich(monkeypatch, capsys):
-    monkeypatch.setattr(bench_table.importlib.util, "find_spec", lambda name: None)
+def test_a_table(capsys):
     bench_table.show("title", ["op", "side", "ms"], [["a", "ours", "1.5"]], ["note"])
     assert capsys.readouterr().out.splitlines() == [
         "title",
