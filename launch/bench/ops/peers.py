@@ -88,7 +88,7 @@ def _head_scored(function, inputs: Tensors, size: Size) -> Tensors:
     return _scored(function, {name: inputs[name] for name in names}, size)
 
 
-def _ppo_graded(function, objective, inputs: Tensors, size: Size) -> Tensors:
+def _ppo_graded(objective, function, inputs: Tensors, size: Size) -> Tensors:
     names = ("weights", "old_logprobs", "advantages", "ref_logprobs")
     columns = tuple(inputs[name] for name in names)
 
@@ -256,57 +256,44 @@ def compiled(function: Callable) -> Callable:
     return lambda *args, **kwargs: _compiled(function)(*args, **kwargs)
 
 
-def _head_peers() -> dict[str, dict[str, Peer]]:
-    part = functools.partial
-    return {
-        "linear_logprob": {
-            "eager": part(_head_scored, _linear_logprob),
-            "compile": part(_head_scored, compiled(_linear_logprob)),
-        },
-        "linear_ppo_loss": {
-            "eager": part(_ppo_graded, _ppo, {}),
-            "compile": part(_ppo_graded, compiled(_ppo), {}),
-            "liger": _liger_ppo,
-        },
-        "linear_ppo_loss.bonus": {
-            "eager": part(_ppo_graded, _ppo, BONUS),
-            "compile": part(_ppo_graded, compiled(_ppo), BONUS),
-        },
-        "linear_cross_entropy": {
-            "eager": part(_loss_graded, _cross_entropy),
-            "compile": part(_loss_graded, compiled(_cross_entropy)),
-            "torch_chunked": part(_loss_graded, _torch_chunked),
-            "liger": part(_loss_graded, _liger_cross_entropy),
-            "cce": part(_loss_graded, part(_cce, False)),
-            "cce_exact": part(_loss_graded, part(_cce, True)),
-        },
-        "logprob_entropy": {
-            "eager": part(_scored, _logprob_entropy),
-            "compile": part(_scored, compiled(_logprob_entropy)),
-        },
-    }
+# By case: how a function is called on its inputs, and that function in plain PyTorch.
+PLAIN = {
+    "linear_logprob": (_head_scored, _linear_logprob),
+    "linear_ppo_loss": (functools.partial(_ppo_graded, {}), _ppo),
+    "linear_ppo_loss.bonus": (functools.partial(_ppo_graded, BONUS), _ppo),
+    "linear_cross_entropy": (_loss_graded, _cross_entropy),
+    "logprob_entropy": (_scored, _logprob_entropy),
+    "whiten": (_whiten, _whitened),
+    "value_loss": (_value_loss, _clipped_values),
+}
+# What torch.compile does not take, or gains nothing from.
+EAGER: dict[str, Peer] = {
+    "kl_reward_gae": _gae_loop,
+    "paged_attention": _gathered_attention,
+    "adamw_split_step.fp32": _adamw,
+    "adamw_split_step.bf16": _adamw,
+} | {name: functools.partial(_multinomial, options) for name, options in SAMPLERS.items()}
+LIBRARIES: dict[str, dict[str, Peer]] = {
+    "linear_ppo_loss": {"liger": _liger_ppo},
+    "linear_cross_entropy": {
+        "torch_chunked": functools.partial(_loss_graded, _torch_chunked),
+        "liger": functools.partial(_loss_graded, _liger_cross_entropy),
+        "cce": functools.partial(_loss_graded, functools.partial(_cce, False)),
+        "cce_exact": functools.partial(_loss_graded, functools.partial(_cce, True)),
+    },
+}
 
 
 def peers_of(case: str) -> dict[str, Peer]:
     """The peers of a case by name: eager first. None is called, and none is known to work here."""
-    part = functools.partial
-    samplers = {name: {"eager": part(_multinomial, options)} for name, options in SAMPLERS.items()}
-    table = _head_peers() | samplers
-    table |= {
-        "kl_reward_gae": {"eager": _gae_loop},
-        "whiten": {
-            "eager": part(_whiten, _whitened),
-            "compile": part(_whiten, compiled(_whitened)),
-        },
-        "value_loss": {
-            "eager": part(_value_loss, _clipped_values),
-            "compile": part(_value_loss, compiled(_clipped_values)),
-        },
-        "paged_attention": {"eager": _gathered_attention},
-        "adamw_split_step.fp32": {"eager": _adamw},
-        "adamw_split_step.bf16": {"eager": _adamw},
-    }
-    return table.get(case, {})
+    found: dict[str, Peer] = {"eager": EAGER[case]} if case in EAGER else {}
+    if case in PLAIN:
+        call, function = PLAIN[case]
+        found = {
+            name: functools.partial(call, f)
+            for name, f in (("eager", function), ("compile", compiled(function)))
+        }
+    return found | LIBRARIES.get(case, {})
 
 
 PEER_NAMES = ("eager", "compile", "torch_chunked", *PACKAGES)
