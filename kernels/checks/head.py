@@ -121,44 +121,26 @@ def _truth_logprob(inputs: Tensors, outputs: Tensors, *, head: dict) -> Tensors:
     return {"logprobs": torch.cat(logprobs), "entropy": torch.cat(entropy)}
 
 
-def _leaves(inputs: Tensors) -> Tensors:
-    """The tensors that get gradients, ready to."""
-    names = ("hidden", "weight", "bias")
-    return {n: inputs[n].detach().requires_grad_() for n in names if n in inputs}
-
-
 def _run_ppo(inputs: Tensors, size: Size, backend: str, *, head: dict, objective: dict) -> Tensors:
-    leaves = _leaves(inputs)
-    result = ops.linear_ppo_loss(
-        leaves["hidden"],
-        leaves["weight"],
-        inputs["token_ids"],
-        bias=leaves.get("bias"),
-        max_logits_bytes=size.logits_bytes,
-        backend=backend,
-        **{name: inputs[name] for name in COLUMNS},
-        **CLIP,
-        **objective,
-        **head,
-    )
-    gradients = torch.autograd.grad(result.loss, list(leaves.values()))
-    named = {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {**result._asdict(), "loss": result.loss.detach(), **named}
+    options = {**{name: inputs[name] for name in COLUMNS}, **CLIP, **objective, **head}
+    return _graded(ops.linear_ppo_loss, inputs, size, backend=backend, **options)
 
 
 def _run_cross_entropy(inputs: Tensors, size: Size, backend: str) -> Tensors:
-    leaves = _leaves(inputs)
-    loss = ops.linear_cross_entropy(
-        leaves["hidden"],
-        leaves["weight"],
-        inputs["token_ids"],
-        inputs["weights"],
-        max_logits_bytes=size.logits_bytes,
-        backend=backend,
-    )
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    weights = inputs["weights"]
+    return _graded(ops.linear_cross_entropy, inputs, size, backend=backend, weights=weights)
+
+
+def _graded(op, inputs: Tensors, size: Size, **options) -> Tensors:
+    """What `op` returns, its loss detached, and the gradients of hidden, weight and bias."""
+    names = ("hidden", "weight", "bias")
+    leaves = {n: inputs[n].detach().requires_grad_() for n in names if n in inputs}
+    limit = size.logits_bytes
+    result = op(**leaves, token_ids=inputs["token_ids"], max_logits_bytes=limit, **options)
+    found = result._asdict() if isinstance(result, tuple) else {"loss": result}
+    gradients = torch.autograd.grad(found["loss"], list(leaves.values()))
     named = {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}
-    return {"loss": loss.detach(), **named}
+    return {**found, "loss": found["loss"].detach(), **named}
 
 
 def _ppo_rows(logprobs, entropy, inputs: Tensors, live: torch.Tensor, *, objective: dict):

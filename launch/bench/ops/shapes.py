@@ -10,40 +10,18 @@ import torch
 from gearshift.engine.config.errors import ConfigError
 from gearshift.kernels.checks.case import Size
 
-# 8192 tokens through the heads of three models; per-token ops on 512 responses of 1024 tokens.
+
+def _model(hidden: int, vocab: int, heads: tuple[int, int, int]) -> Size:
+    """8192 tokens through the head; per-token ops on 512 responses of 1024 tokens."""
+    return Size(rows=8192, hidden=hidden, vocab=vocab, batch=512, response=1024, heads=heads)
+
+
 SHAPES = {
-    "llama3-8b": Size(
-        rows=8192,
-        hidden=4096,
-        vocab=128256,
-        batch=512,
-        response=1024,
-        heads=(32, 8, 128),
-    ),
-    "qwen2.5-7b": Size(
-        rows=8192,
-        hidden=3584,
-        vocab=152064,
-        batch=512,
-        response=1024,
-        heads=(28, 4, 128),
-    ),
-    "qwen2.5-0.5b": Size(
-        rows=8192,
-        hidden=896,
-        vocab=151936,
-        batch=512,
-        response=1024,
-        heads=(14, 2, 64),
-    ),
+    "llama3-8b": _model(4096, 128256, (32, 8, 128)),
+    "qwen2.5-7b": _model(3584, 152064, (28, 4, 128)),
+    "qwen2.5-0.5b": _model(896, 151936, (14, 2, 64)),
     "tiny": Size(
-        rows=256,
-        hidden=64,
-        vocab=4096,
-        batch=16,
-        response=128,
-        heads=(4, 2, 64),
-        context=128,
+        rows=256, hidden=64, vocab=4096, batch=16, response=128, heads=(4, 2, 64), context=128
     ),
 }
 CPU_FLOPS = 1e12  # of one pass through the head: beyond, a run on a CPU takes many minutes
