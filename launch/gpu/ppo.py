@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from gearshift.engine.models.shapes import published
@@ -27,57 +27,35 @@ from gearshift.launch.bench.table import plain_lines
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "launch" / "recipes" / "7b_1xh200.yaml"
 WORDS = 4000  # of the tokenizer; the embedding has all rows of the shape
-INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 2e9
+_SHARD_BYTES = 2_000_000_000
 
 
 def write_model(
     folder: Path, config: Any, auto: Any, device: torch.device, trunk: Path | None = None
 ) -> None:
-    """A Hugging Face directory of random bf16 weights, written shard by shard.
+    """A Hugging Face directory of bf16 weights as transformers starts them.
 
     trunk: another one's directory, from which the weights of the same names are taken, as links.
     """
-    folder.mkdir(parents=True)
+    with device:
+        module = auto.from_config(config, dtype=torch.bfloat16)
+    if trunk is None:
+        module.save_pretrained(folder, max_shard_size=_SHARD_BYTES)
+        return
     config.save_pretrained(folder)
-    with torch.device("meta"):
-        module = auto.from_config(config)
     index: dict[str, str] = {}
-    if trunk:
-        theirs = json.loads((trunk / INDEX).read_text())["weight_map"]
-        own = dict(module.named_parameters())
-        index = {name: f"trunk-{file}" for name, file in theirs.items() if name in own}
-        for file in set(index.values()):
-            (folder / file).symlink_to(trunk / file.removeprefix("trunk-"))
-    for number, shard in enumerate(_shards(module, device, set(index))):
-        name = f"model-{number:05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def _shards(
-    module: torch.nn.Module, device: torch.device, there: set[str]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Vectors are ones (norms) or zeros (biases), matrices normal as transformers starts them.
-
-    there: names to leave out.
-    """
-    draw = torch.Generator(device).manual_seed(0)
-    shard: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if name in there:
-            continue
-        if parameter.dim() == 1:
-            value = torch.full(parameter.shape, float("norm" in name), device=device)
-        else:
-            value = torch.randn(parameter.shape, device=device, generator=draw).mul_(0.02)
-        shard[name] = value.bfloat16().cpu().contiguous()
-        if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES:
-            yield shard
-            shard = {}
-    if shard:
-        yield shard
+    for file in trunk.glob("*.safetensors"):
+        link = folder / f"trunk-{file.name}"
+        link.symlink_to(file)
+        with safe_open(file, "pt") as weights:
+            index |= dict.fromkeys(weights.keys(), link.name)
+    own = {
+        name: weight.contiguous() for name, weight in module.named_parameters() if name not in index
+    }
+    save_file(own, folder / "own.safetensors", metadata={"format": "pt"})
+    index = {name: index.get(name, "own.safetensors") for name, _ in module.named_parameters()}
+    content = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(content)
 
 
 def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.device) -> list[str]:
