@@ -26,9 +26,15 @@ _PUBLISHED: dict[str, tuple[str, int, int, int, int, int, int]] = {
     "qwen3-0.6b": ("qwen3", 28, 1024, 16, 8, 3072, 151936),
     "qwen3-8b": ("qwen3", 36, 4096, 32, 8, 12288, 151936),
     "llama3-8b": ("llama", 32, 4096, 32, 8, 14336, 128256),
+    "smollm2-135m": ("llama", 30, 576, 9, 3, 1536, 49152),
     "llama3-70b": ("llama", 80, 8192, 64, 8, 28672, 128256),
 }
-_TIED = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen3-0.6b")  # word embeddings serve as the head
+_TIED = (
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen3-0.6b",
+    "smollm2-135m",
+)  # word embeddings serve as the head
 
 
 def published(name: str) -> Any:

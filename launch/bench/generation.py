@@ -41,10 +41,15 @@ PEERS = ("hf", "batch", "zero3", "deepspeed")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help="directory, .gguf file or asset:NAME; default: a random 135M Llama")
+    add(
+        "--model",
+        default="shape:smollm2-135m",
+        help="directory, .gguf file, asset:NAME, or shape:NAME for random weights (%(default)s)",
+    )
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     add("--batch", type=int, default=32, help="prompts")
-    add("--prompt", type=int, default=128, help="longest prompt; the shortest is an eighth of it")
+    add("--prompt", type=int, default=128, help="longest prompt")
+    add("--shortest", type=int, default=0, help="shortest prompt; 0: an eighth of the longest")
     add("--new", type=int, default=123, help="longest response")
     add("--ragged", action="store_true", help="response lengths from 4 up, a quarter of --new mean")
     add("--slots", type=int, default=256, help="rollout.max_sequences")
@@ -89,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(args.model, getattr(torch, args.dtype)).to(device).eval()
+    torch.manual_seed(0)
+    model = load(args.model, getattr(torch, args.dtype), device).eval()
     work = make_workload(args, model.config.get_text_config().vocab_size)
     engine = make_engine(model, RolloutConfig(max_sequences=args.slots), device)
     sides = {"gearshift": lambda: engine_run(engine, work)}

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from gearshift.engine.config import assets
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.models.shapes import PREFIX, published
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.launch.bench.record import machine
 from gearshift.launch.bench.table import show
 
 NO_TOKEN = -1  # as an end token: never sampled
@@ -44,30 +46,25 @@ class Timing:
         return Timing(wall_s=min(self.wall_s, other.wall_s), cpu_s=min(self.cpu_s, other.cpu_s))
 
 
-def load(path: str | None, dtype: torch.dtype) -> nn.Module:
-    """The model at `path`; without one, a random Llama of SmolLM2-135M's shape."""
-    if path is None:
-        shape = transformers.LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-        return transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype)
+def load(path: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The model at `path` on the device; of random weights, made there, where it is a shape's."""
+    if path.startswith(PREFIX):
+        with torch.device(device):
+            config = published(path.removeprefix(PREFIX))
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     place = Path(assets.resolve(path))
     options = {"gguf_file": place.name} if place.suffix == ".gguf" else {}
     folder = place.parent if options else place
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).to(
+        device
+    )
 
 
 def make_workload(args: argparse.Namespace, vocabulary: int) -> Workload:
-    """Random prompts of --prompt/8 to --prompt tokens; the first response is always a longest."""
+    """Random prompts of --shortest to --prompt tokens; the first response is always a longest."""
     chooser = random.Random(0)
-    lengths = [chooser.randint(max(1, args.prompt // 8), args.prompt) for _ in range(args.batch)]
+    shortest = args.shortest or max(1, args.prompt // 8)
+    lengths = [chooser.randint(shortest, args.prompt) for _ in range(args.batch)]
     limits = [args.new] * args.batch
     if args.ragged:
         drawn = (4 + int(chooser.expovariate(4 / args.new)) for _ in limits[1:])
@@ -171,7 +168,9 @@ def figures_of(
     args: argparse.Namespace, work: Workload, timings: dict[str, Timing]
 ) -> dict[str, Any]:
     """What every generation bench writes down."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
+        "machine": machine(device),
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "tokens": work.tokens,
         "sides": {name: asdict(timing) for name, timing in timings.items()},

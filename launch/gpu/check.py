@@ -45,13 +45,18 @@ class Job:
 
 def jobs_of(part: str, gpus: int) -> list[Job]:
     """The jobs of one part, or of all, most important first: the hour may end early."""
-    worker = ("-m", "gearshift.launch.gpu.parts")
     bench = ("-m", "gearshift.launch.cli", "bench")
     jobs = [
         Job(
             "kernels-correct",
             "kernels-correct",
-            (*worker, "correctness", "--json", "{out}/kernels-correct.json"),
+            (
+                "-m",
+                "gearshift.launch.gpu.parts",
+                "correctness",
+                "--json",
+                "{out}/kernels-correct.json",
+            ),
             470,
             ("triton",),
         )
@@ -62,11 +67,13 @@ def jobs_of(part: str, gpus: int) -> list[Job]:
         jobs.append(Job("kernels-speed", name, words, 460, ("triton",)))
     for batch in BATCHES:
         name = f"generation-{batch}"
-        words = (*worker, "generation", "--batch", str(batch), "--json", f"{{out}}/{name}.json")
-        jobs.append(Job("generation", name, words, 420, ("transformers", "rich", "yaml")))
+        sizes = f"--batch {batch} --slots {batch} --prompt 256 --shortest 256 --new 512"
+        words = (*bench, "generation", "--model", "shape:qwen2.5-7b", "--dtype", "bfloat16")
+        words += (*sizes.split(), "--peers", "hf", "--json", f"{{out}}/{name}.json")
+        jobs.append(Job("generation", name, words, 420, ("transformers", "yaml")))
     model = ("--hidden", "4096", "--layers", "8", "--vocab", "128256")
     words = (*bench, "shift", "--ranks", str(gpus), *model, "--json", "{out}/shift.json")
-    jobs.append(Job("shift", "shift", words, 420, ("deepspeed", "transformers", "rich")))
+    jobs.append(Job("shift", "shift", words, 420, ("deepspeed", "transformers")))
     for rows, steps in PPO_STEPS.items():
         words = ("-m", "gearshift.launch.gpu.ppo", "--rows", str(rows), "--steps", str(steps))
         words += ("--limit-s", "440", "--json", f"{{out}}/ppo-{rows}.json")

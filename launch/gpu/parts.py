@@ -1,4 +1,4 @@
-"""The jobs of check.py that no bench does: correctness at real sizes, a generator of 7B."""
+"""The job of check.py that no bench does: correctness at real sizes."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from gearshift.engine.cluster import distributed
 from gearshift.kernels.checks.case import Case, Size, verify
 from gearshift.kernels.checks.self_check import CASES, SMALL
 from gearshift.launch.bench.ops.case import attempt
@@ -115,57 +114,11 @@ def _print_checks(rows: list[dict[str, Any]]) -> None:
             print(f"{row['label']} {row['case']} {row['dtype']} {row['backend']}: {row['problem']}")
 
 
-def generation(batch: int, prompt: int, new: int, config: Any, file: Path) -> int:
-    """Tokens per second of the rollout engine beside transformers' generate, on a randomly
-    initialised model of `config`, built on the device: no checkpoint is needed."""
-    import transformers
-
-    from gearshift.engine.config.schema import RolloutConfig
-    from gearshift.launch.bench import generation as bench
-    from gearshift.launch.bench import workload
-
-    distributed.forbid_cudnn_attention()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    prompts = torch.randint(config.vocab_size, (batch, prompt)).tolist()
-    work = workload.Workload(prompts=prompts, limits=[new] * batch)
-    engine = workload.make_engine(model, RolloutConfig(max_sequences=batch), device)
-    sides = {
-        "gearshift": lambda: workload.engine_run(engine, work),
-        "transformers generate": lambda: workload.generate_run(model, work),
-    }
-    before = machine(device)
-    timings = workload.measure(sides, repeats=2)
-    figures = bench.measure_engine(engine, work)
-    bench.show(work, timings, figures)
-    report = {
-        "machine": before,
-        "machine_after": machine(device),
-        "batch": batch,
-        "prompt_tokens": prompt,
-        "new_tokens": new,
-        "tokens": work.tokens,
-        "sides": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
-        "engine": dataclasses.asdict(figures),
-    }
-    write_json(file, report)
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_parts", description=__doc__)
-    parser.add_argument("job", choices=("correctness", "generation"))
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--new", type=int, default=512)
+    parser.add_argument("job", choices=("correctness",))
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
-    if args.job == "generation":
-        from gearshift.engine.models.shapes import published
-
-        return generation(args.batch, args.prompt, args.new, published("qwen2.5-7b"), args.json)
     device = torch.device("cuda")
     memory = torch.cuda.get_device_properties(device).total_memory
     return correctness(list(checks(memory)), device, args.json)

@@ -301,20 +301,14 @@ def test_correctness_job(tmp_path, capsys, monkeypatch):
     assert "small whiten float32 torch: whitened is off by" in capsys.readouterr().out
 
 
-def test_generation_job_on_a_tiny_model(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers")
-    from gearshift.launch.gpu import parts as gpu_parts
+@pytest.mark.parametrize("job", gpu_check.jobs_of("generation", gpus=1), ids=lambda job: job.name)
+def test_the_generation_job_is_a_bench(job):
+    from gearshift.launch.bench import generation, workload
 
-    config = transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    file = tmp_path / "g.json"
-    assert gpu_parts.generation(2, 5, 4, config, file) == 0
-    report = json.loads(file.read_text())
-    assert report["tokens"] == 8 and set(report["sides"]) >= {"gearshift"}
-    assert published("qwen2.5-7b").num_hidden_layers == 28
+    parser = generation.argparse.ArgumentParser()
+    generation.add_arguments(parser)
+    args = parser.parse_args(job.words[job.words.index("generation") + 1 :])
+    assert published(args.model.removeprefix("shape:")).num_hidden_layers == 28
+    work = workload.make_workload(args, 100)
+    assert {len(prompt) for prompt in work.prompts} == {256} and set(work.limits) == {512}
+    assert args.slots == len(work.prompts) == args.batch and args.dtype == "bfloat16"
