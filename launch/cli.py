@@ -6,12 +6,14 @@ traceback of a mistake, too.
 """
 
 import argparse
-import difflib
 import importlib
 import logging
 import os
 import sys
 from importlib.metadata import version
+from typing import Any
+
+from gearshift.engine.config.errors import did_you_mean
 
 COMMANDS = {
     "demo": ("gearshift.launch.commands.demo", "fetch a small model and train it: PPO in minutes"),
@@ -57,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gearshift {version('gearshift')}")
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        hint = did_you_mean(argv[0], COMMANDS, f"there are {', '.join(COMMANDS)}")
         return fail(f"{argv[0]}: no such command; {hint}")
     return run(argv[0], argv[1:])
 
@@ -67,14 +68,7 @@ def run(command: str, argv: list[str]) -> int:
     logging.disable(logging.WARNING)  # libraries warn of a missing GPU when they are imported
     module = importlib.import_module(COMMANDS[command][0])
     logging.disable(logging.NOTSET)
-    parser = argparse.ArgumentParser(f"gearshift {command}", description=module.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    module.add_arguments(parser)
-    args, rest = parser.parse_known_args(argv)
-    if "overrides" in args:  # a command that passes --section.key VALUE on
-        args.overrides = rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parsed(module, f"gearshift {command}", argv)
     try:
         return module.main(args)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
@@ -86,6 +80,23 @@ def run(command: str, argv: list[str]) -> int:
         return fail(" ".join(str(error).split("\n")))
     except KeyboardInterrupt:
         return 130
+
+
+def parsed(module: Any, command: str, argv: list[str]) -> argparse.Namespace:
+    """The arguments of a module with the interface of a command."""
+    parser = argparse.ArgumentParser(
+        command,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --run is a mistake, not --runs
+    )
+    module.add_arguments(parser)
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args:  # a command that passes --section.key VALUE on
+        args.overrides = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def fail(message: str) -> int:

@@ -3,11 +3,10 @@
 A path in a configuration may be written `asset:NAME` (the asset's main file) or `asset:NAME/FILE`.
 """
 
-import difflib
 import os
 from pathlib import Path
 
-from gearshift.engine.config.errors import ConfigError, refuse_if
+from gearshift.engine.config.errors import ConfigError, did_you_mean, refuse_if
 
 PREFIX = "asset:"
 
@@ -43,9 +42,8 @@ def require_known(name: str) -> None:
     """Raises ConfigError, with the nearest name, unless `name` is an asset's."""
     if name in FILES:
         return
-    near = difflib.get_close_matches(name, FILES, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(name, "no such asset", f"{hint}There are {', '.join(FILES)}")
+    fix = f"{did_you_mean(name, FILES)} There are {', '.join(FILES)}"
+    raise ConfigError(name, "no such asset", fix.lstrip())
 
 
 def resolve(path: str) -> str:

@@ -5,7 +5,6 @@ sizes belong to the run's YAML. DeepSpeed itself ignores unknown top-level keys 
 a string; both are refused here.
 """
 
-import difflib
 import json
 import logging
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from gearshift.engine.config.errors import ConfigError, refuse_if
+from gearshift.engine.config.errors import ConfigError, did_you_mean, refuse_if
 
 # Sibling of engine/, in a checkout and in an installed package alike.
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -123,10 +122,9 @@ def find(name_or_path: str) -> Path:
     if shipped.is_file():
         return shipped
     names = sorted(file.stem for file in SHIPPED.glob("*.json"))
-    near = difflib.get_close_matches(_present_name(path.stem), names, n=1)
-    hint = f"did you mean {near[0]}.json? " if near else ""
-    fix = f"{hint}There are {', '.join(names)}"
-    raise ConfigError(name_or_path, "no such DeepSpeed file", fix)
+    files = [f"{name}.json" for name in names]
+    fix = f"{did_you_mean(f'{_present_name(path.stem)}.json', files)} There are {', '.join(names)}"
+    raise ConfigError(name_or_path, "no such DeepSpeed file", fix.lstrip())
 
 
 def _present_name(name: str) -> str:
@@ -175,7 +173,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_keys(config: dict[str, Any], frozen: bool) -> None:
     for key, value in config.items():
         refuse_if(key in OURS, key, "not read from a DeepSpeed JSON here", OURS.get(key, ""))
-        refuse_if(key not in KEYS, key, "no such key", _nearest(key, KEYS))
+        refuse_if(key not in KEYS, key, "no such key", did_you_mean(key, KEYS, "remove it"))
         wrong = key in SECTIONS and not isinstance(value, dict)
         refuse_if(wrong, key, "must be an object, as {...}", value=value)
         refuse_if(frozen and key in GRADIENT_KEYS, key, *NO_GRADIENTS)
@@ -271,7 +269,7 @@ def _told(model: str, problem: Any) -> ConfigError:
     if model != DeepSpeedZeroConfig.__name__ or len(problem["loc"]) > 1:
         return ConfigError(key, "no such key", "remove it")
     names = {entry.alias or name for name, entry in known.items()}
-    return ConfigError(key, "no such key", _nearest(problem["loc"][0], names))
+    return ConfigError(key, "no such key", did_you_mean(problem["loc"][0], names, "remove it"))
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -281,8 +279,3 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     entries = value.items() if isinstance(value, dict) else enumerate(value)
     for name, entry in entries:
         yield from _leaves(entry, f"{key}.{name}" if key else str(name))
-
-
-def _nearest(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]}?" if near else "remove it"

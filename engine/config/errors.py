@@ -1,5 +1,7 @@
 """A user's mistake, as data: which key, which value, what is wrong with it, and what helps."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Self
 
 
@@ -43,6 +45,12 @@ def said(error: Exception) -> str:
     first, *more = [*map(str.strip, str(error).splitlines()), ""]
     line = f"{first} {more[0]}" if first.endswith(":") and more else first
     return line.rstrip(". ") or type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A question that names the nearest of `known`; `otherwise` where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def refuse_if(wrong: Any, key: str, problem: str, fix: str = "", value: Any = ...) -> None:

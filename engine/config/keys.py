@@ -12,7 +12,7 @@ from annotated_types import Ge
 from pydantic import BeforeValidator, ConfigDict, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, did_you_mean
 
 BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
 
@@ -94,8 +94,7 @@ def _told(problems: list[Any], section: type, given: Any) -> ConfigError:
 
 def _hint(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal and isinstance(value, str):
-        near = difflib.get_close_matches(value, get_args(kind), n=1)
-        return f"did you mean {near[0]}?" if near else ""
+        return did_you_mean(value, get_args(kind))
     # YAML reads `off` and `no` as false, and 7 as a number.
     return "put it in quotes" if is_text(kind) and isinstance(value, (bool, int, float)) else ""
 

@@ -70,10 +70,6 @@ class States:
     host: dict[str, float]
 
     @property
-    def steady(self) -> float:
-        return sum(self.gpu.values())
-
-    @property
     def steady_host(self) -> float:
         return sum(self.host.values())
 

@@ -4,10 +4,9 @@ Figures are the vendors' data sheets in decimal units; what a program reaches of
 seconds.py. Memory is what the driver offers, a little less than the name says.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, did_you_mean
 
 GB = 1e9
 
@@ -92,9 +91,8 @@ class Hardware:
 def hardware(name: str, gpus: int, nodes: int, host_gb: float) -> Hardware:
     """Raises ConfigError for an unknown GPU or a number below 1. host_gb: of one node."""
     if name not in GPUS:
-        near = difflib.get_close_matches(name, GPUS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError("--gpu", "unknown", f"{hint}there are {', '.join(GPUS)}", value=name)
+        fix = f"{did_you_mean(name, GPUS)} there are {', '.join(GPUS)}"
+        raise ConfigError("--gpu", "unknown", fix.lstrip(), name)
     for option, count in (("--gpus", gpus), ("--nodes", nodes), ("--host-gb", host_gb)):
         if count < 1:
             raise ConfigError(option, "must be at least 1", value=count)

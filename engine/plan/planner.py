@@ -7,8 +7,6 @@ rank, or per node of the host.
 
 import math
 from bisect import bisect_left
-from functools import cache
-from typing import Any
 
 from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
@@ -28,6 +26,7 @@ from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
+_SHAPES: dict[tuple[str, str], Shape] = {}
 
 
 def plan(config: Config, parts: dict[str, Part], hardware: Hardware) -> Plan:
@@ -53,7 +52,12 @@ def _weighed_seconds(made: Plan) -> float:
 
 def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     world, fused = hardware.world, not hardware.shared and fuses(part.hf_config, part.section.liger)
-    zero, shape = Zero.of(part.settings, fused=fused), _shape(_Key(part.hf_config), part.kind)
+    zero = Zero.of(part.settings, fused=fused)
+    # Made once of each text: a module takes seconds to make, and advice plans many times.
+    key = part.hf_config.to_json_string(use_diff=False), part.kind
+    if key not in _SHAPES:
+        _SHAPES[key] = shape_of(part.hf_config, part.kind)
+    shape = _SHAPES[key]
     if part.trained:
         states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
     else:
@@ -70,24 +74,6 @@ def _forward_tokens(rows: int, length: int, most: int | None, budget: int | None
 def _pieces(rows: int, length: int, tokens: int) -> int:
     """Forwards of at most `tokens` that read `rows` full rows."""
     return math.ceil(rows / (tokens // length))
-
-
-class _Key:
-    """A configuration that a cache can tell from others by its text."""
-
-    def __init__(self, hf_config: Any):
-        self.hf_config, self._text = hf_config, hf_config.to_json_string(use_diff=False)
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-    def __eq__(self, other: Any) -> bool:
-        return self._text == other._text
-
-
-@cache
-def _shape(key: _Key, kind: str) -> Shape:
-    return shape_of(key.hf_config, kind)
 
 
 class _Planner:
@@ -313,26 +299,17 @@ class _Planner:
         return bisect_left(range(1, rows * self.work.length + 1), True, key=exceeds)
 
     def _refusal(self, phases: list[PhasePlan], slots: int) -> str | None:
-        worst = max(phases, key=lambda phase: phase.total)
-        if self.hw.shared:
-            node = worst.total * self.hw.gpus_per_node + worst.host - self._untouched()
-            if node <= self.hw.usable_host:
-                return None
-            return (
-                f"{worst.name} needs {node / GB:.1f} GB of a host's "
-                f"{self.hw.usable_host / GB:.1f} usable"
-            )
-        if worst.total > self.hw.usable:
-            return (
-                f"{worst.name} needs {worst.total / GB:.1f} GB of a GPU's "
-                f"{self.hw.usable / GB:.1f} usable"
-            )
+        hardware, worst = self.hw, max(phases, key=lambda phase: phase.total)
         host = max(phases, key=lambda phase: phase.host)
-        if host.host > self.hw.usable_host:
-            return (
-                f"{host.name} needs {host.host / GB:.1f} GB of a host's "
-                f"{self.hw.usable_host / GB:.1f} usable"
-            )
-        if slots < 1:
-            return "generate has no room for the KV cache of one sequence"
-        return None
+        needs = [
+            (worst.name, worst.total, "GPU", hardware.usable),
+            (host.name, host.host, "host", hardware.usable_host),
+        ]
+        if hardware.shared:
+            node = worst.total * hardware.gpus_per_node + worst.host - self._untouched()
+            needs = [(worst.name, node, "host", hardware.usable_host)]
+        for phase, needed, place, usable in needs:
+            if needed > usable:
+                return f"{phase} needs {needed / GB:.1f} GB of a {place}'s {usable / GB:.1f} usable"
+        few = slots < 1 and not hardware.shared
+        return "generate has no room for the KV cache of one sequence" if few else None

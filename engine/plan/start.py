@@ -12,7 +12,7 @@ from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models.cast import Part
 from gearshift.engine.plan import advice as plan_advice
-from gearshift.engine.plan.hardware import GB, GPUS, Gpu, Hardware
+from gearshift.engine.plan.hardware import GPUS, Gpu, Hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.engine.plan.record import Plan
 
@@ -129,9 +129,3 @@ def host_memory(root: Path = Path("/")) -> float:
 def _limit(path: Path) -> float:
     text = path.read_text().strip() if path.exists() else "max"
     return float(text) if text.isdecimal() else float("inf")
-
-
-def described(hardware: Hardware) -> str:
-    """The machine, in a line."""
-    ranks = f"{hardware.nodes} x {hardware.gpus_per_node} ranks"
-    return f"{ranks} on {hardware.name}, {hardware.host_bytes / GB:.0f} GB per host"

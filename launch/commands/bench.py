@@ -8,6 +8,8 @@ sets a default for `args.overrides`.
 import argparse
 import importlib
 
+from gearshift.launch.cli import parsed
+
 PARTS = {
     "step": ("gearshift.launch.bench.step", "time and memory of one PPO step, by phase"),
     "train": ("gearshift.launch.bench.train", "forward and backward of one role, by token"),
@@ -31,16 +33,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs one part; returns its exit status."""
     module = importlib.import_module(PARTS[args.part][0])
-    parser = argparse.ArgumentParser(
-        f"gearshift bench {args.part}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --run is a mistake, not --runs
-    )
-    module.add_arguments(parser)
-    known, rest = parser.parse_known_args(args.arguments)
-    if rest and not hasattr(known, "overrides"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        known.overrides = rest
-    return module.main(known)
+    return module.main(parsed(module, f"gearshift bench {args.part}", args.arguments))

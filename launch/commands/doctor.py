@@ -21,7 +21,6 @@ _MARKS = {"ok": ("ok  ", "green"), "warn": ("warn", "yellow"), "bad": ("BAD ", "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False
     parser.set_defaults(overrides=[])  # what is not named below, as --section.key value
     parser.add_argument("--config", metavar="FILE", help="the job's YAML")
     parser.add_argument("--hostfile", metavar="FILE", help="examine every host of a launch, by ssh")

@@ -38,7 +38,6 @@ _SILENCE_S = 30.0  # after which a lock that nobody touches belongs to no living
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False
     parser.set_defaults(overrides=[])
     parser.add_argument("--config", metavar="FILE", required=True, help="the job's YAML")
     parser.add_argument("--hostfile", metavar="FILE", help="a line a host: NAME slots=N")

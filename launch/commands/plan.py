@@ -25,7 +25,6 @@ DOES_NOT_FIT = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False
     parser.set_defaults(overrides=[])  # what is not named below, as --section.key value
     parser.add_argument("--config", metavar="FILE", help="the run's YAML")
     parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(GPUS)}")
