@@ -12,7 +12,9 @@ import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gearshift.engine.cluster import claim, distributed, rendezvous, watchdog
+import torch
+
+from gearshift.engine.cluster import claim, distributed, progress, rendezvous, watchdog
 from gearshift.engine.config import check as config_check
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.load import Resolved
@@ -20,6 +22,7 @@ from gearshift.engine.config.load import Resolved
 if TYPE_CHECKING:
     from gearshift.launch.session import Session
 from gearshift.engine.guards import GuardStop
+from gearshift.launch import exhausted
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
 # Seconds that a rank other than 0 waits before it prints an error: most errors are seen by all
@@ -39,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         print_mistake(" ".join(str(error).split()))
         watchdog.leave(failing=True)
         return 2
-    except GuardStop as stop:
+    except (GuardStop, exhausted.OutOfMemory) as stop:
+        if os.environ.get("GEARSHIFT_TRACEBACK"):
+            raise
         print_mistake(str(stop))
         watchdog.leave(failing=True)
         return 1
@@ -76,7 +81,13 @@ def run(argv: list[str]) -> int:
     if printing:
         print(config_load.dump(resolved), end="")
         return 0
-    open_session(resolved).train()
+    config = resolved.config
+    try:
+        session = open_session(resolved)
+        config = session.config  # with what the plan chose
+        session.train()
+    except torch.OutOfMemoryError as error:
+        raise exhausted.explained(error, progress.current()[0], config) from error
     watchdog.leave()
     return 0
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
+from gearshift.engine.roles import Actor, Reference
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
 from tests.tiny.on_ranks import free_port
@@ -226,6 +227,47 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path):
     told = (tmp_path / "run" / "console.log").read_text()
     kinds = ("plan: fits", "prompts from", "step 1/2", "step 2/2", "exported", "report")
     assert all(f"\n{kind}" in f"\n{told}" for kind in kinds)
+
+
+OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139 GiB"
+EXHAUSTED = [  # where, the phase, and the key that helps
+    (
+        Actor,
+        "loss",
+        "update_actor",
+        "set ppo.micro_batch_tokens to 20 (now 40), or actor.sleep and",
+    ),
+    (Reference, "logprobs", "ref", "set ppo.score_batch_tokens to 32 (now 64); "),
+    (Actor, "generate", "generate", "set rollout.max_sequences to 128, or bound rollout.kv_cache"),
+]
+
+
+@pytest.mark.parametrize(("role", "method", "phase", "fix"), EXHAUSTED)
+def test_a_gpu_without_memory_names_the_key_and_the_run_goes_on(
+    role, method, phase, fix, tmp_path, monkeypatch, capsys
+):
+    """In the second step, of a run that saves each."""
+    path = tiny_job.write(tmp_path, run={"save_every": 1, "export": False})
+    keys = ("--ppo.micro_batch_tokens", 40, "--ppo.score_batch_tokens", 64)
+    whole = getattr(role, method)
+
+    def exhausted_in_step_2(self, *args, **kwargs):
+        if (tmp_path / "run" / "metrics.jsonl").exists() and len(
+            tiny_job.learned(tmp_path / "run")
+        ):
+            raise torch.OutOfMemoryError(OOM)
+        return whole(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(role, method, exhausted_in_step_2)
+        assert run(path, *keys) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    said = f"gearshift: error: the GPU ran out of memory in {phase} (tried to allocate 2.00 GiB); "
+    assert error.startswith(said + fix), error
+    assert "Traceback" not in error
+    smaller = ("--ppo.micro_batch_tokens", 20, "--ppo.score_batch_tokens", 32)
+    assert run(path, *smaller, "--rollout.max_sequences", 128) == 0
+    assert [line["step"] for line in tiny_job.learned(tmp_path / "run")] == [1, 2]
 
 
 def test_a_checkpoint_without_a_critic(tmp_path, capsys):

@@ -42,7 +42,7 @@ from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rollout.engine import RolloutEngine
 
 PROMPT = RESPONSE = 8
-ROWS = 4  # per rank
+ROWS = 8  # of a step, over all ranks
 
 
 def live_bytes() -> int:
@@ -56,7 +56,7 @@ def live_bytes() -> int:
 
 def settings(model: str, precision: str, sleep: str) -> Config:
     split = precision.endswith("_split")
-    frozen = "frozen_" + precision.removesuffix("_split").replace("zero3", "zero3_cpu")
+    frozen = "frozen_zero3_cpu" + ("_bf16" if "bf16" in precision else "")
     optimizer = OptimizerConfig(name="split_adamw" if split else "adamw")
     trained = {"path": model, "optimizer": optimizer, "sleep": sleep}
     return Config(
@@ -67,15 +67,16 @@ def settings(model: str, precision: str, sleep: str) -> Config:
         data=DataConfig(max_prompt_tokens=PROMPT),
         sampling=SamplingConfig(max_new_tokens=RESPONSE),
         rollout=RolloutConfig(tp=1),
-        ppo=PPOConfig(prompts_per_step=2 * ROWS, minibatch_size=2 * ROWS, micro_batch_size=2),
+        ppo=PPOConfig(prompts_per_step=ROWS, minibatch_size=ROWS, micro_batch_size=2),
     )
 
 
 def prompts(step: int) -> PromptBatch:
-    ids = torch.randint(4, 64, (ROWS, PROMPT), generator=torch.Generator().manual_seed(step))
-    rows = torch.arange(ROWS) + ROWS * (dist.get_rank() + 2 * step)
+    own = ROWS // dist.get_world_size()
+    ids = torch.randint(4, 64, (own, PROMPT), generator=torch.Generator().manual_seed(step))
+    rows = torch.arange(own) + own * dist.get_rank() + ROWS * step
     mask = torch.ones_like(ids, dtype=torch.bool)
-    columns = {"prompt": [""] * ROWS}
+    columns = {"prompt": [""] * own}
     return PromptBatch(prompt_ids=ids, prompt_mask=mask, row_ids=rows, columns=columns)
 
 

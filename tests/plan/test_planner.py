@@ -55,6 +55,31 @@ def test_planned_bytes_are_the_tensors_that_live(case):
         assert ledger - planned["buckets"] == pytest.approx(states, rel=0.01), (phase, found)
 
 
+@functools.cache
+def in_flight() -> dict[str, dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = {"hidden_size": 192, "intermediate_size": 576, "head_dim": 32}
+        path = tiny.save_policy(Path(folder, "model"), 2048, num_hidden_layers=4, **sizes)
+        endings = "zero1_bf16_split,zero2_bf16_split"
+        found = on_ranks.lines("plan/flight_on_ranks.py", 1, Path(folder), path, endings)[0]
+        return {case["ending"]: case for case in found}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_of_several_micro_batches_take_what_is_planned(stage):
+    """Of one rank: added in place under stage 1, and a second buffer under stage 2, whose absence
+    from the plan once ended a run of a 7B model."""
+    found = in_flight()[f"zero{stage}_bf16_split"]
+    first, *others = found["seen"]
+    assert len(others) == 3, "four micro-batches"
+    whole = 2 * found["parameters"]
+    assert max(others) == pytest.approx(stage * whole, rel=0.2)
+    assert first < 1.1 * whole, "nothing is accumulated before the first"
+    own = found["planned"] - found["largest"]
+    assert own == pytest.approx(stage * whole, rel=0.05)
+    assert max(others) <= found["planned"], "largest: of the parameter that is on its way"
+
+
 def saved_bytes(layers: int, dtype: torch.dtype, batch: int, length: int) -> int:
     """Storages that a forward keeps for backward, without the weights."""
     config = tiny.llama_config(
