@@ -174,7 +174,7 @@ def peak_memory(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GB
-    if not _peak_can_be_reset():
+    if not peak_can_be_reset():
         return psutil.Process().memory_info().rss / _GB
     line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024 / _GB
@@ -184,11 +184,12 @@ def reset_peak_memory(device: torch.device) -> None:
     """Starts the peak anew at what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif _peak_can_be_reset():
+    elif peak_can_be_reset():
         _CLEAR_REFS.write_text("5")  # proc(5): VmHWM becomes VmRSS
 
 
-def _peak_can_be_reset() -> bool:
+def peak_can_be_reset() -> bool:
+    """Whether this process may start its own peak of resident memory anew."""
     return os.access(_CLEAR_REFS, os.W_OK)
 
 

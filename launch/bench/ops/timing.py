@@ -3,11 +3,9 @@
 import ctypes
 import functools
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,7 +81,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     """
     gc.collect()
     if device.type != "cuda":
-        return _resident_growth(run)
+        return _resident_growth(run, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -92,22 +90,19 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident_growth(run: Run) -> int | None:
-    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not os.access(clear, os.W_OK):
+def _resident_growth(run: Run, device: torch.device) -> int | None:
+    # Not above: the GPU check times kernels where psutil and numpy may be missing.
+    from gearshift.engine.metrics import peak_can_be_reset, peak_memory, reset_peak_memory
+
+    if not peak_can_be_reset():
         return None
-
-    def pages(field: str) -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
-        return int(line.split()[1]) * 1024
-
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # pages kept from earlier runs would hide those of this one
-    clear.write_text("5")  # VmHWM becomes VmRSS
-    before = pages("VmRSS:")
+    reset_peak_memory(device)
+    before = peak_memory(device)
     run()
-    return max(0, pages("VmHWM:") - before)
+    return round(1e9 * (peak_memory(device) - before))
 
 
 def calibrate(device: torch.device, dtype: torch.dtype) -> Ceiling:
