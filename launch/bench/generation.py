@@ -20,21 +20,9 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.rollout import engine as rollout_engine
 from gearshift.engine.rollout.engine import RolloutEngine
-from gearshift.launch.bench import ranks
+from gearshift.launch.bench import ranks, workload
 from gearshift.launch.bench.record import write_json
-from gearshift.launch.bench.workload import (
-    NO_TOKEN,
-    Timing,
-    Workload,
-    engine_run,
-    figures_of,
-    generate_run,
-    load,
-    make_engine,
-    make_workload,
-    measure,
-    show_sides,
-)
+from gearshift.launch.bench.workload import Timing, Workload
 
 PEERS = ("hf", "batch", "zero3", "deepspeed")
 
@@ -95,26 +83,26 @@ def main(args: argparse.Namespace) -> int:
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = load(args.model, getattr(torch, args.dtype), device).eval()
-    work = make_workload(args, model.config.get_text_config().vocab_size)
-    engine = make_engine(model, RolloutConfig(max_sequences=args.slots), device)
-    sides = {"gearshift": lambda: engine_run(engine, work)}
+    model = workload.load(args.model, getattr(torch, args.dtype), device).eval()
+    work = workload.make_workload(args, model.config.get_text_config().vocab_size)
+    engine = workload.make_engine(model, RolloutConfig(max_sequences=args.slots), device)
+    sides = {"gearshift": lambda: workload.engine_run(engine, work)}
     if "hf" in args.peers:
-        sides["transformers generate"] = lambda: generate_run(model, work)
+        sides["transformers generate"] = lambda: workload.generate_run(model, work)
     if "batch" in args.peers:
         sides["transformers continuous"] = lambda: continuous_run(model, work)
-    timings = measure(sides, args.repeats)
+    timings = workload.measure(sides, args.repeats)
     figures = measure_engine(engine, work)
     show(work, timings, figures)
     engine_figures = {"threads": torch.get_num_threads(), "engine": asdict(figures)}
-    write_json(args.json, figures_of(args, work, timings) | engine_figures)
+    write_json(args.json, workload.figures_of(args, work, timings) | engine_figures)
     return 0
 
 
 def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
     """Splits a run into prefill (a run of one token each) and the steps that only decode."""
     first = Workload(prompts=work.prompts, limits=[1] * len(work.limits))
-    prefill = measure({"": lambda: engine_run(engine, first)}, 2)[""].wall_s
+    prefill = workload.measure({"": lambda: workload.engine_run(engine, first)}, 2)[""].wall_s
     decoding = [played for played in timed_rounds(engine, work) if not played.prefill]
     rounds = [played for played in decoding if not played.captured]
     seconds, steps = sum(r.seconds for r in rounds), sum(r.forwards for r in rounds)
@@ -183,7 +171,7 @@ def timed_rounds(engine: RolloutEngine, work: Workload) -> list[Round]:
         stack.enter_context(mock.patch.object(engine, "_round", timed))
         stack.enter_context(mock.patch.object(engine, "_append", counted))
         stack.enter_context(mock.patch.object(rollout_engine, "pack", planned))
-        engine_run(engine, work)
+        workload.engine_run(engine, work)
     return rounds
 
 
@@ -195,26 +183,22 @@ def _now() -> float:
 
 def continuous_run(model: nn.Module, work: Workload) -> None:
     """The same requests through transformers' continuous batching, with a cache of their size."""
-    name = "page_size" if "page_size" in _batching_options() else "block_size"
-    size = 32
+    options = signature(transformers.ContinuousBatchingConfig).parameters
+    name, size = "page_size" if "page_size" in options else "block_size", 32
     blocks = sum(-(-(len(p) + n) // size) for p, n in zip(work.prompts, work.limits, strict=True))
-    options = {name: size, "num_blocks": blocks + len(work.prompts), "max_batch_tokens": 4096}
+    cache = {name: size, "num_blocks": blocks + len(work.prompts), "max_batch_tokens": 4096}
     manager = model.init_continuous_batching(
         generation_config=transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1),
-        continuous_batching_config=transformers.ContinuousBatchingConfig(**options),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(**cache),
     )
     manager.start()
     for prompt, limit in zip(work.prompts, work.limits, strict=True):
-        manager.add_request(prompt, max_new_tokens=limit, eos_token_id=NO_TOKEN)
+        manager.add_request(prompt, max_new_tokens=limit, eos_token_id=workload.NO_TOKEN)
     results = [manager.get_result(timeout=600) for _ in work.prompts]
     manager.stop(block=True)
     failed = [result.error for result in results if result is None or result.error]
     if failed:
         raise RuntimeError(f"transformers' continuous batching failed: {failed[0]}")
-
-
-def _batching_options() -> set[str]:
-    return set(signature(transformers.ContinuousBatchingConfig).parameters)
 
 
 def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> None:
@@ -224,7 +208,7 @@ def show(work: Workload, timings: dict[str, Timing], figures: EngineFigures) -> 
         f"KV cache {figures.kv_bytes / 1e6:.1f} MB, {figures.slots} slots, "
         f"graphs captured in {figures.capture_s:.1f} s"
     )
-    show_sides(title, work, timings, [engine])
+    workload.show_sides(title, work, timings, [engine])
 
 
 def decode_text(figures: EngineFigures) -> str:

@@ -33,6 +33,10 @@ class Workload:
     def tokens(self) -> int:
         return sum(self.limits)
 
+    def share(self, index: int, count: int) -> "Workload":
+        """One of `count` parts."""
+        return Workload(prompts=self.prompts[index::count], limits=self.limits[index::count])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:

@@ -38,11 +38,12 @@ def main(args: argparse.Namespace) -> int:
     device = distributed.start(args.threads)
     engine, model = partitioned(args)
     work = workload.make_workload(args, model.config.get_text_config().vocab_size)
+    mine = work.share(distributed.rank(), distributed.world_size())  # where sides are data-parallel
     sides = {"gearshift": ours(engine, model, work, args, device)}
     if "zero3" in args.peers:
-        sides["generate on ZeRO-3"] = lambda: workload.generate_run(model, mine(work), synced=True)
+        sides["generate on ZeRO-3"] = lambda: workload.generate_run(model, mine, synced=True)
     if "deepspeed" in args.peers:
-        sides["HybridEngineRollout"] = lambda: deepspeed_run(engine, mine(work), device)
+        sides["HybridEngineRollout"] = lambda: deepspeed_run(engine, mine, device)
     best = workload.measure(sides, args.repeats, lambda run: timed(run, device))
     if distributed.is_main():
         report(args, work, best)
@@ -59,22 +60,12 @@ def partitioned(args: argparse.Namespace) -> tuple[Any, nn.Module]:
     return engine, model
 
 
-def mine(work: Workload) -> Workload:
-    """This rank's prompts, for sides that are data-parallel."""
-    rank, world = distributed.rank(), distributed.world_size()
-    return Workload(prompts=work.prompts[rank::world], limits=work.limits[rank::world])
-
-
 def ours(engine: Any, model: nn.Module, work: Workload, args, device) -> Callable:
     """A shift into the generation gear, all responses of this rank's TP group, and back."""
     tp = args.tp or distributed.world_size()
     config = RolloutConfig(tp=tp, max_sequences=args.slots)
     gearbox = Gearbox(engine, model, config, device=device)
-    groups = distributed.world_size() // tp
-    share = Workload(
-        prompts=work.prompts[gearbox.dp_index :: groups],
-        limits=work.limits[gearbox.dp_index :: groups],
-    )
+    share = work.share(gearbox.dp_index, distributed.world_size() // tp)
     rollout = workload.make_engine(gearbox.module, config, gearbox.device, gearbox.tp_group)
 
     def run() -> None:
@@ -92,13 +83,10 @@ def deepspeed_run(engine: Any, work: Workload, device: torch.device) -> None:
 
     ids, mask = workload.padded(work.prompts, device)
     request = base.RolloutRequest(prompt_ids=ids, prompt_attention_mask=mask)
-    sampling = base.SamplingConfig(max_new_tokens=longest(work))
+    # The longest of all ranks: they must make the same number of steps.
+    longest = int(distributed.global_max(torch.tensor(max(work.limits))))
+    sampling = base.SamplingConfig(max_new_tokens=longest)
     HybridEngineRollout(engine, PadOnly()).generate(request, sampling)
-
-
-def longest(work: Workload) -> int:
-    """Over all ranks: they must make the same number of steps."""
-    return int(distributed.global_max(torch.tensor(max(work.limits))))
 
 
 def timed(run: Callable[[], None], device: torch.device) -> Timing:
