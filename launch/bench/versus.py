@@ -30,7 +30,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+)
+
 from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.metrics import peak_memory, reset_peak_memory
 from gearshift.launch.bench import job
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.table import show
@@ -171,9 +183,6 @@ def recipe(task: Task, folder: Path) -> dict[str, Any]:
 
 
 def _write_models(task: Task, folder: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
     config = LlamaConfig(
         vocab_size=task.vocab,
         hidden_size=task.hidden,
@@ -220,14 +229,10 @@ def peer(argv: list[str]) -> int:
     if argv == ["--check"]:
         print(missing() or "", end="")
         return 0
-    import torch
-
-    from gearshift.engine.metrics import peak_memory, reset_peak_memory
-
     folder, out = map(Path, argv)
     task = json.loads((folder / "task.json").read_text())
     device = torch.device("cpu")
-    clock = _clock(device)
+    clock = Clock(device)
     trainer = _trainer(task, folder, clock)
     with torch.no_grad():
         trainer.policy_model(torch.arange(4, 7)[None])
@@ -250,39 +255,28 @@ def peer(argv: list[str]) -> int:
     return 0
 
 
-def _clock(device: Any) -> Any:
-    """A callback with `steps`: (CPU seconds, seconds, peak GB) of each; and `logs`."""
-    from transformers import TrainerCallback
+class Clock(TrainerCallback):
+    """steps: (CPU seconds, seconds, peak GB) of each; and what the trainer logs."""
 
-    from gearshift.engine.metrics import peak_memory, reset_peak_memory
+    def __init__(self, device: torch.device):
+        self.device, self.steps, self.logs = device, [], []
 
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.steps, self.logs = [], []
+    def on_train_begin(self, *_, **__):
+        reset_peak_memory(self.device)
+        self._begin = time.process_time(), time.perf_counter()
 
-        def on_train_begin(self, *_, **__):
-            reset_peak_memory(device)
-            self._begin = time.process_time(), time.perf_counter()
+    def on_step_end(self, *_, **__):
+        cpu, wall = self._begin
+        seconds = time.process_time() - cpu, time.perf_counter() - wall
+        self.steps.append((*seconds, peak_memory(self.device)))
+        self.on_train_begin()
 
-        def on_step_end(self, args, state, control, **_):
-            cpu, wall = self._begin
-            seconds = time.process_time() - cpu, time.perf_counter() - wall
-            self.steps.append((*seconds, peak_memory(device)))
-            self.on_train_begin()
-
-        def on_log(self, args, state, control, logs, **_):
-            self.logs.append(logs)
-
-    return Clock()
+    def on_log(self, *_, logs, **__):
+        self.logs.append(logs)
 
 
 def _trainer(task: dict, folder: Path, clock: Any) -> Any:
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     def policy():
