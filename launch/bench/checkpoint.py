@@ -44,6 +44,7 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
 
     Raises ValueError where `run.dir` exists, or a checkpoint could not be written there.
     """
+    from gearshift.engine.checkpoint import store
     from gearshift.engine.cluster import distributed
     from gearshift.engine.config import load as config_load
 
@@ -55,8 +56,8 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
     session = job.open_job(recipe, overrides)
     step(session)  # warms up, and makes the optimizers' states
     try:
-        turns = [turn(session, folder, number) for number in range(saves)]
-        size = sum(path.stat().st_size for path in last(folder).iterdir())
+        turns = [turn(session, folder) for _ in range(saves)]
+        size = sum(path.stat().st_size for path in store.steps(folder)[-1].iterdir())
     finally:
         distributed.barrier()
         if distributed.is_main():
@@ -67,21 +68,25 @@ def measure(recipe: str, overrides: list[str], saves: int) -> dict[str, Any]:
     return job.describe(recipe, overrides) | sizes | middle | {"saves": saves}
 
 
-def turn(session: "Session", folder: Path, number: int) -> dict[str, float]:
+def turn(session: "Session", folder: Path) -> dict[str, float]:
     """Seconds of a step, of a checkpoint that is waited for, and of one beside a step."""
     from gearshift.engine.checkpoint.save import Checkpoints
 
-    def checkpoints(background: bool) -> Checkpoints:
-        return Checkpoints(folder, keep=1, background=background, tell=fail)
+    def fail(text: str) -> None:
+        raise ValueError(text)
 
-    plain = step(session)
-    waited, start = checkpoints(False), time.perf_counter()
-    save(waited, session)
-    waited.settle()
+    def saved(background: bool) -> Checkpoints:
+        made = Checkpoints(folder, keep=1, background=background, tell=fail)
+        made.take(session.trainer, session.streams)
+        made.publish()
+        return made
+
+    plain, start = step(session), time.perf_counter()
+    saved(False).settle()
     written = time.perf_counter() - start
     step(session)  # a checkpoint is of a step
-    beside, start = checkpoints(True), time.perf_counter()
-    save(beside, session)
+    start = time.perf_counter()
+    beside = saved(True)
     copied = time.perf_counter() - start
     during, start = step(session), time.perf_counter()
     beside.settle()
@@ -95,11 +100,6 @@ def turn(session: "Session", folder: Path, number: int) -> dict[str, float]:
     }
 
 
-def save(checkpoints: Any, session: "Session") -> None:
-    checkpoints.take(session.trainer, session.streams)
-    checkpoints.publish()
-
-
 def step(session: "Session") -> float:
     """Seconds of one PPO step."""
     from gearshift.engine.cluster import distributed
@@ -110,16 +110,6 @@ def step(session: "Session") -> float:
     session.trainer.step(prompts)
     distributed.barrier()
     return time.perf_counter() - start
-
-
-def fail(text: str) -> None:
-    raise ValueError(text)
-
-
-def last(folder: Path) -> Path:
-    from gearshift.engine.checkpoint import store as checkpoint_store
-
-    return checkpoint_store.steps(folder)[-1]
 
 
 def parameters(session: "Session") -> int:
