@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from gearshift.engine.config.schema import Config
@@ -12,6 +11,7 @@ from gearshift.engine.plan.planner import Plan, plan
 
 MOST_NODES = 64
 Parts = dict[str, Part]
+Change = Callable[[Config, Parts], tuple[Config, Parts]]
 
 
 def advise(config: Config, parts: Parts, hardware: Hardware) -> str:
@@ -22,7 +22,7 @@ def advise(config: Config, parts: Parts, hardware: Hardware) -> str:
 
     before, done = (config, parts), []
     cache_gb = _room_for_cache(plan(config, parts, hardware))
-    if cache_gb and fits(_cache(config, cache_gb), parts):
+    if cache_gb and fits(*_keys("rollout", kv_cache_gb=float(cache_gb))(config, parts)):
         return f"set rollout.kv_cache_gb: {cache_gb}"
     for said, change in _changes(config, parts):
         if fits(*change(config, parts)):
@@ -46,37 +46,33 @@ def _room_for_cache(made: Plan) -> int:
     return max(0, int((made.hardware.usable - generate.total + generate.gpu["KV cache"]) / GB))
 
 
-def _cache(config: Config, cache_gb: int) -> Config:
-    return replace(config, rollout=replace(config.rollout, kv_cache_gb=float(cache_gb)))
-
-
-def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Callable]]:
-    """(what to write, a function of configuration and cast), cheapest in time first."""
-    ppo, run = config.ppo, config.run
-    if run.export:
+def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Change]]:
+    """(what to write, what that changes), cheapest in time first."""
+    ppo = config.ppo
+    if config.run.export:
         yield (
             "set run.export: false, and gearshift export the last checkpoint",
-            lambda c, p: (replace(c, run=replace(c.run, export=False)), p),
+            _keys("run", export=False),
         )
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     for kind in ("micro", "score"):
         tokens, rows = f"{kind}_batch_tokens", f"{kind}_batch_size"
         if isinstance(getattr(ppo, tokens), int) and getattr(ppo, tokens) > longest:
-            least = {tokens: longest}
-            yield f"set ppo.{tokens}: {longest}", partial(_less, changes=least)
+            yield f"set ppo.{tokens}: {longest}", _keys("ppo", **{tokens: longest})
         if (getattr(ppo, rows) or 1) > 1:
-            yield f"set ppo.{rows}: 1", partial(_less, changes={rows: 1})
+            yield f"set ppo.{rows}: 1", _keys("ppo", **{rows: 1})
     roles = (config.actor, config.critic)
     if any(role.sleep not in ("auto", "always") for role in roles):
-        yield "set sleep: auto on actor and critic", lambda c, p: (_roles(c, sleep="auto"), p)
+        yield "set sleep: auto on actor and critic", _keys("actor", "critic", sleep="auto")
     if any(role.gradient_checkpointing is False for role in roles):
         yield (
             "set gradient_checkpointing: true on actor and critic",
-            lambda c, p: (_roles(c, gradient_checkpointing=True), p),
+            _keys("actor", "critic", gradient_checkpointing=True),
         )
     frozen = [part for part in parts.values() if not part.trained]
     if any("offload_param" not in part.settings["zero_optimization"] for part in frozen):
-        yield "give the frozen models frozen_zero3_cpu_bf16.json", lambda c, p: (c, _on_host(p))
+        name = "frozen_zero3_cpu_bf16"
+        yield f"give the frozen models {name}.json", _deepspeed(name, trained=False)
     trained = [part for part in parts.values() if part.trained]
     # split_adamw updates the weights where they are used, and refuses offload.
     plain = all(getattr(config, part.name).optimizer.name == "adamw" for part in trained)
@@ -84,28 +80,28 @@ def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Callable]]:
     if plain and kept:
         yield (
             "give actor and critic {actor,critic}_zero3_bf16_offload.json",
-            lambda c, p: (c, _optimizer_on_host(p)),
+            _deepspeed("trained_zero3_bf16_offload", trained=True),
         )
 
 
-def _less(config: Config, parts: Parts, changes: dict[str, Any]) -> tuple[Config, Parts]:
-    return replace(config, ppo=replace(config.ppo, **changes)), parts
+def _keys(*sections: str, **changes: Any) -> Change:
+    """These keys in each of these sections."""
+
+    def change(config: Config, parts: Parts) -> tuple[Config, Parts]:
+        made = {name: replace(getattr(config, name), **changes) for name in sections}
+        return replace(config, **made), parts
+
+    return change
 
 
-def _roles(config: Config, **changes: Any) -> Config:
-    actor, critic = replace(config.actor, **changes), replace(config.critic, **changes)
-    return replace(config, actor=actor, critic=critic)
+def _deepspeed(name: str, *, trained: bool) -> Change:
+    """Another JSON for the trained parts, or for the frozen ones."""
 
+    def change(config: Config, parts: Parts) -> tuple[Config, Parts]:
+        made = {
+            key: part.under(name) if part.trained == trained else part
+            for key, part in parts.items()
+        }
+        return config, made
 
-def _on_host(parts: Parts) -> Parts:
-    return {
-        name: part if part.trained else part.under("frozen_zero3_cpu_bf16")
-        for name, part in parts.items()
-    }
-
-
-def _optimizer_on_host(parts: Parts) -> Parts:
-    return {
-        name: part.under(f"{name}_zero3_bf16_offload") if part.trained else part
-        for name, part in parts.items()
-    }
+    return change
