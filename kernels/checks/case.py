@@ -142,10 +142,6 @@ def poisoned() -> Iterator[None]:
         return allocated
 
     with contextlib.ExitStack() as stack:
-        for owner, name in (
-            (torch, "empty"),
-            (torch, "empty_like"),
-            (torch.Tensor, "new_empty"),
-        ):
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
         yield

@@ -10,14 +10,7 @@ from gearshift.kernels.checks.case import Blocked, Case, Size, Tensors, Truths
 from gearshift.kernels.checks.head import row_blocks
 
 # A step far above half a unit of a bfloat16 weight, so that a wrong one shows.
-SETTINGS = {
-    "lr": 1e-2,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "step": 3,
-}
+SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
 
 
 def _draw(size: Size, dtype: torch.dtype, generator: torch.Generator, *, moments: torch.dtype):

@@ -63,11 +63,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     model = load_model(config, "policy", {"zero_optimization": {"stage": 0}, "bf16": bf16})
     ends = end_token_ids(tokenizer, model)
     engine = choose_engine(model, "auto")(
-        model.to(device),
-        RolloutConfig(),
-        eos_token_ids=ends,
-        pad_token_id=ends[0],
-        device=device,
+        model.to(device), RolloutConfig(), eos_token_ids=ends, pad_token_id=ends[0], device=device
     )
     seeds = [sequence_seed(args.seed, i) for i in range(len(ids))]
     completions = engine.generate(ids, sampling, seeds)
