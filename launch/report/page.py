@@ -14,6 +14,7 @@ from typing import Any
 from gearshift.launch.console import PHASES, printable, prompt_text
 from gearshift.launch.report.charts import chart_sections, step_names
 from gearshift.launch.report.data import Run, condense, load_run, spans
+from gearshift.launch.report.profile import profiles
 from gearshift.launch.report.svg import short, stacked_bars
 
 # Its policy lets a browser fetch nothing, whatever a sample holds.
@@ -76,7 +77,8 @@ def render(run: Run) -> str:
     name = run.folder.resolve().name
     parts = [_header(run, name), _tiles(run)]
     if run.metrics:
-        parts += [chart_sections(run), _samples(run), _timeline(run), _memory(run)]
+        parts += [chart_sections(run), _samples(run), _timeline(run)]
+        parts += [profiles(run.folder), _memory(run)]
     parts += [_environment(run), _config(run)]
     return _PAGE.substitute(name=_safe(name), body="".join(parts))
 
