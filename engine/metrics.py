@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from gearshift.engine import trace
 from gearshift.engine.batch import Experience, Rollout
 from gearshift.engine.cluster import distributed, progress
 from gearshift.engine.microbatch import Budget
@@ -95,7 +96,8 @@ class StepMetrics:
         On CUDA it is the time between two events of the current stream.
         """
         span = _Span(self.device)
-        yield
+        with trace.phase(name):
+            yield
         span.stop()
         self._spans.setdefault(f"timing_s/{name}", []).append(span)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine import trace
 from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import Config
@@ -184,7 +185,7 @@ class PPOTrainer:
         report_batches(metrics, pieces, budget)
         drift = torch.zeros(2, dtype=torch.float64, device=minibatch.prompt_ids.device)
         seen: dict[str, list[Piece]] = {"actor": [], "critic": []}
-        for i, micro in enumerate(pieces):
+        for i, micro in enumerate(trace.each("micro-batch", pieces)):
             last = i == len(pieces) - 1
             weights = token_weights(
                 micro.response_mask, ppo.loss_aggregation, ppo.minibatch_size, tokens

@@ -23,6 +23,7 @@ COMMANDS = {
         "examine this machine, each problem with its fix",
     ),
     "plan": ("gearshift.launch.commands.plan", "memory and seconds of a run before it starts"),
+    "profile": ("gearshift.launch.commands.profile", "where the time of one PPO step goes"),
     "fetch": ("gearshift.launch.commands.fetch", "bring the models and texts of recipes and demos"),
     "generate": ("gearshift.launch.commands.generate", "sample from an exported model"),
     "export": ("gearshift.launch.commands.export", "a checkpoint as Hugging Face directories"),

@@ -32,7 +32,8 @@ from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.kernels.checks.self_check import self_check
-from gearshift.launch import alike
+from gearshift.launch import alike, profiler
+from gearshift.launch.bench.table import plain_lines
 from gearshift.launch.console import Console
 from gearshift.launch.saver import Saver
 
@@ -140,9 +141,14 @@ class Session:
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
         prompts = self.streams["prompts"].next_batch().to(self.device)
-        with self.console.progress("generate") as progress:
+        step = self.trainer.steps_done + 1
+        due = step in self.config.run.profile.steps
+        trace = profiler.place(self.folder, step) if due else None
+        with self.console.progress("generate") as progress, profiler.recording(trace, self.device):
             figures, experience = self.trainer.step(prompts, progress)
         self._account(figures)
+        if trace:
+            self._show_profile(trace, figures)
         alarms = self.trainer.guards.drain()
         stopping = next((alarm for alarm in alarms if alarm.stop), None)
         if not stopping:
@@ -162,6 +168,14 @@ class Session:
         used = ledger.mfu(self.plan, figures) if self.plan else None
         if used is not None:
             figures["perf/mfu"] = used
+
+    def _show_profile(self, trace: Path, figures: dict[str, float]) -> None:
+        """The table of a profiled step; adds the share of it in which the device worked."""
+        table = profiler.tabulate(trace, figures, self.plan)
+        figures["perf/device_busy"] = table["device_busy"]
+        for line in plain_lines(*profiler.rows(table), left=1):
+            self.console.note(line)
+        self.console.note(f"profile of step {table['step']}: {trace.parent}")
 
     def _write(
         self, step: int, figures: dict, experience: Experience, log: RunLog

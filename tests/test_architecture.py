@@ -19,7 +19,7 @@ MOST_FUNCTION_LINES = {"engine": 60, "launch": 60, "kernels": 120}
 # A room is a folder of engine/, a file that stands in engine/ itself, or one of the other two
 # folders. It imports from rooms that stand left of it, never from its neighbours between two bars.
 ORDER = """
-    kernels | config | cluster | batch phase |
+    kernels | config | cluster | batch phase trace |
     data rewards attention zero objective microbatch |
     gearbox | rollout streaming | models | metrics guards log | roles | ppo |
     assemble checkpoint | plan | launch

@@ -320,6 +320,13 @@ Action = Literal["ignore", "warn", "stop"]
 
 
 @section
+class ProfileConfig:
+    """Traces of whole PPO steps, by torch.profiler."""
+
+    steps: list[Whole] = knob([], "PPO steps to profile, from 1 on; such a step takes longer")
+
+
+@section
 class RunConfig:
     """The run folder and what is written to it."""
 
@@ -344,6 +351,7 @@ class RunConfig:
     trackers: list[str] = knob([], "any of tensorboard, wandb, trackio")
     tracker_project: str = knob("gearshift", "project name for wandb and trackio")
     ignore_plan: Flag = knob(False, "start even where the memory plan says that it cannot fit")
+    profile: Part[ProfileConfig] = knob(ProfileConfig, "where the time of a step goes")
     threads: Whole = knob(0, "CPU threads per rank; 0: cores / ranks on this node", ge=0, le=4096)
     start_timeout_s: Number = knob(
         120.0, "seconds that ranks wait for each other at the start; those missing are named", gt=0
@@ -353,6 +361,11 @@ class RunConfig:
         "seconds a rank may stand still before it is named and the run ended; 0: forever",
         ge=0,
     )
+
+    def __post_init__(self):
+        never = [step for step in self.profile.steps if not 1 <= step <= self.steps]
+        problem, fix = f"the run has steps 1 to {self.steps}", "name any of those, as [3]"
+        refuse_if(never, "profile.steps", problem, fix, self.profile.steps)
 
 
 # What a resumed run may change without becoming another run: patterns of keys. All else decides

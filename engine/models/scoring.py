@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gearshift.engine import trace
 from gearshift.engine.batch import Rollout
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.microbatch import Budget, pieces
@@ -20,7 +21,7 @@ def forwards(engine: Any, inputs: Iterable[tuple]) -> Iterator[Any]:
     if together:
         yield from together([partial(engine.module, *each) for each in inputs])
         return
-    for each in inputs:
+    for each in trace.each("micro-batch", inputs):
         yield engine(*each)
         beat()
 

@@ -1,10 +1,14 @@
 """Planned beside measured: bytes of each phase, and the share of the GPUs' rate that was of use."""
 
-from gearshift.engine.phase import Phase
-from gearshift.engine.plan.hardware import GB, GPUS
+from collections import defaultdict
+from dataclasses import dataclass
+
+from gearshift.engine.phase import Phase, update_of
+from gearshift.engine.plan.bytes import state_elements
+from gearshift.engine.plan.hardware import GB, GPUS, Hardware
 from gearshift.engine.plan.planner import TOLERANCE
-from gearshift.engine.plan.record import Plan
-from gearshift.engine.plan.seconds import Work, useful_flops
+from gearshift.engine.plan.record import Plan, Role
+from gearshift.engine.plan.seconds import ADAM_BYTES, Work, forward_flops, useful_flops
 
 
 def compare(plan: Plan, figures: dict[str, float], *, first: bool) -> list[str]:
@@ -39,17 +43,7 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
     """
     if plan.hardware.name not in GPUS:
         return None
-    ppo = plan.config.ppo
-    response = figures["response_length/mean"]
-    work = Work(
-        rows=ppo.rows_per_step,
-        prompt=figures["tokens"] / ppo.rows_per_step - response,  # type: ignore[arg-type]
-        response=response,  # type: ignore[arg-type]
-        score_pieces=1,
-        train_pieces=1,
-        epochs=ppo.epochs,
-        updates=ppo.optimizer_steps_per_step,
-    )
+    work = _work(plan, figures)
     useful = sum(
         useful_flops(
             role.shape,
@@ -61,3 +55,69 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
     )
     rate = plan.hardware.gpu.flops * plan.hardware.world
     return useful / figures["timing_s/step"] / rate
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a phase cannot do without, on one rank: multiplications and additions, and bytes between
+    a GPU and its memory."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Need") -> "Need":
+        return Need(self.flops + other.flops, self.bytes + other.bytes)
+
+    def seconds(self, hardware: Hardware) -> float | None:
+        """The floor, by the GPU's data sheet; None where that is not known, as on CPU."""
+        if hardware.name not in GPUS:
+            return None
+        return max(self.flops / hardware.gpu.flops, self.bytes / hardware.gpu.bandwidth)
+
+
+def needs(plan: Plan, figures: dict[str, float]) -> dict[str, Need]:
+    """By phase, as figures name it, of a step whose figures these are.
+
+    Bytes: of the weights, once a pass and once a decode step; of the keys and values that are
+    attended to while decoding; and of AdamW's states on a GPU, once an update. Lengths enter by
+    their means.
+    """
+    work, world, ppo = _work(plan, figures), plan.hardware.world, plan.config.ppo
+    found: dict[str, Need] = defaultdict(Need)
+    for role in plan.roles:
+        shape, weights = role.shape, role.zero.size * role.shape.total
+        once = Need(sum(forward_flops(shape, work)) / world, weights)
+        judged = Phase.REFERENCE if role.name == "reference" else Phase.REWARDS
+        found[{"actor": Phase.LOGPROBS, "critic": Phase.VALUES}.get(role.name, judged)] += once
+        if role.name == "actor":
+            found[Phase.GENERATE] += Need(once.flops, _decoding(plan, role, work, figures))
+        if role.trained:
+            update = Phase.UPDATE_ACTOR if ppo.update == "joint" else update_of(role.name)
+            states = ADAM_BYTES * state_elements(shape, role.zero, world)
+            moved = work.updates * states if role.zero.optimizer == "gpu" else 0.0
+            found[update] += Need(3 * ppo.epochs * once.flops, 2 * ppo.epochs * weights + moved)
+    return found
+
+
+def _decoding(plan: Plan, actor: Role, work: Work, figures: dict[str, float]) -> float:
+    """Bytes that a rank of a TP group reads while the group decodes."""
+    shape, size = actor.shape, actor.zero.size
+    tokens = work.rows * plan.tp / plan.hardware.world * work.response
+    steps = max(figures["response_length/max"], tokens / max(1, plan.kv_slots))
+    context = work.prompt + work.response / 2
+    weights = size * (shape.body + (shape.head or shape.embedding)) / plan.tp
+    return steps * weights + tokens * context * shape.kv_bytes_per_token(plan.tp, size)
+
+
+def _work(plan: Plan, figures: dict[str, float]) -> Work:
+    """Of all ranks, at the mean lengths of a step."""
+    ppo, response = plan.config.ppo, figures["response_length/mean"]
+    return Work(
+        rows=ppo.rows_per_step,
+        prompt=figures["tokens"] / ppo.rows_per_step - response,  # type: ignore[arg-type]
+        response=response,  # type: ignore[arg-type]
+        score_pieces=1,
+        train_pieces=1,
+        epochs=ppo.epochs,
+        updates=ppo.optimizer_steps_per_step,
+    )

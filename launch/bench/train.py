@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from gearshift.launch.bench.job import check_counts
 from gearshift.launch.bench.record import machine, write_json
 from gearshift.launch.bench.table import show
 from gearshift.launch.bench.workload import timed
+from gearshift.launch.profiler import busy_share
 
 SIDES: dict[str, dict[str, Any]] = {
     "gearshift": {},
@@ -275,18 +276,6 @@ def profiled(call: Callable[[], None]) -> tuple[int, float]:
         for event in profile.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-
-
-def busy_share(spans: Iterator[tuple[float, float]]) -> tuple[int, float]:
-    """(spans, share of the time from first to last that any covers)."""
-    ordered = sorted(spans)
-    if not ordered:
-        return 0, 0.0
-    covered, reached = 0.0, ordered[0][0]
-    for start, end in ordered:
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return len(ordered), covered / (reached - ordered[0][0])
 
 
 def useful_flops(args: argparse.Namespace, rows: Experience) -> float:

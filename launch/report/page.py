@@ -16,6 +16,7 @@ from markupsafe import Markup
 from gearshift.launch.console import PHASES, printable, prompt_text
 from gearshift.launch.report.charts import chart_cards, step_names
 from gearshift.launch.report.data import Run, condense, load_run, spans
+from gearshift.launch.report.profile import profiles
 from gearshift.launch.report.svg import short, stacked_bars
 
 # The page's policy lets a browser fetch nothing, whatever a sample holds.
@@ -98,6 +99,7 @@ def render(run: Run) -> str:
         samples=_samples(run, steps) if run.metrics else [],
         sampled=" and ".join(f"step {step}" for step in steps),
         timeline=_timeline(run),
+        profiles=profiles(run.folder),
         memory=_memory(run),
         command=" ".join(map(str, command)) if isinstance(command, list) else command,
         facts=_flat(facts),

@@ -68,3 +68,40 @@ def test_mfu_counts_what_the_algorithm_multiplies(made):
 def test_no_mfu_where_the_rate_is_not_known(made):
     place = Hardware(gpu=GPUS["h100"], name="cpu", gpus_per_node=1, nodes=1, host_bytes=64e9)
     assert ledger.mfu(replace(made, hardware=place), {}) is None
+
+
+def test_a_phase_needs_its_products_and_its_bytes(made):
+    """By hand: decoding reads the weights once a token, an update reads AdamW's states."""
+    ppo = made.config.ppo
+    rows, prompt, response, longest = ppo.rows_per_step, 300.0, 200.0, 512.0
+    figures = {
+        "tokens": rows * (prompt + response),
+        "response_length/mean": response,
+        "response_length/max": longest,
+    }
+    found = ledger.needs(made, figures)
+    actor = next(role for role in made.roles if role.name == "actor")
+    once = 2 * rows * (actor.shape.body * (prompt + response) + actor.shape.head * response)
+    assert once < found["logprobs"].flops == found["generate"].flops < 1.1 * once
+    assert found["update_actor"].flops == 3 * ppo.epochs * found["logprobs"].flops
+    weights = 2 * actor.shape.total
+    assert found["logprobs"].bytes == weights
+    steps = max(longest, rows * response / made.kv_slots)
+    cache = rows * response * (prompt + response / 2) * actor.shape.kv_bytes_per_token(1, 2)
+    assert found["generate"].bytes == pytest.approx(steps * weights + cache, rel=1e-3)
+    states = 36 * actor.shape.total * ppo.optimizer_steps_per_step
+    moved = states if actor.zero.optimizer == "gpu" else 0
+    read = 2 * ppo.epochs * weights
+    assert found["update_actor"].bytes == pytest.approx(moved + read, rel=1e-3)
+    floor = found["logprobs"].seconds(made.hardware)
+    assert floor == pytest.approx(found["logprobs"].flops / GPUS["rtx4090"].flops)
+    assert found["generate"].seconds(replace(made.hardware, name="cpu")) is None
+
+
+def test_what_is_trained_together_is_one_phase(made):
+    figures = {"tokens": 1e4, "response_length/mean": 50.0, "response_length/max": 50.0}
+    joint = replace(made.config, ppo=replace(made.config.ppo, update="joint"))
+    both = ledger.needs(replace(made, config=joint), figures)
+    apart = ledger.needs(made, figures)
+    assert "update_critic" not in both
+    assert both["update_actor"] == apart["update_actor"] + apart["update_critic"]
