@@ -143,7 +143,8 @@ def described(kind: Any) -> str:
     if get_origin(kind) is dict:
         return "names and values, as {a: 1}"
     if get_origin(kind) is list:
-        return "a list of strings, as [a, b]"
+        whole = bare(get_args(kind)[0]) is int
+        return "a list of whole numbers, as [1, 8]" if whole else "a list of strings, as [a, b]"
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a string"}
     names |= {type(None): "null"}
     return " or ".join(names.get(option) or described(option) for option in alternatives(kind))

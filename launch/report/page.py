@@ -113,7 +113,8 @@ def _summary(run: Run) -> str:
         return "PPO on DeepSpeed. No step has finished yet."
     seconds = [value for value in run.series("timing_s/step") if value is not None]
     taken = f" in {_duration(math.fsum(seconds))}" if seconds else ""
-    steps = f"{len(run.metrics)} step{'s' if len(run.metrics) > 1 else ''}"
+    count = sum(step > 0 for step in run.steps)
+    steps = f"{count} step{'s' if count != 1 else ''}"
     episodes = [value for value in run.series("episode") if value is not None]
     seen = f", {episodes[-1]:,.0f} responses" if episodes else ""
     return f"PPO on DeepSpeed: {steps}{taken}{seen}."
@@ -147,17 +148,24 @@ def _tiles(run: Run) -> str:
 
 
 def _samples(run: Run) -> str:
-    if not run.samples:
-        return ""
-    first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    before = [row for row in run.samples if row["step"] == first]
-    after = [row for row in run.samples if row["step"] == last] if last != first else []
+    """Of each set of held-out prompts, then of training: those of the first step and the last."""
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for row in run.samples:
+        sets.setdefault(str(row.get("eval", "")), []).append(row)
+    return "".join(_sample_pairs(name, sets[name]) for name in sorted(sets, key=lambda n: not n))
+
+
+def _sample_pairs(name: str, rows: list[dict[str, Any]]) -> str:
+    first, last = rows[0]["step"], rows[-1]["step"]
+    before = [row for row in rows if row["step"] == first]
+    after = [row for row in rows if row["step"] == last] if last != first else []
     pairs = "".join(
         f'<div class="pair">{"".join(_sample(rows, i) for rows in (before, after) if rows)}</div>'
         for i in range(max(len(before), len(after)))
     )
     heading = f"step {first} and step {last}" if after else f"step {first}"
-    return f"<h2>Samples <small>{_safe(heading)}</small></h2>{pairs}"
+    title = f"Held-out samples: {name}" if name else "Samples"
+    return f"<h2>{_safe(title)} <small>{_safe(heading)}</small></h2>{pairs}"
 
 
 def _sample(rows: list[dict[str, Any]], i: int) -> str:
