@@ -29,6 +29,7 @@ class Blueprint:
     config: Config
     cast: dict[str, Part]
     rewards: RewardSum
+    eval_rewards: RewardSum  # the same ones, unless evaluation has its own
 
     @property
     def tokenizer(self) -> Any:
@@ -65,7 +66,9 @@ def draw_up(config: Config) -> Blueprint:
         )
         with part.errors():
             check_optimizer(part.section.optimizer, part.settings)
-    rewards = RewardSum(config.rewards, config.guards)
+    rewards = eval_rewards = RewardSum(config.rewards, config.guards)
+    if config.eval.rewards:
+        eval_rewards = RewardSum(config.eval.rewards, config.guards)
     _check_liger(everyone)
     for part in named:
         _check_files(part)
@@ -85,7 +88,7 @@ def draw_up(config: Config) -> Blueprint:
             rewards.fit(part.name, positions(part.hf_config))
             if config.data.system_prompt is not None and part.section.chat_template:
                 check_system_turn(actor.tokenizer, part.tokenizer)
-    return Blueprint(config=config, cast=parts, rewards=rewards)
+    return Blueprint(config=config, cast=parts, rewards=rewards, eval_rewards=eval_rewards)
 
 
 def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
@@ -220,12 +223,21 @@ def _check_tokens(part: Part, actor: Part) -> None:
             )
 
 
+def _longest_response(config: Config, *, training: bool = False) -> tuple[str, int]:
+    """The section that allows it, and its tokens. training: not what only evaluation samples."""
+    found = {"sampling": config.sampling.max_new_tokens}
+    if config.eval.sources and not training:
+        found["eval.sampling"] = config.eval.sampling_of(config.sampling).max_new_tokens
+    section = max(found, key=found.__getitem__)  # the first of equals
+    return section, found[section]
+
+
 def _check_context(config: Config, part: Part) -> None:
     """Raises ConfigError where the longest prompt and response are more than a model reads."""
-    prompt, response = config.data.max_prompt_tokens, config.sampling.max_new_tokens
-    limit = positions(part.hf_config)
+    limit, prompt = positions(part.hf_config), config.data.max_prompt_tokens
+    sampling, response = _longest_response(config, training=part.name != "actor")
     if limit is not None and prompt + response > limit:
-        both = f"data.max_prompt_tokens={prompt} + sampling.max_new_tokens={response}"
+        both = f"data.max_prompt_tokens={prompt} + {sampling}.max_new_tokens={response}"
         why = ", where its rotary frequencies change" if moves(part.hf_config) else ""
         problem = f"{both} exceed the {part.name}'s context of {limit}{why}"
         other = f", or give another {part.key}.path" if part.name == "critic" else ""
@@ -239,7 +251,8 @@ def _check_cache(config: Config, actor: Part) -> None:
         return
     tp = rollout.tp or distributed.ranks_per_node()
     size = 2 if actor.settings.get("bf16", {}).get("enabled") else 4
-    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    sampling, response = _longest_response(config)
+    longest = config.data.max_prompt_tokens + response
     layers = text.num_hidden_layers - getattr(text, "num_kv_shared_layers", 0)
     per_token = kv_bytes_per_token(layers, kv_shape(text), tp, size)
     # Two blocks more: one partly filled, and the cache's dummy.
@@ -248,6 +261,6 @@ def _check_cache(config: Config, actor: Part) -> None:
         raise ConfigError(
             "rollout.kv_cache_gb",
             f"one sequence of {longest} tokens needs {least:.3g}",
-            "raise it, or lower sampling.max_new_tokens or data.max_prompt_tokens",
+            f"raise it, or lower {sampling}.max_new_tokens or data.max_prompt_tokens",
             value=f"{rollout.kv_cache_gb:.3g}",
         )

@@ -50,6 +50,7 @@ def estimate_advantages(
     config: PPOConfig,
     kl_coef: float,
     bootstrap_values: Tensor | None = None,
+    token_rewards: Tensor | None = None,
     group=None,
 ) -> ops.Advantages:
     """Rewards, advantages as trained on, returns and per-token KL, all [B, R] float32.
@@ -58,22 +59,36 @@ def estimate_advantages(
     reinforce_pp: the same rewards, returns-to-go without a critic (Hu et al. 2025).
     rloo: leave-one-out baseline over the prompt's samples (Ahmadian et al. 2024).
     grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024).
+    token_rewards: [B, R], 0 where masked: parts of the scores that belong to tokens of their own;
+    only the rest enters at the last token.
     gae and reinforce_pp are whitened over `group`, the ranks of the whole rollout. The rows of one
     prompt are on one rank, sample-major: row k * prompts + p is sample k of prompt p.
     """
     gae = config.estimator == "gae"
+    discounts = {"gamma": config.gamma, "lam": config.lam if gae else 1.0}
     result = ops.kl_reward_gae(
         logprobs,
         ref_logprobs,
         values if gae else torch.zeros_like(logprobs),
         mask,
-        scores,
+        scores if token_rewards is None else scores - token_rewards.sum(1),
         kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
         kl_estimator=config.kl_estimator,
-        gamma=config.gamma,
-        lam=config.lam if gae else 1.0,
         bootstrap_values=bootstrap_values if gae else None,
+        **discounts,
     )
+    if token_rewards is not None:
+        # Rewards, advantages and returns are linear in what is rewarded: added up, those of the
+        # tokens alone, which the kernel takes as -kl_coef * (logprobs - ref_logprobs).
+        none = torch.zeros_like(logprobs)
+        own = ops.kl_reward_gae(
+            token_rewards, none, none, mask, torch.zeros_like(scores), kl_coef=-1.0, **discounts
+        )
+        result = result._replace(
+            rewards=result.rewards + own.rewards,
+            advantages=result.advantages + own.advantages,
+            returns=result.returns + own.returns,
+        )
     advantages = result.advantages
     if config.estimator in ("rloo", "grpo"):
         baselined = _against_group(result.rewards.sum(1), config)

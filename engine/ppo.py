@@ -107,6 +107,7 @@ class PPOTrainer:
             config=ppo,
             kl_coef=self.kl.coef,
             bootstrap_values=after if ppo.bootstrap_truncated else None,
+            token_rewards=None if judged.by_token is None else judged.by_token / ppo.score_scale,
             group=distributed.world_group(),
         )
         teaches = judged.teaches[:, None]

@@ -99,11 +99,12 @@ def files(config: Config, blueprint: Blueprint) -> dict[str, str]:
             found |= _prints(f"{part.key}.path", location(part.section))
             commit = getattr(part.hf_config, "_commit_hash", None)
             found[f"{part.key}.revision"] = str(commit)
-    for key, sources in (("data", config.data.sources), ("pretrain", config.pretrain.sources)):
-        for i, source in enumerate(sources):
+    for key in ("data", "pretrain", "eval"):
+        for i, source in enumerate(getattr(config, key).sources):
             found |= _prints(f"{key}.sources.{i}.path", resolve(source.path))
-    for i, reward in enumerate(config.rewards):
-        found |= _prints(f"rewards.{i}.function", (reward.function or "").rpartition(":")[0])
+    for key, rewards in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):
+        for i, reward in enumerate(rewards):
+            found |= _prints(f"{key}.{i}.function", (reward.function or "").rpartition(":")[0])
     return found
 
 

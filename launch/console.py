@@ -39,6 +39,7 @@ PHASES = (
     "update_actor",
     "update_critic",
     "swap",
+    "eval",
     "checkpoint",
 )
 _LEAST_SHARE = 0.01  # phases below this share of the step are not worth their width
@@ -84,6 +85,14 @@ class Console:
             line.append(value, style="not bold" if finite else "bold red")
         line.append(_seconds(figures), style="not bold dim")
         self._print(line)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line for each set of held-out prompts, where the step evaluated any."""
+        for name in dict.fromkeys(k.split("/")[1] for k in figures if k.startswith("eval/")):
+            own = {k.split("/", 2)[2]: figures[k] for k in figures if k.startswith(f"eval/{name}/")}
+            told = [f"score {own.pop('scores'):+.3f}"]
+            told += [f"{k.removeprefix('rewards/')} {v:.3f}" for k, v in own.items()]
+            self.note(f"eval after step {step}  {name}  {'  '.join(told)}")
 
     def note(self, text: str) -> None:
         """One line of anything else."""

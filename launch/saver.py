@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gearshift.engine.checkpoint import store
 from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.interrupt import REASONS, Interrupt
@@ -41,13 +42,20 @@ class Saver:
         about: Mapping[str, Any],
         console: Console,
         deadline: float | None = None,
+        best_by: str | None = None,
     ):
-        """deadline: Unix time by which the last step must have ended."""
+        """deadline: Unix time by which the last step must have ended.
+
+        best_by: figure of evaluations whose best checkpoint stays; a step that has it is saved.
+        None: the best by reward stays.
+        """
+        self.best_by, self._eval_s = best_by, 0.0
         self.run, self.trainer, self.stateful = run, trainer, stateful
         self.checkpoints = Checkpoints(
             Path(run.dir) / "checkpoints",
             keep=run.keep_checkpoints,
             background=run.async_save,
+            by=best_by or store.REWARD,
             about=about,
             tell=console.warn,
         )
@@ -75,14 +83,16 @@ class Saver:
         The caller then writes the step's log line, then calls `publish`, which makes the checkpoint
         visible: a run that resumes from it finds every log line up to its step.
         """
-        reason, due, failed = self._agree()
+        reason, due, failed = self._agree(figures)
         self.ended = REASONS[reason] or None
         if failed:
             self.checkpoints.settle()
         if not (due or self.ended or self.checkpoints.retry):
             return
         start = time.perf_counter()
-        self.checkpoints.take(self.trainer, self.stateful, _finite(figures))
+        reward = figures.get(self.checkpoints.by, math.nan)
+        kept = reward if math.isfinite(reward) else None
+        self.checkpoints.take(self.trainer, self.stateful, kept)
         self._saved_at = time.monotonic()
         figures["timing_s/checkpoint"] = time.perf_counter() - start
 
@@ -100,12 +110,16 @@ class Saver:
             self.checkpoints.publish()
             self.checkpoints.settle()
 
-    def _agree(self) -> tuple[int, bool, bool]:
+    def _agree(self, figures: Mapping[str, float]) -> tuple[int, bool, bool]:
         """(why to end, whether to save, whether a checkpoint failed), the same on every rank."""
         now = time.monotonic()
-        reason = self.interrupt.reason(now - self._stepped_at)
+        spent = figures.get("timing_s/eval", 0.0)
+        self._eval_s = max(self._eval_s, spent)
+        # The next step may evaluate, though this one did not.
+        reason = self.interrupt.reason(now - self._stepped_at - spent + self._eval_s)
         self._stepped_at = now
-        words = torch.tensor([reason, self._due(now), self.checkpoints.failed], dtype=torch.int32)
+        due = self._due(now) or self.best_by in figures
+        words = torch.tensor([reason, due, self.checkpoints.failed], dtype=torch.int32)
         reason, due, failed = distributed.global_max(words).tolist()
         return reason, bool(due), bool(failed)
 
@@ -114,8 +128,3 @@ class Saver:
         late = run.save_minutes and now - self._saved_at >= 60 * run.save_minutes
         last = run.save_last and step == run.steps
         return bool(last or (run.save_every and step % run.save_every == 0) or late)
-
-
-def _finite(figures: Mapping[str, float]) -> float | None:
-    reward = figures.get("objective/rlhf_reward", math.nan)
-    return reward if math.isfinite(reward) else None

@@ -24,7 +24,9 @@ from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
+from gearshift.engine.data.heldout import HeldOut, read_held_out
 from gearshift.engine.data.streams import PromptStream, TextStream
+from gearshift.engine.evaluate import Evaluation, sample_rows
 from gearshift.engine.guards import Alarm, GuardStop
 from gearshift.engine.log.run_log import RunLog
 from gearshift.engine.log.trackers import check_trackers
@@ -67,6 +69,7 @@ class Session:
         config = self._plan(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
+        held_out = self._read_held_out()
         about = resume.identity(
             asdict(self.resolved.config),
             self.blueprint.deepspeed,
@@ -85,9 +88,12 @@ class Session:
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
+        self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
-        self.saver = Saver(config.run, self.trainer, stateful, about, self.console, deadline)
+        self.saver = Saver(
+            config.run, self.trainer, stateful, about, self.console, deadline, config.eval.best_by
+        )
         if self.resumed:
             for remark in checkpoint.load(self.resumed, self.trainer, stateful):
                 self.console.note(remark)
@@ -120,6 +126,8 @@ class Session:
             if self.main and left > 0 and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
+            if left > 0 and self.trainer.steps_done == 0:
+                self._evaluate_first(log)
             stopping = None
             while self.trainer.steps_done < steps and not self.saver.ended and not stopping:
                 stopping = self._step(log)
@@ -151,10 +159,13 @@ class Session:
             self._show_profile(trace, figures)
         alarms = self.trainer.guards.drain()
         stopping = next((alarm for alarm in alarms if alarm.stop), None)
+        held_out: list[dict[str, Any]] = []
         if not stopping:
+            found, held_out = self._evaluate()
+            figures |= found
             self.saver.after_step(figures)
         # What is kept comes before what is shown: the terminal may be gone.
-        rows = self._write(self.trainer.steps_done, figures, experience, log) if log else []
+        rows = self._write(figures, experience, held_out, log) if log else []
         if not stopping:
             self.saver.publish()
         self._show(self.trainer.steps_done, figures, rows)
@@ -162,6 +173,22 @@ class Session:
             if not alarm.stop:
                 self.console.warn(alarm.text)
         return stopping
+
+    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Figures and samples of held-out prompts, where an evaluation is due."""
+        if not self.evaluation.due(self.trainer.steps_done):
+            return {}, []
+        with self.console.progress("evaluate") as progress:
+            return self.evaluation.run(progress)
+
+    def _evaluate_first(self, log: RunLog | None) -> None:
+        """The evaluation before the first step: the line of step 0."""
+        figures, rows = self._evaluate()
+        if log and figures:
+            log.step(0, figures)
+            log.samples(0, rows)
+            log.sync()
+        self.console.evaluation(0, figures)
 
     def _account(self, figures: dict[str, float]) -> None:
         """Adds the share of the GPUs' rate that was of use, where that is known."""
@@ -178,20 +205,23 @@ class Session:
         self.console.note(f"profile of step {table['step']}: {trace.parent}")
 
     def _write(
-        self, step: int, figures: dict, experience: Experience, log: RunLog
+        self, figures: dict, experience: Experience, held_out: list[dict[str, Any]], log: RunLog
     ) -> list[dict[str, Any]]:
         """The step's lines of the run folder, on the disk; returns the samples to be shown."""
-        run, rows = self.config.run, []
+        run, step, rows = self.config.run, self.trainer.steps_done, []
         log.step(step, figures)
+        log.samples(step, held_out)
         due = run.sample_every and step % run.sample_every == 0
         if due or step in (1, run.steps):
-            rows = sample_rows(experience, self.blueprint.tokenizer, run.samples)
+            scores, tokenizer = experience.scores, self.blueprint.tokenizer
+            rows = sample_rows(experience, scores, tokenizer, run.samples)
             log.samples(step, rows)
         log.sync()
         return rows if due else []
 
     def _show(self, step: int, figures: dict, samples: list[dict[str, Any]]) -> None:
         self.console.step(step, figures)
+        self.console.evaluation(step, figures)
         if step == 1 and self.plan:
             met = ledger.compare(self.plan, figures, first=True)
             self.console.note(f"memory planned/measured, GB: {', '.join(met)}")
@@ -207,10 +237,18 @@ class Session:
             if trainer.critic:
                 export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")
+        if self.config.eval.best_by:
+            self._tell_best(self.config.eval.best_by)
         if self.main:
             from gearshift.launch.report.page import write_report
 
             self.console.note(f"report {write_report(self.folder)}")
+
+    def _tell_best(self, by: str) -> None:
+        known = checkpoint_store.figures(self.folder / "checkpoints", by)
+        best = checkpoint_store.best(known)
+        if best:
+            self.console.note(f"best by {by}: {best} ({known[best]:.4g})")
 
     def _open_streams(self, blueprint: assemble.Blueprint) -> dict[str, Any]:
         config, place = self.config, (distributed.rank(), distributed.world_size())
@@ -229,6 +267,19 @@ class Session:
                 config.pretrain, blueprint.tokenizer, config.run.seed, *place
             )
         return streams
+
+    def _read_held_out(self) -> list[HeldOut]:
+        """Raises ConfigError for a row or a column that evaluation cannot use."""
+        config = self.config
+        sets = read_held_out(config.eval, config.data, self.blueprint.tokenizer)
+        for held in sets:
+            try:
+                self.blueprint.eval_rewards.check(held.columns)
+            except ValueError as error:
+                raise ConfigError(f"eval.sources.{held.index}", str(error)) from None
+            dropped = f", {held.dropped} dropped by its length" if held.dropped else ""
+            self.console.note(f"held-out prompts {held.name}: {len(held.examples)}{dropped}")
+        return sets
 
     def _describe_data(self) -> None:
         prompts = self.streams["prompts"]
@@ -272,21 +323,6 @@ def check_folder(config: Config, resumed: Path | None) -> list[str]:
             raise ConfigError("run.dir", "holds another run", fix, repr(str(folder)))
         remarks.append(f"{folder}: has no checkpoint yet; the run begins again")
     return remarks
-
-
-def sample_rows(experience: Experience, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-    """The first `count` rows as text: {"prompt", "response", "score"}."""
-    rows = []
-    for i in range(min(count, len(experience))):
-        live = experience.response_ids[i][experience.response_mask[i]]
-        rows.append(
-            {
-                "prompt": experience.columns["prompt"][i],
-                "response": tokenizer.decode(live),
-                "score": float(experience.scores[i]),
-            }
-        )
-    return rows
 
 
 def environment() -> dict[str, Any]:

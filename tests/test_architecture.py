@@ -22,7 +22,7 @@ ORDER = """
     kernels | config | cluster | batch phase trace |
     data rewards attention zero objective microbatch |
     gearbox | rollout streaming | models | metrics guards log | roles | ppo |
-    assemble checkpoint | plan | launch
+    assemble checkpoint evaluate | plan | launch
 """
 LEVELS = [group.split() for group in ORDER.split("|")]
 

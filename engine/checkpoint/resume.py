@@ -129,7 +129,10 @@ def _may_change(key: str, accepted: list[str]) -> bool:
 def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
     """Whether no list can accept the change; as for a dataset that comes or goes, whose position
     nobody has."""
-    return key in RESUME_MUST_MATCH or (fnmatch(key, "*.sources.*.path") and None in pair)
+    trains = not key.startswith("eval.")
+    return key in RESUME_MUST_MATCH or (
+        trains and fnmatch(key, "*.sources.*.path") and None in pair
+    )
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

@@ -61,15 +61,16 @@ class Checkpoints:
         *,
         keep: int,
         background: bool,
+        by: str = store.REWARD,
         about: Mapping[str, Any] | None = None,
         tell: Callable[[str], None] = print,
     ):
-        """keep: how many of the last stay, besides the one with the highest reward.
+        """keep: how many of the last stay, besides the one whose figure `by` is the highest.
 
         background: copy the state to host memory where it fits, and let a thread write it.
         about: plain values to save along: configuration, versions. tell: says a warning.
         """
-        self.folder, self.keep, self.background = folder, keep, background
+        self.folder, self.keep, self.background, self.by = folder, keep, background, by
         self.about, self.tell = dict(about or {}), tell
         self.retry = False
         self._job: Job | None = None
@@ -81,7 +82,7 @@ class Checkpoints:
         """Takes the state of this moment, after the checkpoint before is on the disk.
 
         stateful: whatever else has a state_dict of plain values: the data streams.
-        reward: of this step, for keeping the best.
+        reward: the figure `by` of this step, for keeping the best.
         """
         self.settle()
         target = store.step_folder(self.folder, trainer.steps_done)
@@ -168,6 +169,7 @@ class Checkpoints:
             "world_size": distributed.world_size(),
             "roles": list(roles),
             "reward": reward,
+            "reward_is": self.by,
         }
         return Job(target, tensors, values, summary)
 
@@ -194,7 +196,7 @@ class Checkpoints:
             files |= json.loads(part.read_bytes())
             part.unlink()
         store.publish(job.target, job.summary | {"files": files})
-        store.prune(self.folder, self.keep)
+        store.prune(self.folder, self.keep, self.by)
 
     def _give_up(self, target: Path, reason: str) -> None:
         if distributed.is_main():

@@ -23,6 +23,7 @@ from gearshift.engine.cluster.progress import beat
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the folder; another one is refused
+REWARD = "objective/rlhf_reward"  # what manifests have under "reward", unless they name another
 _BLOCK = 1 << 26  # bytes handed to the disk at once
 _POLL_S = 0.05
 # Names of safetensors' header, by dtype.
@@ -148,20 +149,35 @@ def await_files(paths: list[Path], cancelled: Callable[[], bool], timeout_s: flo
             time.sleep(_POLL_S)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the last `keep` checkpoints and the one with the highest reward.
+def figures(folder: Path, name: str) -> dict[Path, float | None]:
+    """Checkpoints, oldest first, and what their manifests say of the figure `name`.
 
-    One whose manifest cannot be read, damaged since or of another version, counts as none and is
-    left to its owner.
+    One whose manifest cannot be read, damaged since or of another version, is left out.
     """
-    rewards: dict[Path, Any] = {}
+    found: dict[Path, float | None] = {}
     for path in steps(folder):
         with suppress(ValueError):
-            rewards[path] = read_manifest(path).get("reward")
-    known = [path for path, reward in rewards.items() if reward is not None]
-    best = max(known, key=rewards.__getitem__, default=None)
-    for path in list(rewards)[:-keep]:
-        if path != best:
+            manifest = read_manifest(path)
+            same = manifest.get("reward_is", REWARD) == name
+            found[path] = manifest.get("reward") if same else None
+    return found
+
+
+def best(known: Mapping[Path, float | None]) -> Path | None:
+    """The checkpoint with the highest figure, the first of equals; None where none has one."""
+    values = {path: value for path, value in known.items() if value is not None}
+    return max(values, key=values.__getitem__, default=None)
+
+
+def prune(folder: Path, keep: int, by: str = REWARD) -> None:
+    """Deletes all but the last `keep` checkpoints and the one whose figure `by` is the highest.
+
+    Those that `figures` leaves out are left to their owner.
+    """
+    known = figures(folder, by)
+    kept = best(known)
+    for path in list(known)[:-keep]:
+        if path != kept:
             _discard(path)
     for path in folder.glob("step_*.stale"):
         shutil.rmtree(path)

@@ -1,5 +1,6 @@
 """What several sections of a configuration must agree on, checked before any model loads."""
 
+import difflib
 import re
 
 from gearshift.engine.config.errors import refuse_if
@@ -17,6 +18,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     _check_present(config)
     _check_names(config)
     _check_ppo(config.ppo)
+    _check_eval(config)
     problem = f"needed because ppo.ptx_coef={config.ppo.ptx_coef}"
     wrong = config.ppo.ptx_coef and not config.pretrain.sources
     refuse_if(wrong, "pretrain.sources", problem, "give texts, or ppo.ptx_coef=0", "[]")
@@ -36,25 +38,31 @@ def _check_present(config: Config) -> None:
     refuse_if(not config.rewards, "rewards", problem, value="[]")
     problem = "at least one is needed, as --data.sources.0.path prompts.jsonl"
     refuse_if(not config.data.sources, "data.sources", problem, value="[]")
-    for section in ("data", "pretrain"):
+    for section in ("data", "pretrain", "eval"):
         for index, source in enumerate(getattr(config, section).sources):
             key = f"{section}.sources.{index}.path"
             refuse_if(not source.path, key, "give a file, folder or hub id")
-    for index, reward in enumerate(config.rewards):
-        needed = {"function": "function", "http": "urls", "model": "path"}[reward.kind]
-        problem = f"needed because rewards.{index}.kind={reward.kind}"
-        refuse_if(not getattr(reward, needed), f"rewards.{index}.{needed}", problem)
+    for key, rewards in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):
+        for index, reward in enumerate(rewards):
+            needed = {"function": "function", "http": "urls", "model": "path"}[reward.kind]
+            problem = f"needed because {key}.{index}.kind={reward.kind}"
+            refuse_if(not getattr(reward, needed), f"{key}.{index}.{needed}", problem)
 
 
 def _check_names(config: Config) -> None:
-    names = [reward.name for reward in config.rewards]
-    for index, name in enumerate(names):
-        key, fix = f"rewards.{index}.name", "each reward needs a name of its own"
-        refuse_if(name in names[:index], key, "used before", fix, name)
-        # It names a file, ds_<name>.json, beside those of the roles.
-        wrong = name in ROLES or not re.fullmatch(r"[\w.-]+", name)
-        problem = f"must be letters, digits, '_', '.' or '-', and none of {', '.join(ROLES)}"
-        refuse_if(wrong, key, problem, value=name)
+    named = {
+        "rewards": [reward.name for reward in config.rewards],
+        "eval.rewards": [reward.name for reward in config.eval.rewards],
+        "eval.sources": [source.label for source in config.eval.sources],
+    }
+    for section, names in named.items():
+        for index, name in enumerate(names):
+            key, fix = f"{section}.{index}.name", "each needs a name of its own"
+            refuse_if(name in names[:index], key, "used before", fix, name)
+            # That of a reward names a file, ds_<name>.json, beside those of the roles.
+            wrong = name in ROLES or not re.fullmatch(r"[\w.-]+", name)
+            problem = f"must be letters, digits, '_', '.' or '-', and none of {', '.join(ROLES)}"
+            refuse_if(wrong, key, problem, value=name)
     for name in config.run.trackers:
         problem = f"expected any of {', '.join(TRACKERS)}"
         refuse_if(name not in TRACKERS, "run.trackers", problem, value=name)
@@ -71,6 +79,25 @@ def _check_ppo(ppo: PPOConfig) -> None:
     wrong = ppo.kl_in == "loss" and ppo.kl_coef and ppo.kl_estimator == "k1"
     problem = "has no gradient on average in a loss"
     refuse_if(wrong, "ppo.kl_estimator", problem, "use k2 or k3", "k1")
+
+
+def _check_eval(config: Config) -> None:
+    evaluation, judges = config.eval, config.eval.rewards or config.rewards
+    figures = ["scores", "response_length/mean", "response/finished_fraction"]
+    for reward in judges:
+        ends = ["mean", *(f"pass_at_{k}" for k in evaluation.pass_at)]
+        figures += [f"rewards/{reward.name}/{end}" for end in ends]
+    for index, reward in enumerate(evaluation.rewards):
+        problem = "reward models are loaded for the run's own rewards only"
+        fix = "use function or http, or leave eval.rewards out"
+        refuse_if(reward.kind == "model", f"eval.rewards.{index}.kind", problem, fix, "model")
+    best = evaluation.best_by
+    if best is None:
+        return
+    refuse_if(not evaluation.sources, "eval.best_by", "needs eval.sources", value=best)
+    known = [f"eval/{source.label}/{end}" for source in evaluation.sources for end in figures]
+    near = difflib.get_close_matches(best, known, n=1) or known[:1]
+    refuse_if(best not in known, "eval.best_by", "no such figure", f"as {near[0]}", best)
 
 
 def _check_world(config: Config, world_size: int) -> None:

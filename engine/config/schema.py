@@ -4,6 +4,8 @@ The text of a knob is its help and its line in docs/config.md. Bounds that conce
 `knob`; those that concern several are in `__post_init__`.
 """
 
+from dataclasses import replace
+from pathlib import PurePath
 from typing import Literal
 
 from gearshift.engine.config.errors import refuse_if
@@ -17,6 +19,12 @@ from gearshift.engine.config.keys import (
     Whole,
     knob,
     section,
+)
+from gearshift.engine.config.prompts import (
+    DataConfig,
+    PretrainConfig,
+    SamplingConfig,
+    SourceConfig,
 )
 
 
@@ -102,7 +110,10 @@ class RewardConfig(ModelConfig):
 
     name: str = knob("reward", "names the metric rewards/<name>/mean")
     kind: Literal["function", "model", "http"] = knob("function", "where the scores come from")
-    function: str | None = knob(None, "module:function or file.py:function, TRL's signature")
+    function: str | None = knob(
+        None, "module:function or file.py:function, TRL's signature; or a name of the library"
+    )
+    options: Options = knob({}, "further arguments of the function, by name")
     urls: list[str] = knob([], "HTTP endpoints, used in turn; POST {prompts, completions, ...}")
     weight: Number = knob(1.0, "factor in the sum of all rewards")
     timeout_s: Number = knob(60.0, "seconds before an HTTP request is given up", gt=0)
@@ -118,62 +129,9 @@ class RewardConfig(ModelConfig):
     )
     deepspeed: str = knob("frozen_zero3_cpu.json", "DeepSpeed JSON of the frozen model")
 
-
-@section
-class SourceConfig:
-    """One dataset."""
-
-    path: str = knob("", "json, jsonl, csv or parquet file, directory of them, or hub id")
-    split: str = knob("train", "split of a hub dataset")
-    config: str | None = knob(None, "configuration of a hub dataset")
-    prompt_key: str = knob(
-        "prompt",
-        "column of the prompt: a string or a list of messages. A last turn of the assistant is "
-        "continued in a column `prompt`; in any other it is the answer, which is dropped",
-    )
-    weight: Number = knob(1.0, "share of the prompts drawn from this dataset", gt=0)
-
-
-@section
-class DataConfig:
-    """Prompts."""
-
-    sources: Parts[SourceConfig] = knob([], "datasets, mixed by their weights")
-    max_prompt_tokens: Whole = knob(512, "longest prompt, after the chat template", ge=1)
-    overlong: Literal["drop", "error"] = knob(
-        "drop", "what to do with longer prompts, and with those of no tokens"
-    )
-    chat_template: Literal["auto", "always", "never"] = knob(
-        "auto", "auto: templates messages only; always: wraps a string as one user message"
-    )
-    chat_template_kwargs: Options = knob(
-        {}, "further variables of the template, as enable_thinking"
-    )
-    bad_rows: Literal["refuse", "drop"] = knob(
-        "refuse", "rows that are no prompt, or that the chat template refuses; drop is said"
-    )
-    system_prompt: str | None = knob(None, "put before every chat that has no system message")
-    shuffle: Flag = knob(True, "a new order every epoch, from the run's seed")
-
-
-@section
-class PretrainConfig:
-    """The pretraining stream of PPO-ptx (Ouyang et al. 2022)."""
-
-    sources: Parts[SourceConfig] = knob([], "text datasets; `prompt_key` names the text column")
-    max_tokens: Whole = knob(512, "tokens per row; documents are packed end to end", ge=2)
-    rows: Whole = knob(8, "rows per optimizer step, over all ranks", ge=1)
-
-
-@section
-class SamplingConfig:
-    """How responses are drawn. PPO's log-probs are of this temperature."""
-
-    max_new_tokens: Whole = knob(512, "longest response; ends it with finished=False", ge=1)
-    temperature: Number = knob(1.0, "divides the logits; 0 is greedy, for evaluation only", ge=0)
-    top_k: Whole = knob(0, "0: off. Training wants 0: a truncated policy biases the ratio", ge=0)
-    top_p: Number = knob(1.0, "1: off. Training wants 1, as above", gt=0, le=1)
-    stop: list[str] = knob([], "strings that end a response; kept in it")
+    def __post_init__(self):
+        problem = f"only a function has options, not kind={self.kind}"
+        refuse_if(self.options and self.kind != "function", "options", problem)
 
 
 @section
@@ -199,6 +157,72 @@ class RolloutConfig:
         "kv_cache_gb the KV cache and the CUDA graphs are kept, too",
     )
     cuda_graphs: Flag = knob(True, "capture decoding in CUDA graphs, on GPUs")
+
+
+@section
+class EvalSourceConfig(SourceConfig):
+    """One dataset of held-out prompts."""
+
+    name: str | None = knob(None, "names the figures eval/<name>/*; null: the path's last part")
+    rows: Whole = knob(0, "the first so many prompts; 0: all of them", ge=0)
+    weight: Number = knob(1.0, "not read: every prompt is evaluated", gt=0)
+
+    @property
+    def label(self) -> str:
+        """The name in figures."""
+        return self.name or PurePath(self.path).stem
+
+
+@section
+class EvalSamplingConfig:
+    """How held-out prompts are answered; null: as in training."""
+
+    max_new_tokens: Whole | None = knob(None, "longest response", ge=1)
+    temperature: Number | None = knob(None, "divides the logits; 0 is greedy", ge=0)
+    top_k: Whole | None = knob(None, "0: off", ge=0)
+    top_p: Number | None = knob(None, "1: off", gt=0, le=1)
+    stop: list[str] | None = knob(None, "strings that end a response; kept in it")
+
+
+@section
+class EvalConfig:
+    """Evaluation on held-out prompts, in the loop; without sources there is none."""
+
+    every: Whole = knob(
+        20, "PPO steps between evaluations; one is before the first step, one after the last", ge=1
+    )
+    sources: Parts[EvalSourceConfig] = knob([], "datasets, each with its own figures")
+    sampling: Part[EvalSamplingConfig] = knob(EvalSamplingConfig, "how responses are drawn")
+    rewards: Parts[RewardConfig] = knob(
+        [], "functions or endpoints that judge the responses; none: the run's own rewards"
+    )
+    pass_at: list[Whole] = knob([], "k of the figures pass_at_k, as [1, 8]")
+    pass_score: Number = knob(
+        1.0, "score of a reward, before its weight, from which a response passes"
+    )
+    samples_per_prompt: Whole | None = knob(
+        None, "responses per prompt; null: the largest of pass_at, or 1", ge=1
+    )
+    best_by: str | None = knob(
+        None,
+        "figure whose highest checkpoint stays, as eval/test/scores: every evaluation is then "
+        "followed by a checkpoint; null: the best by reward stays",
+    )
+
+    @property
+    def samples(self) -> int:
+        """Responses per prompt."""
+        return self.samples_per_prompt or max(self.pass_at, default=1)
+
+    def __post_init__(self):
+        problem = "must be 1 or more, and no more than the samples of a prompt"
+        for k in self.pass_at:
+            refuse_if(not 1 <= k <= self.samples, "pass_at", f"{k} {problem}", value=self.pass_at)
+
+    def sampling_of(self, training: SamplingConfig) -> SamplingConfig:
+        """What evaluation samples with, in a run that trains with `training`."""
+        own = {key: value for key, value in vars(self.sampling).items() if value is not None}
+        return replace(training, **own)
 
 
 AUTO_TOKENS = 4096  # of a micro-batch that no plan has settled
@@ -344,7 +368,9 @@ class RunConfig:
     async_save: Flag = knob(
         True, "write checkpoints while the run goes on, from a copy on the host"
     )
-    keep_checkpoints: Whole = knob(2, "the last ones that stay, besides the best by reward", ge=1)
+    keep_checkpoints: Whole = knob(
+        2, "the last ones that stay, besides the best by reward, or by eval.best_by", ge=1
+    )
     export: Flag = knob(True, "write Hugging Face directories of actor and critic at the end")
     sample_every: Whole = knob(5, "PPO steps between sample tables; 0: never", ge=0)
     samples: Whole = knob(4, "rows of a sample table", ge=1)
@@ -374,6 +400,7 @@ RESUME_MAY_CHANGE = (
     "run.*",
     "guards.*",
     "rollout.*",
+    "eval.*",
     "*.attn",
     "*.liger",
     "*.deepspeed",
@@ -447,4 +474,5 @@ class Config:
     sampling: Part[SamplingConfig] = knob(SamplingConfig, "how responses are drawn")
     rollout: Part[RolloutConfig] = knob(RolloutConfig, "the generation gear")
     ppo: Part[PPOConfig] = knob(PPOConfig, "the algorithm")
+    eval: Part[EvalConfig] = knob(EvalConfig, "held-out prompts")
     guards: Part[GuardConfig] = knob(GuardConfig, "what is watched, and what follows")

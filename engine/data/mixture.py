@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -103,7 +103,7 @@ def _digest(value: Any) -> str:
 class Mixture:
     """Several walks, drawn in proportion to their weights; item n never changes its walk."""
 
-    def __init__(self, sources: list[SourceConfig], key: str, *, seed: int, shuffle: bool):
+    def __init__(self, sources: Sequence[SourceConfig], key: str, *, seed: int, shuffle: bool):
         refuse_if(not sources, key, "give at least one dataset", value="[]")
         self.key = key
         self.walks = [

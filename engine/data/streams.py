@@ -4,6 +4,7 @@ Every rank walks the same global order of rows and keeps its share, so no rank t
 a position is a few integers. Prompt p of a step belongs to rank p mod world size.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from gearshift.engine.batch import AS_READ, PromptBatch
 from gearshift.engine.config.errors import ConfigError, refuse_if
-from gearshift.engine.config.schema import DataConfig, PretrainConfig
-from gearshift.engine.data.mixture import Mixture
+from gearshift.engine.config.schema import DataConfig, PretrainConfig, SourceConfig
+from gearshift.engine.data.mixture import Mixture, Walk
 from gearshift.engine.data.prompts import PromptEncoder
 from gearshift.engine.data.readers import Row, columns_of
 
@@ -40,6 +41,68 @@ class Example:
     ids: list[int]
     columns: Row
 
+    def fits(self, limit: int) -> bool:
+        """Whether it has tokens, and no more than `limit`."""
+        return 0 < len(self.ids) <= limit
+
+
+def open_prompts(
+    sources: Sequence[SourceConfig], key: str, encoder: PromptEncoder, *, seed: int, shuffle: bool
+) -> Mixture:
+    """Datasets of prompts, each row of which was looked at: ConfigError for one that is no prompt,
+    unless data.bad_rows drops it."""
+    mixture = Mixture(sources, key, seed=seed, shuffle=shuffle)
+    mixture.require_columns("messages")
+    for walk in mixture.walks:
+        read = partial(encoder.read, key=walk.source.prompt_key)
+        walk.sift(read, drop=encoder.config.bad_rows == "drop")
+    return mixture
+
+
+def columns_in(*walks: Walk) -> list[str]:
+    """The columns that rows of these datasets come with."""
+    names = [name for walk in walks for name in columns_of(walk.rows)]
+    return list(dict.fromkeys(["prompt", *names]))
+
+
+def read_example(encoder: PromptEncoder, source: SourceConfig, number: int, row: Row) -> Example:
+    """A row as a prompt; ConfigError where it does not fit and data.overlong is error."""
+    text, limit = encoder.read(row, source.prompt_key), encoder.config.max_prompt_tokens
+    example = Example(encoder.encode(text), row | {"prompt": text.prompt, AS_READ: text.as_read})
+    if encoder.config.overlong == "error" and not example.fits(limit):
+        fault, fix = "no tokens", "give it some text, or data.overlong=drop"
+        if example.ids:
+            fault = f"{len(example.ids)} tokens, more than data.max_prompt_tokens={limit}"
+            fix = "raise it, or data.overlong=drop"
+        raise ConfigError(f"{source.path}, row {number}", f"the prompt has {fault}", fix)
+    return example
+
+
+def nothing_fits(walk: Walk, limit: int, longer: bool) -> ConfigError:
+    """No prompt of a dataset can be used. longer: some have more tokens than `limit`."""
+    count = len(walk)
+    if longer:
+        limited = f"data.max_prompt_tokens={limit}"
+        problem = f"all its {count} prompts have more tokens than {limited}"
+        return ConfigError(walk.source.path, problem, "raise it")
+    problem = f"the tokenizer makes no token of any of its {count} prompts"
+    fix = f"check actor.tokenizer and the column {walk.source.prompt_key}"
+    return ConfigError(walk.source.path, problem, fix)
+
+
+def as_batch(
+    examples: Sequence[Example], row_ids: list[int], columns: list[str], tokenizer: Any
+) -> PromptBatch:
+    """Examples as one record, each with its row id."""
+    ids, mask = left_padded([example.ids for example in examples], pad_id(tokenizer))
+    names = [*columns, AS_READ]
+    return PromptBatch(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        row_ids=torch.tensor(row_ids),
+        columns={name: [example.columns.get(name) for example in examples] for name in names},
+    )
+
 
 class PromptStream:
     """Batches of tokenised prompts, without end.
@@ -56,15 +119,14 @@ class PromptStream:
         self.config, self.tokenizer = config, tokenizer
         self.batching = Batching(**batching)
         self.encoder = PromptEncoder(config, tokenizer)
-        self.mixture = Mixture(
-            config.sources, "data.sources", seed=self.batching.seed, shuffle=config.shuffle
+        self.mixture = open_prompts(
+            config.sources,
+            "data.sources",
+            self.encoder,
+            seed=self.batching.seed,
+            shuffle=config.shuffle,
         )
-        self.mixture.require_columns("messages")
-        for walk in self.mixture.walks:
-            read = partial(self.encoder.read, key=walk.source.prompt_key)
-            walk.sift(read, drop=config.bad_rows == "drop")
-        names = [name for walk in self.mixture.walks for name in columns_of(walk.rows)]
-        self.columns = list(dict.fromkeys(["prompt", *names]))
+        self.columns = columns_in(*self.mixture.walks)
         self.limit = config.max_prompt_tokens
         self.step = 0
         self.kept = [0] * len(self.mixture.walks)
@@ -79,12 +141,7 @@ class PromptStream:
         base = self.step * count * samples
         row_ids = [base + k * count + p for k in range(samples) for p in range(rank, count, world)]
         self.step += 1
-        ids, mask = left_padded([example.ids for example in mine], pad_id(self.tokenizer))
-        names = [*self.columns, AS_READ]
-        columns = {name: [example.columns.get(name) for example in mine] for name in names}
-        return PromptBatch(
-            prompt_ids=ids, prompt_mask=mask, row_ids=torch.tensor(row_ids), columns=columns
-        )
+        return as_batch(mine, row_ids, self.columns, self.tokenizer)
 
     def rendered_example(self) -> str:
         """The first prompt as the model reads it, special tokens included. Moves nothing."""
@@ -149,30 +206,14 @@ class PromptStream:
         """The next prompt of the global order that has tokens, and not too many."""
         walk, longer = self.mixture.next_walk(), False
         for _ in range(2 * len(walk)):  # at least one whole epoch
-            number, row = walk.next()
-            text = self.encoder.read(row, walk.source.prompt_key)
-            own = {"prompt": text.prompt, AS_READ: text.as_read}
-            example = Example(self.encoder.encode(text), row | own)
-            if 0 < len(example.ids) <= self.limit:
+            example = read_example(self.encoder, walk.source, *walk.next())
+            if example.fits(self.limit):
                 self.kept[walk.index] += 1
                 return example
-            if self.config.overlong == "error":
-                fault, fix = "no tokens", "give it some text, or data.overlong=drop"
-                if example.ids:
-                    limit = f"data.max_prompt_tokens={self.limit}"
-                    fault = f"{len(example.ids)} tokens, more than {limit}"
-                    fix = "raise it, or data.overlong=drop"
-                where = f"{walk.source.path}, row {number}"
-                raise ConfigError(where, f"the prompt has {fault}", fix)
             self.dropped[walk.index] += 1
             self.empty[walk.index] += not example.ids
             longer |= bool(example.ids)
-        count, limit = len(walk), f"data.max_prompt_tokens={self.limit}"
-        problem = f"all its {count} prompts have more tokens than {limit}"
-        refuse_if(longer, walk.source.path, problem, "raise it")
-        problem = f"the tokenizer makes no token of any of its {count} prompts"
-        fix = f"check actor.tokenizer and the column {walk.source.prompt_key}"
-        raise ConfigError(walk.source.path, problem, fix)
+        raise nothing_fits(walk, self.limit, longer)
 
 
 class TextStream:

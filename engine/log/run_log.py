@@ -23,7 +23,8 @@ class RunLog:
 
     config: names the folder and the trackers.
     settings: the whole configuration as plain values, handed to the trackers.
-    resumed_step: the checkpoint's step; lines of later steps, and a torn last line, are cut.
+    resumed_step: the checkpoint's step; lines of later steps, and a torn last line, are cut. 0:
+    there is none, so what a run that was killed has left is cut whole.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class RunLog:
         self.folder = Path(config.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files = {
-            name: _LineFile(self.folder / f"{name}.jsonl", resumed_step)
+            name: _LineFile(self.folder / f"{name}.jsonl", resumed_step or -1)
             for name in ("metrics", "samples")
         }
         self._trackers = open_trackers(config, settings or {}, resumed_step + 1)
@@ -46,7 +47,8 @@ class RunLog:
             tracker.log(step, figures)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes rows of {"prompt", "response", "score"}; a prompt is a string or a chat."""
+        """Writes rows of {"prompt", "response", "score"}; a prompt is a string or a chat. Rows of
+        held-out prompts have their dataset's name under "eval"."""
         for row in rows:
             self._files["samples"].write({"step": step} | row)
 

@@ -14,11 +14,14 @@ import zlib
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import partial
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RewardConfig
+from gearshift.engine.rewards.library import LIBRARY
 from gearshift.engine.rewards.text import Answer, RewardError, TextRows
 
 _OURS = ("prompts", "completions", "completion_ids")
@@ -31,10 +34,13 @@ class FunctionReward:
 
     def __init__(self, config: RewardConfig):
         self.name, self.spec = config.name, config.function or ""
-        self._function = _load(self.name, self.spec)
+        self._function = _load(self.name, self.spec, config.options)
         self._accepts_all, self._named, self._required = _signature(
             self.name, self.spec, self._function
         )
+        # Those of the library have taken their options, and name the columns that they read.
+        self._filled = set() if self.spec in LIBRARY else set(config.options)
+        self._required |= set(getattr(self._function, "columns", ()))
 
     def check(self, columns: Collection[str] | None) -> None:
         """Raises RewardError for an argument that no dataset column (if known) can fill."""
@@ -73,9 +79,9 @@ class FunctionReward:
             "completions": rows.completions,
             "completion_ids": rows.response_ids,
         }
-        if self._accepts_all:
-            return offered
-        return {name: values for name, values in offered.items() if name in self._named}
+        wanted = set(offered) if self._accepts_all else self._named
+        wanted = wanted - self._filled
+        return {name: values for name, values in offered.items() if name in wanted}
 
     def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, Exception | None]:
         """What the function does to its arguments, others do not see."""
@@ -109,8 +115,9 @@ def checked_scores(
 ) -> Answer:
     """Scores of the rows `which` (None: of all); a missing (None) or not finite one is a fault.
 
-    A sequence, array or tensor of numbers is read; True and False are 1 and 0. RewardError for a
-    wrong count and for what is no number.
+    A sequence, array or tensor of numbers is read; True and False are 1 and 0. A row may have a
+    list of rewards instead, one for each token of its response: its score is their sum.
+    RewardError for a wrong count and for what is no number.
     """
     which = range(len(rows.responses)) if which is None else which
     scores = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -123,26 +130,59 @@ def checked_scores(
         )
     found = Answer([math.nan] * len(rows.responses), {})
     for i, entry in zip(which, scores, strict=True):
-        score = entry.item() if hasattr(entry, "item") else entry
-        if score is not None and not isinstance(score, (bool, int, float)):
-            raise RewardError(f"reward {name!r} is {score!r}, not a number; {rows.row(i)}")
-        if score is None or not abs(score) <= _MAX_FLOAT32:
-            what = "not a number" if score is None else "not finite"
-            found.faults[i] = RewardError(f"reward {name!r} is {score}, {what}; {rows.row(i)}")
-        else:
-            found.scores[i] = float(score)
+        score = _plain(entry)
+        tokens = [_plain(part) for part in score] if isinstance(score, (list, tuple)) else None
+        if tokens is not None and len(tokens) != len(rows.response_ids[i]):
+            raise RewardError(
+                f"reward {name!r} returned {len(tokens)} token rewards for a completion of "
+                f"{len(rows.response_ids[i])} tokens, the end token included; {rows.row(i)}"
+            )
+        parts = [score] if tokens is None else tokens
+        for part in parts:
+            if part is not None and not isinstance(part, (bool, int, float)):
+                raise RewardError(f"reward {name!r} is {part!r}, not a number; {rows.row(i)}")
+        total = math.nan if None in parts else math.fsum(parts)
+        if not abs(total) <= _MAX_FLOAT32:
+            what, wrong = ("not a number", None) if None in parts else ("not finite", total)
+            found.faults[i] = RewardError(f"reward {name!r} is {wrong}, {what}; {rows.row(i)}")
+            continue
+        found.scores[i] = float(total)
+        if tokens is not None:
+            found.tokens[i] = list(map(float, tokens))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A number or list of Python's, of an array or tensor."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _picked(arguments: dict[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
     return {name: [values[i] for i in rows] for name, values in arguments.items()}
 
 
-def _load(name: str, spec: str) -> Callable[..., Any]:
+def _load(name: str, spec: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function of a reward, its options filled in."""
+    maker = LIBRARY.get(spec)
+    function = maker or _find(name, spec)
+    if not (maker or options):
+        return function
+    try:
+        inspect.signature(function).bind_partial(**options)
+        return maker(**options) if maker else partial(function, **options)
+    except (TypeError, ConfigError) as error:
+        # Of the signature, of an option's value, or of a package that is missing.
+        what = "options: " if getattr(error, "key", True) else ""
+        raise RewardError(f"rewards: {name}: function={spec!r}: {what}{error}") from None
+
+
+def _find(name: str, spec: str) -> Callable[..., Any]:
     where, colon, attribute = spec.rpartition(":")
     if not (where and colon and attribute):
+        near = get_close_matches(spec, LIBRARY, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f", or one of {', '.join(LIBRARY)}"
         raise RewardError(
-            f"rewards: {name}: function={spec!r}: write module:function or file.py:function"
+            f"rewards: {name}: function={spec!r}: write module:function or file.py:function{hint}"
         )
     module = _import(name, spec, where)
     function = getattr(module, attribute, None)

@@ -1,7 +1,7 @@
 """What a reward reads: the text of a rollout's rows, and a reward model's own tokens for it."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,10 +17,14 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One reward's scores of this rank's rows: NaN where it has none, and why, by row."""
+    """One reward's scores of this rank's rows: NaN where it has none, and why, by row.
+
+    tokens: by row, the rewards of its tokens where the score is their sum.
+    """
 
     scores: list[float]
     faults: dict[int, RewardError]
+    tokens: dict[int, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

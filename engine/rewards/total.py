@@ -41,6 +41,7 @@ class Scores(NamedTuple):
     failed: int  # rows without a score of their own, over all ranks
     fault: str  # why, of one of them; the same text on every rank
     usable: bool  # some row of every reward has a score
+    by_token: Tensor | None  # [B, R] float32, what of `total` belongs to tokens of its own
 
 
 class Scorer(Protocol):
@@ -207,14 +208,39 @@ class RewardSum:
         by_name = dict(zip(self._weights, table, strict=True))
         usable = bool((numbers > 0).all())
         dropped = not usable or self._guards.failed_reward == "drop"
+        by_token = self._by_token(answers, rollout)
         return Scores(
-            total=sum(self._weights[name] * scores for name, scores in by_name.items()),
+            total=self._total(by_name, answers, by_token),
             by_name=by_name,
             teaches=whole if dropped else torch.ones_like(whole),
             failed=int(failed),
             fault=fault,
             usable=usable,
+            by_token=by_token,
         )
+
+    def _by_token(self, answers: list[Answer], rollout: Rollout) -> Tensor | None:
+        """[B, R] weighted rewards of tokens; None where no reward of this rank has any."""
+        if not any(answer.tokens for answer in answers):
+            return None
+        summed = torch.zeros_like(rollout.rollout_logprobs)
+        for weight, answer in zip(self._weights.values(), answers, strict=True):
+            for row, tokens in answer.tokens.items():
+                summed[row, rollout.response_mask[row]] += weight * summed.new_tensor(tokens)
+        return summed
+
+    def _total(
+        self, by_name: dict[str, Tensor], answers: list[Answer], by_token: Tensor | None
+    ) -> Tensor:
+        """[B] the weighted sum. Rewards of tokens are added as they are placed, so that what is
+        left for the last token is exactly 0 where there is nothing else."""
+        total: Any = 0 if by_token is None else by_token.sum(1)
+        for (name, scores), answer in zip(by_name.items(), answers, strict=True):
+            if answer.tokens:
+                scores = scores.clone()
+                scores[list(answer.tokens)] = 0.0
+            total = total + self._weights[name] * scores
+        return total
 
     def _judge_faults(self, answers: list[Answer], failed: int, everyone: int) -> str:
         """One rank's first fault, on every rank; raises it where the run should stop."""

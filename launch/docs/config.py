@@ -24,7 +24,7 @@ deepspeed launch/train.py --config run.yaml --ppo.kl_coef 0.1 --rewards.0.weight
 - A value on the command line wins over the file, the file over the default. The run folder's
   `config.yaml` lists every value with its origin.
 - An unknown key is an error that names the nearest key.
-- Lists of sections (`rewards`, `data.sources`, `pretrain.sources`) are addressed by index; the next
+- Lists of sections (`rewards`, `data.sources`, `eval.sources`) are addressed by index; the next
   free index adds an entry. A list of strings is given whole, as YAML: `--run.trackers "[wandb]"`.
 - Strings are taken as they are typed; `null` is null where the type allows it.
 - Relative paths are relative to the current directory, wherever the YAML file lies.

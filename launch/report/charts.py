@@ -124,7 +124,11 @@ class Card:
 def chart_cards(run: Run) -> dict[str, list[Card]]:
     """By heading, all charts that have at least one number."""
     groups = spans(len(run.metrics), _MOST_POINTS)
-    charts = _CHARTS | {"Learning": _CHARTS["Learning"] + _reward_charts(run)}
+    charts = {
+        "Evaluation": _evaluation_charts(run),
+        **_CHARTS,
+        "Learning": _CHARTS["Learning"] + _reward_charts(run),
+    }
     cards = {
         heading: [card for chart in shown if (card := _card(run, chart, groups))]
         for heading, shown in charts.items()
@@ -140,12 +144,32 @@ def _reward_charts(run: Run) -> tuple[Chart, ...]:
     return (Chart("Rewards", "mean of each, before its weight", lines),)
 
 
+def _evaluation_charts(run: Run) -> tuple[Chart, ...]:
+    """Of every set of held-out prompts: its score beside that of training, then all the rest."""
+    keys, charts = run.keys("eval/"), []
+    for name in dict.fromkeys(key.split("/")[1] for key in keys):
+        own = f"eval/{name}/"
+        lines = {f"{own}scores": name, "objective/scores": "training, shaped"}
+        charts.append(Chart(f"{name}: score", "mean over held-out prompts", lines))
+        rewards = {key: key.removeprefix(f"{own}rewards/") for key in keys if "/rewards/" in key}
+        rewards = {key: label for key, label in rewards.items() if key.startswith(own)}
+        means = {key: label for key, label in rewards.items() if label.endswith("/mean")}
+        if len(means) > 1:
+            charts.append(Chart(f"{name}: rewards", "mean of each, before its weight", means))
+        passed = {key: label for key, label in rewards.items() if "/pass_at_" in key}
+        charts.append(Chart(f"{name}: pass@k", "one of k responses passes", passed, percent=True))
+        length = {f"{own}response_length/mean": name, "response_length/mean": "training"}
+        charts.append(Chart(f"{name}: response length", "tokens", length))
+    return tuple(charts)
+
+
 def _card(run: Run, chart: Chart, groups: list[range]) -> Card | None:
     curves = []
     for key, label in chart.lines.items():
         points = condense(run.series(key), groups)
         if any(points):
-            curves.append(Curve(label, points, _band(run, chart, points, groups)))
+            sparse = key.startswith("eval/")
+            curves.append(Curve(label, points, _band(run, chart, points, groups), sparse))
     if not curves:
         return None
     names = step_names(run, groups)

@@ -87,7 +87,6 @@ def render(run: Run) -> str:
     finished = isinstance(total, int) and last >= total
     facts = dict(run.environment)
     command = facts.pop("command", facts.pop("command_line", ""))
-    steps = list(dict.fromkeys(run.samples[i]["step"] for i in (0, -1) if run.samples))
     return _JINJA.get_template("page.html").render(
         name=run.folder.resolve().name,
         finished=finished,
@@ -96,8 +95,7 @@ def render(run: Run) -> str:
         chips=_chips(run),
         tiles=_tiles(run),
         charts=chart_cards(run) if run.metrics else {},
-        samples=_samples(run, steps) if run.metrics else [],
-        sampled=" and ".join(f"step {step}" for step in steps),
+        samples=_samples(run) if run.metrics else [],
         timeline=_timeline(run),
         profiles=profiles(run.folder),
         memory=_memory(run),
@@ -119,7 +117,8 @@ def _summary(run: Run) -> str:
         return "PPO on DeepSpeed. No step has finished yet."
     seconds = [value for value in run.series("timing_s/step") if value is not None]
     taken = f" in {_duration(math.fsum(seconds))}" if seconds else ""
-    steps = f"{len(run.metrics)} step{'s' if len(run.metrics) > 1 else ''}"
+    count = sum(step > 0 for step in run.steps)
+    steps = f"{count} step{'s' if count != 1 else ''}"
     episodes = [value for value in run.series("episode") if value is not None]
     seen = f", {episodes[-1]:,.0f} responses" if episodes else ""
     return f"PPO on DeepSpeed: {steps}{taken}{seen}."
@@ -148,10 +147,23 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _samples(run: Run, steps: list[int]) -> list[tuple]:
-    """Rows of the first and of the last step that has any, side by side; None beyond a step's."""
-    columns = [[_sample(row) for row in run.samples if row["step"] == step] for step in steps]
-    return list(zip_longest(*columns))
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Of each set of held-out prompts, then of training: those of its first step and of its last,
+    side by side; None beyond a step's."""
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for row in run.samples:
+        sets.setdefault(str(row.get("eval", "")), []).append(row)
+    return [_pairs(name, sets[name]) for name in sorted(sets, key=lambda name: not name)]
+
+
+def _pairs(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = list(dict.fromkeys(rows[i]["step"] for i in (0, -1)))
+    columns = [[_sample(row) for row in rows if row["step"] == step] for step in steps]
+    return {
+        "title": f"Held-out samples: {name}" if name else "Samples",
+        "steps": " and ".join(f"step {step}" for step in steps),
+        "pairs": list(zip_longest(*columns)),
+    }
 
 
 def _sample(row: dict[str, Any]) -> dict[str, Any]:

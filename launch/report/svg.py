@@ -19,6 +19,7 @@ class Curve:
     label: str
     points: list[Point | None]
     band: list[tuple[float, float] | None]
+    sparse: bool = False  # points are marked, and joined over the steps between them
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,14 @@ def _band(curve: Curve, colour: int, x: Axis, y: Axis) -> str:
 
 def _line(curve: Curve, colour: int, x: Axis, y: Axis) -> str:
     parts = []
-    for run in _runs([i for i, point in enumerate(curve.points) if point]):
+    known = [i for i, point in enumerate(curve.points) if point]
+    for run in [known] if curve.sparse else _runs(known):
         at = [(x.at(i), y.at(curve.points[i].mean)) for i in run]
-        if len(at) == 1:
-            parts.append(
-                f'<circle class="fill{colour}" cx="{at[0][0]:.1f}" cy="{at[0][1]:.1f}" r="3"/>'
-            )
-        else:
+        if curve.sparse or len(at) == 1:
+            parts += [
+                f'<circle class="fill{colour}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in at
+            ]
+        if len(at) > 1:
             path = " ".join(f"{px:.1f},{py:.1f}" for px, py in at)
             parts.append(f'<polyline class="line stroke{colour}" points="{path}"/>')
     return "".join(parts)

@@ -56,9 +56,11 @@ def test_precedence_and_origin(yaml_file):
 
 
 def test_every_leaf_has_an_origin(yaml_file):
-    path = yaml_file("rewards: [{name: a}]\ndata: {sources: [{path: x}]}\n")
+    entries = "rewards: [{name: a}]\ndata: {sources: [{path: x}]}\n"
+    entries += "eval: {sources: [{path: x}], rewards: [{name: a}]}\n"
+    path = yaml_file(entries)
     found = load(path, ["--pretrain.sources.0.path", "y"]).origin
-    sections = {"rewards", "data.sources", "pretrain.sources"}
+    sections = {"rewards", "data.sources", "pretrain.sources", "eval.sources", "eval.rewards"}
     assert set(found) == {key for key, _ in leaves(Config)} - sections
 
 

@@ -190,3 +190,51 @@ def test_the_controller_follows_ziegler():
     fixed = KLController.of(config(kl_coef=0.1))
     fixed.adapt(60.0, responses=50)
     assert fixed.coef == 0.1
+
+
+@pytest.mark.parametrize("estimator", ["gae", "reinforce_pp", "rloo", "grpo"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rewards_of_tokens_against_a_loop_in_float64(estimator, backend, monkeypatch):
+    """reward_t = -kl_coef * kl_t + r_t + [t last] * (score - sum of r), then GAE as written."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("GEARSHIFT_KERNELS", backend)
+    samples = 1 if estimator in ("gae", "reinforce_pp") else 2
+    ppo = PPOConfig(
+        prompts_per_step=4 // samples,
+        samples_per_prompt=samples,
+        minibatch_size=4,
+        estimator=estimator,
+        gamma=0.9,
+        lam=0.8,
+        whiten_advantages=False,
+    )
+    logprobs, ref, values, mask, scores = draws(seed=5)
+    tokens = torch.where(mask, torch.randn(mask.shape), 0.0)
+    found = estimate_advantages(
+        logprobs, ref, values, mask, scores, config=ppo, kl_coef=0.3, token_rewards=tokens
+    )
+    lam, gae = (0.8, True) if estimator == "gae" else (1.0, False)
+    for row in range(4):
+        live = int(mask[row].sum())
+        rewards = [
+            float(tokens[row, t]) - 0.3 * float(logprobs[row, t].double() - ref[row, t].double())
+            for t in range(live)
+        ]
+        rewards[-1] += float(scores[row].double() - tokens[row].double().sum())
+        assert found.rewards[row, :live].tolist() == pytest.approx(rewards, abs=1e-5)
+        assert math.fsum(rewards) == pytest.approx(
+            float(scores[row]) - 0.3 * float((logprobs[row] - ref[row])[mask[row]].sum()), abs=1e-5
+        )
+        if estimator in ("rloo", "grpo"):
+            continue
+        advantage = following = 0.0
+        for t in reversed(range(live)):
+            value = float(values[row, t]) if gae else 0.0
+            advantage = rewards[t] + 0.9 * following - value + 0.9 * lam * advantage
+            following = value
+            assert float(found.advantages[row, t]) == pytest.approx(advantage, abs=1e-5)
+            assert float(found.returns[row, t]) == pytest.approx(advantage + value, abs=1e-5)
+    if estimator in ("rloo", "grpo"):  # of a response as a whole: where its rewards lie is nothing
+        plain = estimate_advantages(logprobs, ref, values, mask, scores, config=ppo, kl_coef=0.3)
+        torch.testing.assert_close(found.advantages, plain.advantages, atol=1e-5, rtol=1e-5)

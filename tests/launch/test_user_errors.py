@@ -92,10 +92,52 @@ def reward(folder: Path, body: str) -> str:
             "rewards.0.name=critic: must be ... none of actor",
         ),
         (["--rewards.0.kind", "http"], "rewards.0.urls: needed because rewards.0.kind=http"),
+        (["--eval.every", "0"], "eval.every=0: must be at least 1"),
+        (
+            ["--eval.pass_at", "[1, 8]", "--eval.samples_per_prompt", "4"],
+            "eval.pass_at=[1, 8]: 8 must be",
+        ),
+        (["--eval.pass_at", "[a]"], "eval.pass_at=['a']: expected a list of whole numbers"),
+        (["--eval.sources.0.name", "a"], "eval.sources.0.path: give a file, folder or hub id"),
+        (["--eval.best_by", "eval/a/scores"], "eval.best_by=eval/a/scores: needs eval.sources"),
+        (
+            ["--eval.sources.0.path", "a.jsonl", "--eval.best_by", "eval/a/score"],
+            "eval.best_by=eval/a/score: no such figure; as eval/a/scores",
+        ),
+        (
+            ["--eval.sources", "[{path: x/a.jsonl}, {path: y/a.jsonl}]"],
+            "eval.sources.1.name=a: used before; each needs a name of its own",
+        ),
+        (
+            ["--eval.rewards", "[{name: a, kind: model, path: x}]"],
+            "eval.rewards.0.kind=model: reward models are loaded for the run's own rewards only",
+        ),
     ],
 )
 def test_settings(refused, overrides, message):
     refused(message, *overrides)
+
+
+def test_held_out_prompts(refused, tmp_path):
+    """They are read before any model, as those of training are."""
+    source = "--eval.sources.0.path"
+    refused("nowhere.jsonl: no such file or folder", source, tmp_path / "nowhere.jsonl")
+    path = tiny_job.write_rows(tmp_path / "a.jsonl", [{"prompt": "w4"}, {"prompt": 7}])
+    refused("a.jsonl, row 1: prompt='7': must be a string", source, path)
+    path = tiny_job.write_rows(tmp_path / "b.jsonl", [{"prompt": " ".join(["w4"] * 9)}])
+    refused("b.jsonl: all its 1 prompts have more tokens than data.max_pro", source, path)
+    refused(
+        "b.jsonl, row 0: the prompt has 9 tokens, more", source, path, "--data.overlong", "error"
+    )
+    path = tiny_job.write_rows(tmp_path / "c.jsonl", [{"text": "w4"}])
+    refused("eval.sources.0.prompt_key=prompt: no such column in", source, path)
+    path = tiny_job.write_rows(tmp_path / "d.jsonl", [{"prompt": "w4"}])
+    reward = "[{name: a, function: math_verify}]"
+    pytest.importorskip("math_verify")
+    refused("eval.sources.0: reward 'a': math_verify needs the dataset column 'answer'",
+            source, path, "--eval.rewards", reward)  # fmt: skip
+    refused("data.max_prompt_tokens=8 + eval.sampling.max_new_tokens=200 exceed the actor's",
+            source, path, "--eval.sampling.max_new_tokens", 200)  # fmt: skip
 
 
 def test_a_missing_file(refused):

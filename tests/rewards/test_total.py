@@ -238,7 +238,8 @@ def test_arrays_and_scalars_are_numbers(function, kind):
         ("[1.0, float('nan')]", "nan, not finite.*a pear"),
         ("[float('inf'), 1.0]", "inf, not finite.*an apple"),
         ("[1.0, 1e39]", "1e.39, not finite"),
-        ("[1.0, [2.0]]", r"\[2.0\], not a number"),
+        ("[1.0, [2.0]]", "returned 1 token rewards for a completion of 2 tokens"),
+        ("[1.0, {2.0}]", r"\{2.0\}, not a number"),
     ],
 )
 def test_an_unusable_answer_stops_the_run(function, answer, told):
