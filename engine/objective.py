@@ -54,7 +54,8 @@ def estimate_advantages(
 ) -> ops.Advantages:
     """Rewards, advantages as trained on, returns and per-token KL, all [B, R] float32.
 
-    gae: reward_t = -kl_coef * kl_t + [t last] * score, GAE (Schulman et al. 2016).
+    gae: reward_t = -kl_coef * kl_t + [t last] * score, GAE (Schulman et al. 2016); returns by
+    lam_critic, advantages by a lambda of each length with lam_length_alpha (VC-PPO, VAPO).
     reinforce_pp: the same rewards, returns-to-go without a critic (Hu et al. 2025).
     rloo: leave-one-out baseline over the prompt's samples (Ahmadian et al. 2024).
     grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024).
@@ -72,6 +73,8 @@ def estimate_advantages(
         kl_estimator=config.kl_estimator,
         gamma=config.gamma,
         lam=config.lam if gae else 1.0,
+        lam_critic=config.lam_critic,
+        lam_length_alpha=config.lam_length_alpha,
         bootstrap_values=bootstrap_values if gae else None,
     )
     advantages = result.advantages

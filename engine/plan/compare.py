@@ -1,5 +1,7 @@
 """Planned beside measured: bytes of each phase, and the share of the GPUs' rate that was of use."""
 
+from dataclasses import replace
+
 from gearshift.engine.phase import Phase
 from gearshift.engine.plan.hardware import GB, GPUS
 from gearshift.engine.plan.planner import TOLERANCE
@@ -46,14 +48,11 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
         prompt=figures["tokens"] / ppo.rows_per_step - response,  # type: ignore[arg-type]
         response=response,  # type: ignore[arg-type]
         score_pieces=1,
-        train_pieces=1,
-        epochs=ppo.epochs,
-        updates=ppo.optimizer_steps_per_step,
     )
     useful = sum(
         useful_flops(
             role.shape,
-            work,
+            replace(work, epochs=ppo.passes(role.name)[0]),
             scored=2 if role.name == "actor" else 1,  # generated, and scored
             trained=f"timing_s/update_{role.name}" in figures,
         )
