@@ -111,8 +111,10 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
 
 
 def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
-    """Loads every model. steps: optimizer steps of the whole run, for the schedules."""
+    """Loads every model. steps: PPO steps of the whole run, for the schedules."""
     config, parts = blueprint.config, blueprint.cast
+    # The actor's schedule ends at its end: it takes no step while the critic warms up.
+    acting = max(0, steps - config.ppo.critic_warmup_steps) * config.ppo.updates("actor")
     # Room for the weights of every frozen model, before any is read.
     stores = {
         name: room_for(part.source, part.kind, part.settings)
@@ -136,9 +138,10 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         model, temperature = _load(config, part, stores["reference"]), config.sampling.temperature
         reference = Reference(model, config.ppo, temperature, part.settings)
     if part := parts.get("critic"):
-        critic = Critic(_load(config, part), config, part.settings, steps)
+        updates = steps * config.ppo.updates("critic")
+        critic = Critic(_load(config, part), config, part.settings, updates)
     part = parts["actor"]
-    actor = Actor(_load(config, part), part.tokenizer, config, part.settings, steps)
+    actor = Actor(_load(config, part), part.tokenizer, config, part.settings, acting)
     return Roles(
         actor=actor,
         critic=critic,

@@ -201,7 +201,7 @@ class Guards:
         count = f"{failed} of {rows} samples have no score, {done}"
         self._say("failed_reward", f"{count}; {fault} (guards.failed_reward={policy})")
         if not usable:
-            self._dropped += self.config.ppo.optimizer_steps_per_step
+            self._dropped += self.config.ppo.updates("actor")
 
     def take(self, experience: Experience) -> None:
         """What this step's updates read; kept until the step ends, to find a culprit in."""

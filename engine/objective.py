@@ -55,7 +55,8 @@ def estimate_advantages(
 ) -> ops.Advantages:
     """Rewards, advantages as trained on, returns and per-token KL, all [B, R] float32.
 
-    gae: reward_t = -kl_coef * kl_t + [t last] * score, GAE (Schulman et al. 2016).
+    gae: reward_t = -kl_coef * kl_t + [t last] * score, GAE (Schulman et al. 2016); returns by
+    lam_critic, advantages by a lambda of each length with lam_length_alpha (VC-PPO, VAPO).
     reinforce_pp: the same rewards, returns-to-go without a critic (Hu et al. 2025).
     rloo: leave-one-out baseline over the prompt's samples (Ahmadian et al. 2024).
     grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024).
@@ -65,7 +66,12 @@ def estimate_advantages(
     prompt are on one rank, sample-major: row k * prompts + p is sample k of prompt p.
     """
     gae = config.estimator == "gae"
-    discounts = {"gamma": config.gamma, "lam": config.lam if gae else 1.0}
+    discounts = {
+        "gamma": config.gamma,
+        "lam": config.lam if gae else 1.0,
+        "lam_critic": config.lam_critic,
+        "lam_length_alpha": config.lam_length_alpha,
+    }
     result = ops.kl_reward_gae(
         logprobs,
         ref_logprobs,
@@ -78,17 +84,7 @@ def estimate_advantages(
         **discounts,
     )
     if token_rewards is not None:
-        # Rewards, advantages and returns are linear in what is rewarded: added up, those of the
-        # tokens alone, which the kernel takes as -kl_coef * (logprobs - ref_logprobs).
-        none = torch.zeros_like(logprobs)
-        own = ops.kl_reward_gae(
-            token_rewards, none, none, mask, torch.zeros_like(scores), kl_coef=-1.0, **discounts
-        )
-        result = result._replace(
-            rewards=result.rewards + own.rewards,
-            advantages=result.advantages + own.advantages,
-            returns=result.returns + own.returns,
-        )
+        result = _with_token_rewards(result, token_rewards, mask, discounts)
     advantages = result.advantages
     if config.estimator in ("rloo", "grpo"):
         baselined = _against_group(result.rewards.sum(1), config)
@@ -96,6 +92,20 @@ def estimate_advantages(
     elif config.whiten_advantages:
         advantages = ops.whiten(advantages, mask, group=group)
     return result._replace(advantages=advantages)
+
+
+def _with_token_rewards(
+    result: ops.Advantages, token_rewards: Tensor, mask: Tensor, discounts: dict
+) -> ops.Advantages:
+    """Rewards, advantages and returns are linear in what is rewarded: added up, those of the tokens
+    alone, which the kernel takes as -kl_coef * (logprobs - ref_logprobs)."""
+    none = torch.zeros_like(token_rewards)
+    own = ops.kl_reward_gae(token_rewards, none, none, mask, none.sum(1), kl_coef=-1.0, **discounts)
+    return result._replace(
+        rewards=result.rewards + own.rewards,
+        advantages=result.advantages + own.advantages,
+        returns=result.returns + own.returns,
+    )
 
 
 def _against_group(totals: Tensor, config: PPOConfig) -> Tensor:

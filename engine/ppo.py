@@ -155,9 +155,10 @@ class PPOTrainer:
         critic: Critic | None,
         metrics: StepMetrics,
     ) -> None:
-        size, ranks = self.ppo.minibatch_size, distributed.world_size()
+        epochs, size = self.ppo.passes("actor" if actor else "critic")
+        ranks = distributed.world_size()
         updates = 0  # of the actor
-        for epoch in range(self.ppo.epochs):
+        for epoch in range(epochs):
             seed = (self.config.run.seed * 1_000_003 + self.steps_done) * 1_000 + epoch
             for minibatch in minibatches(experience, size, ranks, seed):
                 drift = self._optimize(minibatch, actor, critic, metrics, first=not updates)
@@ -180,6 +181,7 @@ class PPOTrainer:
         """One optimizer step of `actor`, `critic` or both; returns report_policy's sums."""
         ppo = self.ppo
         tokens = distributed.global_sum(minibatch.response_mask.sum())
+        rows = len(minibatch) * distributed.world_size()
         trained = [role for role in (actor, critic) if role]
         budget = train_budget(ppo, trained)
         pieces = micro_batches(minibatch, budget)
@@ -188,9 +190,7 @@ class PPOTrainer:
         seen: dict[str, list[Piece]] = {"actor": [], "critic": []}
         for i, micro in enumerate(trace.each("micro-batch", pieces)):
             last = i == len(pieces) - 1
-            weights = token_weights(
-                micro.response_mask, ppo.loss_aggregation, ppo.minibatch_size, tokens
-            )
+            weights = token_weights(micro.response_mask, ppo.loss_aggregation, rows, tokens)
             if actor:
                 loss, stats = actor.loss(micro, self._corrected(micro, weights))
                 actor.backward(loss, last=last and not ppo.ptx_coef)

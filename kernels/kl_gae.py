@@ -8,6 +8,10 @@ For the live tokens of a row (mask true; t+1 means the *next live token*, holes 
     A_t      = delta_t + gamma * lam * A_{t+1}
     return_t = A_t + V_t
 
+With lam_critic the returns have a lambda of their own: return_t = C_t + V_t, where C is A of that
+lambda (VC-PPO, arXiv 2503.01491). With lam_length_alpha the lambda of A follows the row's length,
+lam = max(0, 1 - 1 / (alpha * live tokens)) (VAPO, arXiv 2504.05118, whose sum is not bounded at 0).
+
 A hole is the identity map of the recurrence, so A_t is a scan over affine maps
 (a, b): A -> a*A + b with (gamma*lam, delta) on live tokens and (1, 0) elsewhere.
 Masked positions are never read into arithmetic: they are selected away, not multiplied by 0.
@@ -38,6 +42,18 @@ class _Coefficients(NamedTuple):
     estimator: str
     gamma: float
     lam: float
+    lam_critic: float | None = None
+    lam_length_alpha: float | None = None
+
+    def decays(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """gamma * lambda [B] f32 of the policy, and of the critic where that is another."""
+        policy = torch.full(mask.shape[:1], self.gamma * self.lam, device=mask.device)
+        if self.lam_length_alpha is not None:
+            lengths = mask.sum(1).clamp(min=1).double()
+            policy = (self.gamma * (1 - 1 / (self.lam_length_alpha * lengths)).clamp(min=0)).float()
+        if self.lam_critic is None:
+            return policy, None
+        return policy, torch.full_like(policy, self.gamma * self.lam_critic)
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
@@ -70,15 +86,25 @@ def _kl_reward_gae_reference(logprobs, ref_logprobs, values, mask, scores, boots
     terminal = torch.where(mask & (next_live == R), scores[:, None], 0)
     rewards = terminal - coef.kl_coef * kl
     delta = torch.where(mask, rewards + coef.gamma * next_values - values, 0)
-    decay = torch.where(mask, coef.gamma * coef.lam, 1.0)
+    advantages, critics = _accumulate(delta, mask, *coef.decays(mask))
+    return Advantages(rewards, advantages, critics + values, kl)
+
+
+def _accumulate(delta, mask, decay, critic_decay):
+    """A_t of the policy's lambda and of the critic's, [B, R] each; one loop over time for both."""
+    B = len(delta)
+    if critic_decay is not None:
+        decay = torch.cat([decay, critic_decay])
+        delta, mask = delta.repeat(2, 1), mask.repeat(2, 1)
+    decay = torch.where(mask, decay[:, None], 1.0)
     # Time-major, so that each of the R steps is one fused multiply-add over a contiguous [B].
     advantages = torch.empty_like(delta.T, memory_format=torch.contiguous_format)
-    running = torch.zeros_like(scores)
+    running = delta.new_zeros(len(delta))
     steps = zip(decay.T.contiguous(), delta.T.contiguous(), advantages, strict=True)
     for a, b, out in reversed(list(steps)):
         running = torch.addcmul(b, a, running, out=out)
     advantages = torch.where(mask, advantages.T, 0)
-    return Advantages(rewards, advantages, advantages + values, kl)
+    return advantages[:B], advantages[-B:] if B else advantages
 
 
 if dispatch.HAS_TRITON:
@@ -108,6 +134,8 @@ if dispatch.HAS_TRITON:
         mask_ptr,
         scores_ptr,
         bootstrap_ptr,
+        decays_ptr,
+        critic_decays_ptr,
         rewards_ptr,
         advantages_ptr,
         returns_ptr,
@@ -115,12 +143,12 @@ if dispatch.HAS_TRITON:
         R,
         kl_coef,
         gamma,
-        decay,
         ESTIMATOR: tl.constexpr,
+        DECOUPLED: tl.constexpr,
         LIMIT: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One program per row, from the last block to the first, with three scalar carries.
+        """One program per row, from the last block to the first, with scalar carries.
 
         Lane i of a block is time R-1-start-i, so the backward recurrence is a *forward* scan
         (reverse=True has open wrong-result reports on GPUs: triton #4362, #8412).
@@ -129,7 +157,12 @@ if dispatch.HAS_TRITON:
         lane = tl.arange(0, BLOCK)
         score = tl.load(scores_ptr + tl.program_id(0)).to(tl.float32)
         next_value = tl.load(bootstrap_ptr + tl.program_id(0)).to(tl.float32)
+        decay = tl.load(decays_ptr + tl.program_id(0))
         advantage = 0.0
+        critic_decay = decay
+        if DECOUPLED:
+            critic_decay = tl.load(critic_decays_ptr + tl.program_id(0))
+        critic = 0.0
         live_after = 0
         for start in range(0, R, BLOCK):
             t = R - 1 - start - lane
@@ -155,16 +188,22 @@ if dispatch.HAS_TRITON:
             delta = tl.where(live, reward + gamma * upcoming - value, 0.0)
             a, b = tl.associative_scan((tl.where(live, decay, 1.0), delta), 0, _compose)
             accumulated = b + a * advantage
+            target = accumulated
+            if DECOUPLED:
+                c, d = tl.associative_scan((tl.where(live, critic_decay, 1.0), delta), 0, _compose)
+                target = d + c * critic
 
             tl.store(rewards_ptr + row + t, tl.where(live, reward, 0.0), mask=t >= 0)
             tl.store(advantages_ptr + row + t, tl.where(live, accumulated, 0.0), mask=t >= 0)
-            tl.store(returns_ptr + row + t, tl.where(live, accumulated + value, 0.0), mask=t >= 0)
+            tl.store(returns_ptr + row + t, tl.where(live, target + value, 0.0), mask=t >= 0)
             tl.store(kl_ptr + row + t, tl.where(live, kl, 0.0), mask=t >= 0)
 
             # This block's own last token is the first shifted lane of the next block.
             live_after = tl.max(has_next, 0)
             next_value = tl.sum(tl.where(lane == BLOCK - 1, upcoming, 0.0), 0)
             advantage = tl.sum(tl.where(lane == BLOCK - 1, accumulated, 0.0), 0)
+            if DECOUPLED:
+                critic = tl.sum(tl.where(lane == BLOCK - 1, target, 0.0), 0)
 
 
 def _kl_reward_gae_triton(logprobs, ref_logprobs, values, mask, scores, bootstrap, coef):
@@ -172,6 +211,7 @@ def _kl_reward_gae_triton(logprobs, ref_logprobs, values, mask, scores, bootstra
     out = Advantages(*(torch.empty(B, R, device=mask.device) for _ in Advantages._fields))
     if out.kl.numel() == 0:
         return out
+    decays, critic_decays = coef.decays(mask)
     _kl_gae_kernel[(B,)](
         logprobs.contiguous(),
         ref_logprobs.contiguous(),
@@ -179,12 +219,14 @@ def _kl_reward_gae_triton(logprobs, ref_logprobs, values, mask, scores, bootstra
         mask.contiguous(),
         scores.contiguous(),
         bootstrap.contiguous(),
+        decays,
+        decays if critic_decays is None else critic_decays,
         *out,
         R,
         float(coef.kl_coef),
         float(coef.gamma),
-        float(coef.gamma * coef.lam),
         ESTIMATOR=coef.estimator,
+        DECOUPLED=critic_decays is not None,
         LIMIT=LOG_RATIO_LIMIT,
         BLOCK=SCAN_BLOCK,
         num_warps=4,
@@ -203,6 +245,8 @@ def kl_reward_gae(
     kl_coef: float,
     gamma: float,
     lam: float,
+    lam_critic: float | None = None,
+    lam_length_alpha: float | None = None,
     kl_estimator: str = "k1",
     bootstrap_values: torch.Tensor | None = None,
     backend: str = "auto",
@@ -216,6 +260,9 @@ def kl_reward_gae(
         scores: [B] float; lands on the last live token of its row.
         kl_coef: weight of the KL penalty inside the reward; the returned `kl` is unscaled.
         gamma, lam: discount and GAE lambda, per live token, both in [0, 1].
+        lam_critic: lambda of the returns, in [0, 1]; None is that of the advantages.
+        lam_length_alpha: above 0; the lambda of the advantages is max(0, 1 - 1 / (alpha * length))
+            of each row's live tokens, in place of `lam`.
         kl_estimator: "k1", "k2" or "k3"; only k1 makes the KL-regularised policy the optimum.
         bootstrap_values: [B] float, the value after the last live token; None means 0 everywhere.
             Give 0 for finished responses and the critic's value for truncated ones.
@@ -223,7 +270,7 @@ def kl_reward_gae(
     Positions where `mask` is false change nothing, whatever they hold (NaN, inf), and read 0.
     Raises ValueError naming the argument for a wrong shape, dtype, device or range.
     """
-    coef = _Coefficients(kl_coef, kl_estimator, gamma, lam)
+    coef = _Coefficients(kl_coef, kl_estimator, gamma, lam, lam_critic, lam_length_alpha)
     if mask.dim() != 2 or mask.dtype != torch.bool:
         raise ValueError(f"mask: expected [B, R] bool, got {list(mask.shape)} {mask.dtype}")
     if bootstrap_values is None:
@@ -257,8 +304,12 @@ def _check_estimator(estimator):
 
 def _check_coefficients(coef):
     _check_estimator(coef.estimator)
-    for name in ("gamma", "lam"):
-        if not 0.0 <= getattr(coef, name) <= 1.0:
-            raise ValueError(f"{name}={getattr(coef, name)}: give a number in [0, 1]")
+    for name in ("gamma", "lam", "lam_critic"):
+        given = getattr(coef, name)
+        if given is not None and not 0.0 <= given <= 1.0:
+            raise ValueError(f"{name}={given}: give a number in [0, 1]")
+    alpha = coef.lam_length_alpha
+    if alpha is not None and not 0.0 < alpha < float("inf"):
+        raise ValueError(f"lam_length_alpha={alpha}: give a number above 0, or None")
     if not float("-inf") < coef.kl_coef < float("inf"):
         raise ValueError(f"kl_coef={coef.kl_coef}: give a finite number")

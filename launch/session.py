@@ -85,8 +85,7 @@ class Session:
         if len(counts) > 1:
             each = (f"{host} ({count})" for host, count in counts.items())
             self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
-        steps = config.run.steps * config.ppo.optimizer_steps_per_step
-        roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
+        roles = assemble.build(self.blueprint, config.run.steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
         about |= {"environment": environment()}

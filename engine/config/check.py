@@ -7,6 +7,9 @@ from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.schema import Config, PPOConfig
 
 ROLES = ("actor", "critic", "reference")
+# Keys of ppo that are null without a critic; and those of its updates, which joint ones have not.
+CRITICS_UPDATES = ("critic_epochs", "critic_minibatch_size")
+CRITICS_OWN = ("lam_critic", "lam_length_alpha", *CRITICS_UPDATES)
 TRACKERS = ("tensorboard", "wandb", "trackio")  # each the name of its package
 
 
@@ -75,8 +78,15 @@ def _check_ppo(ppo: PPOConfig) -> None:
         refuse_if(steps, "ppo.critic_warmup_steps", problem, "use gae, or 0", steps)
         refuse_if(cut, "ppo.bootstrap_truncated", problem, "use gae, or false", "true")
         refuse_if(ppo.update == "joint", "ppo.update", problem, "use gae, or separate", "joint")
+        for key in CRITICS_OWN:
+            value = getattr(ppo, key)
+            refuse_if(value is not None, f"ppo.{key}", problem, "use gae, or null", value)
+    for key in CRITICS_UPDATES:
+        given, problem = getattr(ppo, key), "ppo.update=joint trains both on the same minibatches"
+        wrong = ppo.update == "joint" and given is not None
+        refuse_if(wrong, f"ppo.{key}", problem, "use separate, or null", given)
     # The gradient of log pi - log ref is the score function, whose expectation is zero.
-    wrong = ppo.kl_in == "loss" and ppo.kl_coef and ppo.kl_estimator == "k1"
+    wrong = ppo.kl_in == "loss" and ppo.kl_coef > 0 and ppo.kl_estimator == "k1"
     problem = "has no gradient on average in a loss"
     refuse_if(wrong, "ppo.kl_estimator", problem, "use k2 or k3", "k1")
 
@@ -104,6 +114,7 @@ def _check_world(config: Config, world_size: int) -> None:
     counts = {
         "ppo.prompts_per_step": config.ppo.prompts_per_step,
         "ppo.minibatch_size": config.ppo.minibatch_size,
+        "ppo.critic_minibatch_size": config.ppo.passes("critic")[1],
     }
     if config.ppo.ptx_coef:
         counts["pretrain.rows"] = config.pretrain.rows

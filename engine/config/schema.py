@@ -42,7 +42,7 @@ class OptimizerConfig:
     eps: Number = knob(1e-8, "added to the root of the second moment", gt=0)
     weight_decay: Number = knob(0.0, "decoupled weight decay; not applied to vectors", ge=0)
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "decay after warm-up, to 0")
-    warmup: Number = knob(0.03, "share of all optimizer steps spent warming up", ge=0, le=1)
+    warmup: Number = knob(0.03, "share of its optimizer steps spent warming up", ge=0, le=1)
 
     def __post_init__(self):
         if self.moments == "fp32":
@@ -254,11 +254,21 @@ class PPOConfig:
         None, "responses per gradient-free forward, at most; given alone, tokens do not count", ge=1
     )
     epochs: Whole = knob(1, "passes over each rollout", ge=1)
+    critic_epochs: Whole | None = knob(None, "of the critic; null: as epochs", ge=1)
+    critic_minibatch_size: Whole | None = knob(
+        None, "responses per optimizer step of the critic; null: as minibatch_size", ge=1
+    )
     estimator: Literal["gae", "rloo", "grpo", "reinforce_pp"] = knob(
         "gae", "advantages: gae needs a critic, the others do not"
     )
     gamma: Number = knob(1.0, "discount; 1 makes the KL term exact", gt=0, le=1)
     lam: Number = knob(0.95, "lambda of GAE", ge=0, le=1)
+    lam_critic: Number | None = knob(
+        None, "lambda of the critic's returns (VC-PPO: 1); null: that of the advantages", ge=0, le=1
+    )
+    lam_length_alpha: Number | None = knob(
+        None, "lambda of the advantages is 1 - 1 / (this x length), VAPO: 0.05; null: lam", gt=0
+    )
     whiten_advantages: Flag = knob(
         True, "zero mean, unit variance over the global rollout (gae, reinforce_pp)"
     )
@@ -306,7 +316,9 @@ class PPOConfig:
     def __post_init__(self):
         rows, adaptive = self.rows_per_step, self.kl_controller == "adaptive"
         problem = f"must divide prompts_per_step x samples_per_prompt = {rows}"
-        refuse_if(rows % self.minibatch_size, "minibatch_size", problem, value=self.minibatch_size)
+        for key in ("minibatch_size", "critic_minibatch_size"):
+            size = getattr(self, key)
+            refuse_if(size and rows % size, key, problem, value=size)
         problem, fix = "only k1 keeps the optimum when kl_in=reward", "use k1, or kl_in=loss"
         wrong = self.kl_in == "reward" and self.kl_estimator != "k1"
         refuse_if(wrong, "kl_estimator", problem, fix, self.kl_estimator)
@@ -334,9 +346,16 @@ class PPOConfig:
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
-    @property
-    def optimizer_steps_per_step(self) -> int:
-        return self.epochs * (self.rows_per_step // self.minibatch_size)
+    def passes(self, role: str) -> tuple[int, int]:
+        """(passes over a rollout, responses per optimizer step) of actor or critic."""
+        if role == "actor":
+            return self.epochs, self.minibatch_size
+        return self.critic_epochs or self.epochs, self.critic_minibatch_size or self.minibatch_size
+
+    def updates(self, role: str) -> int:
+        """Optimizer steps of actor or critic in a PPO step."""
+        epochs, size = self.passes(role)
+        return epochs * (self.rows_per_step // size)
 
 
 # Not `off`, which YAML reads as false.

@@ -1,7 +1,7 @@
 """Planned beside measured: bytes of each phase, and the share of the GPUs' rate that was of use."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gearshift.engine.phase import Phase, update_of
 from gearshift.engine.plan.bytes import state_elements
@@ -47,7 +47,7 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
     useful = sum(
         useful_flops(
             role.shape,
-            work,
+            replace(work, epochs=plan.config.ppo.passes(role.name)[0]),
             scored=2 if role.name == "actor" else 1,  # generated, and scored
             trained=f"timing_s/update_{role.name}" in figures,
         )
@@ -94,8 +94,9 @@ def needs(plan: Plan, figures: dict[str, float]) -> dict[str, Need]:
         if role.trained:
             update = Phase.UPDATE_ACTOR if ppo.update == "joint" else update_of(role.name)
             states = ADAM_BYTES * state_elements(shape, role.zero, world)
-            moved = work.updates * states if role.zero.optimizer == "gpu" else 0.0
-            found[update] += Need(3 * ppo.epochs * once.flops, 2 * ppo.epochs * weights + moved)
+            moved = ppo.updates(role.name) * states if role.zero.optimizer == "gpu" else 0.0
+            epochs = ppo.passes(role.name)[0]
+            found[update] += Need(3 * epochs * once.flops, 2 * epochs * weights + moved)
     return found
 
 
@@ -117,7 +118,4 @@ def _work(plan: Plan, figures: dict[str, float]) -> Work:
         prompt=figures["tokens"] / ppo.rows_per_step - response,  # type: ignore[arg-type]
         response=response,  # type: ignore[arg-type]
         score_pieces=1,
-        train_pieces=1,
-        epochs=ppo.epochs,
-        updates=ppo.optimizer_steps_per_step,
     )

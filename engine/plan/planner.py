@@ -7,6 +7,7 @@ rank, or per node of the host.
 
 import math
 from bisect import bisect_left
+from dataclasses import replace
 
 from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
@@ -84,7 +85,8 @@ class _Planner:
         ppo = config.ppo
         rows = math.ceil(ppo.rows_per_step / hardware.world)
         length = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-        update = math.ceil(ppo.minibatch_size / hardware.world)
+        most = max(ppo.passes(role)[1] for role in ("actor", "critic"))
+        self.together = update = math.ceil(most / hardware.world)  # rows of an optimizer step
         self.scored = _forward_tokens(rows, length, ppo.score_batch_size, ppo.score_tokens)
         self.learned = _forward_tokens(update, length, ppo.micro_batch_size, ppo.micro_tokens)
         self.several = _pieces(update, length, self.learned) > 1
@@ -93,9 +95,6 @@ class _Planner:
             prompt=config.data.max_prompt_tokens,
             response=config.sampling.max_new_tokens,
             score_pieces=_pieces(rows, length, self.scored),
-            train_pieces=rows // update * _pieces(update, length, self.learned),
-            epochs=ppo.epochs,
-            updates=ppo.optimizer_steps_per_step,
         )
         self.sleeps, self.joint = sleeps_of(config, roles), ppo.update == "joint"
         self.host = self._host()
@@ -236,8 +235,17 @@ class _Planner:
         recompute = getattr(self.config, role.name).gradient_checkpointing
         phase = update_of(role.name)
         gpu = self._resident(phase) | self._update_parts(role, self.learned)
-        seconds = plan_time.train_seconds(shape, zero, self.work, self.hw, recompute)
+        work = self._training(role.name)
+        seconds = plan_time.train_seconds(shape, zero, work, self.hw, recompute)
         return PhasePlan(name=phase, gpu=gpu, host=self.host, seconds=seconds)
+
+    def _training(self, role: str) -> Work:
+        """The work with the epochs of a role."""
+        ppo, work = self.config.ppo, self.work
+        epochs, size = ppo.passes(role)
+        update = math.ceil(size / self.hw.world)
+        pieces = work.rows // update * _pieces(update, work.length, self.learned)
+        return replace(work, train_pieces=pieces, epochs=epochs, updates=ppo.updates(role))
 
     def _responses(self, tokens: int) -> int:
         """How many of a forward's tokens are of responses."""
@@ -295,8 +303,8 @@ class _Planner:
         def exceeds(tokens: int) -> bool:
             return any(sum(self._update_parts(r, tokens).values()) > rooms[r.name] for r in trained)
 
-        rows = math.ceil(self.config.ppo.minibatch_size / self.hw.world)
-        return bisect_left(range(1, rows * self.work.length + 1), True, key=exceeds)
+        longest = self.together * self.work.length
+        return bisect_left(range(1, longest + 1), True, key=exceeds)
 
     def _refusal(self, phases: list[PhasePlan], slots: int) -> str | None:
         hardware, worst = self.hw, max(phases, key=lambda phase: phase.total)

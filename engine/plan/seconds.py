@@ -34,9 +34,9 @@ class Work:
     prompt: int
     response: int
     score_pieces: int  # gradient-free forwards
-    train_pieces: int  # forwards and backwards of an epoch
-    epochs: int
-    updates: int  # optimizer steps
+    train_pieces: int = 1  # forwards and backwards of an epoch
+    epochs: int = 1
+    updates: int = 1  # optimizer steps
 
     @property
     def length(self) -> int:

@@ -15,6 +15,7 @@ from gearshift.kernels.sample import FRACTION_BITS, philox_uniform
 
 TEMPERATURE = 0.8
 GAE = {"kl_coef": 0.05, "gamma": 0.99, "lam": 0.95}
+DECOUPLED = GAE | {"lam_critic": 1.0, "lam_length_alpha": 0.05}
 VALUE_CLIP = 0.2
 SAMPLERS = {
     "sample_tokens": {"temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0},
@@ -72,11 +73,11 @@ def _draw_grid(size: Size, dtype: torch.dtype, generator: torch.Generator) -> Te
     return inputs | {"mask": mask, "scores": normal(size.batch)}
 
 
-def _run_gae(inputs: Tensors, size: Size, backend: str) -> Tensors:
-    return ops.kl_reward_gae(**inputs, **GAE, backend=backend)._asdict()
+def _run_gae(inputs: Tensors, size: Size, backend: str, *, options: dict) -> Tensors:
+    return ops.kl_reward_gae(**inputs, **options, backend=backend)._asdict()
 
 
-def _truth_gae(inputs: Tensors, outputs: Tensors) -> Tensors:
+def _truth_gae(inputs: Tensors, outputs: Tensors, *, options: dict) -> Tensors:
     """One step of the recurrence after the other, from the last token to the first."""
     mask = inputs["mask"]
     logprobs, refs, values = (
@@ -84,19 +85,30 @@ def _truth_gae(inputs: Tensors, outputs: Tensors) -> Tensors:
         for name in ("logprobs", "ref_logprobs", "values")
     )
     kl = logprobs - refs
-    rewards, advantages = -GAE["kl_coef"] * kl, torch.zeros_like(kl)
-    following, next_value, running = (torch.zeros_like(kl[:, 0]) for _ in range(3))
+    rewards, advantages, critics = -GAE["kl_coef"] * kl, torch.zeros_like(kl), torch.zeros_like(kl)
+    following, next_value, running, critic = (torch.zeros_like(kl[:, 0]) for _ in range(4))
     scores = inputs["scores"].double()
+    lam = torch.full_like(scores, options["lam"])
+    if "lam_length_alpha" in options:
+        lam = (1 - 1 / (options["lam_length_alpha"] * mask.sum(1).double())).clamp(min=0)
+    lam_critic = options.get("lam_critic", lam)
     for t in reversed(range(mask.shape[1])):
         live = mask[:, t]
         rewards[:, t] += torch.where(live & (following == 0), scores, 0)
         delta = rewards[:, t] + GAE["gamma"] * next_value - values[:, t]
-        running = torch.where(live, delta + GAE["gamma"] * GAE["lam"] * running, running)
+        running = torch.where(live, delta + GAE["gamma"] * lam * running, running)
+        critic = torch.where(live, delta + GAE["gamma"] * lam_critic * critic, critic)
         advantages[:, t] = torch.where(live, running, 0)
+        critics[:, t] = torch.where(live, critic, 0)
         next_value = torch.where(live, values[:, t], next_value)
         following = torch.where(live, 1.0, following)
-    returns = torch.where(mask, advantages + values, 0)
+    returns = torch.where(mask, critics + values, 0)
     return {"rewards": rewards, "advantages": advantages, "returns": returns, "kl": kl}
+
+
+def _gae_case(name: str, options: dict) -> Case:
+    run = functools.partial(_run_gae, options=options)
+    return Case(name, _draw_grid, run, functools.partial(_truth_gae, options=options))
 
 
 def _draw_whiten(size: Size, dtype: torch.dtype, generator: torch.Generator) -> Tensors:
@@ -218,7 +230,8 @@ def _sample_case(name: str) -> Case:
 
 CASES = (
     Case("logprob_entropy", _draw_logprob, _run_logprob, _truth_logprob),
-    Case("kl_reward_gae", _draw_grid, _run_gae, _truth_gae),
+    _gae_case("kl_reward_gae", GAE),
+    _gae_case("kl_reward_gae.decoupled", DECOUPLED),
     Case("whiten", _draw_whiten, _run_whiten, _truth_whiten),
     Case("value_loss", _draw_values, _run_values, _truth_values),
     *map(_sample_case, SAMPLERS),

@@ -153,6 +153,7 @@ def test_empty_sections_and_files(yaml_file):
         (["--actor.optimizer.lr", "-1"], "^actor.optimizer.lr=-1.0: must be at least 0$"),
         (["--rewards.0.timeout_s", "0"], "^rewards.0.timeout_s=0.0: must be above 0$"),
         (["--ppo.minibatch_size", "7"], "^ppo.minibatch_size=7: must divide"),
+        (["--ppo.critic_minibatch_size", "48"], "^ppo.critic_minibatch_size=48: must divide"),
         (["--ppo.kl_coef"], "--ppo.kl_coef: has no value"),
         (["--ppo.kl_coef", "--ppo.lam", "1"], "--ppo.kl_coef: has no value"),
         (["ppo.kl_coef", "1"], "ppo.kl_coef: expected --section.key VALUE"),
@@ -254,6 +255,19 @@ def test_a_runnable_configuration_has_no_warnings():
             ["--ppo.estimator", "reinforce_pp", "--ppo.bootstrap_truncated", "true"],
             "bootstrap_truncated=true: needs a critic",
         ),
+        (
+            ["--ppo.estimator", "reinforce_pp", "--ppo.lam_critic", "1"],
+            "ppo.lam_critic=1.0: needs a critic, .* or null",
+        ),
+        (
+            ["--ppo.estimator", "reinforce_pp", "--ppo.critic_epochs", "2"],
+            "ppo.critic_epochs=2: needs a critic, .* or null",
+        ),
+        (
+            ["--ppo.update", "joint", "--ppo.critic_minibatch_size", "32"],
+            "ppo.critic_minibatch_size=32: ppo.update=joint trains both .*; use separate, or null",
+        ),
+        (["--ppo.critic_minibatch_size", "2"], "critic_minibatch_size=2: must be a multiple of"),
         (["--ppo.kl_in", "loss"], "ppo.kl_estimator=k1: .*use k2 or k3"),
         (["--ppo.prompts_per_step", "63", "--ppo.minibatch_size", "63"], "multiple of the 4 ranks"),
         (

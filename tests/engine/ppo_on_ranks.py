@@ -35,6 +35,12 @@ CASES = {
         {"micro_batch_size": 1, "loss_aggregation": "token_mean", "update": "joint"}
         | {"vf_coef": 0.5, "ptx_coef": 0.3},
     ),
+    "critic": (
+        "zero3",
+        1,
+        {"micro_batch_size": 1, "critic_epochs": 3, "critic_minibatch_size": 8}
+        | {"lam_critic": 1.0, "lam_length_alpha": 0.4},
+    ),
     "grpo": (
         "zero3",
         1,

@@ -161,6 +161,51 @@ def test_critic_warmup_leaves_the_actor_alone(models, update):
     assert trainer.actor.engine.global_steps == 4
 
 
+def test_a_critic_has_updates_of_its_own(models):
+    """Four epochs of one minibatch against two of two; the actor's steps are as without."""
+    plain = ranks_ppo.run(models, "zero0")
+    config = tiny_run.config(models, critic_epochs=4, critic_minibatch_size=8)
+    trainer = tiny_run.trainer(config)
+    figures, _ = trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert trainer.actor.engine.global_steps == trainer.critic.engine.global_steps == 4
+    assert figures["policy/optimizer_steps"] == 4
+    assert largest_difference(plain["weights"]["actor"], trainer.actor.lm.state_dict()) == 0
+    assert largest_difference(plain["weights"]["critic"], trainer.critic.model.state_dict()) > SAME
+    config = tiny_run.config(models, critic_epochs=3)
+    trainer = tiny_run.trainer(config)
+    trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert (trainer.actor.engine.global_steps, trainer.critic.engine.global_steps) == (4, 6)
+
+
+def test_the_gradient_of_the_critic_is_a_mean_over_its_own_minibatch(models):
+    """One critic step over all eight rows, whatever the actor's minibatch is."""
+    norms = []
+    for size in (4, 8):
+        config = tiny_run.config(models, minibatch_size=size, critic_minibatch_size=8, epochs=1)
+        trainer = tiny_run.trainer(config)
+        figures, _ = trainer.step(tiny_run.prompts(config.ppo, 0))
+        assert trainer.critic.engine.global_steps == 1
+        norms.append(figures["critic/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("update", ["separate", "joint"])
+def test_the_schedule_of_the_actor_ends_with_its_own_steps(models, update):
+    """Two of five PPO steps are warm-up: the actor's 12 updates decay from the peak to 0."""
+    config = tiny_run.config(models, critic_warmup_steps=2, update=update)
+    plain = replace(config.actor.optimizer, warmup=0.0)
+    config = replace(config, actor=replace(config.actor, optimizer=plain))
+    trainer = tiny_run.trainer(config, steps=5)
+    rates = []
+    for step in range(5):
+        figures, _ = trainer.step(tiny_run.prompts(config.ppo, step))
+        rates.append(figures.get("lr"))
+    assert rates[:2] == [None, None]
+    # The rate of each PPO step's last update: the 4th, the 8th and the 12th.
+    assert rates[2:] == pytest.approx([1e-3 * (1 - taken / 12) for taken in (3, 7, 11)])
+    assert trainer.actor.learning_rate == 0 and trainer.critic.learning_rate == 0
+
+
 def test_joint_and_separate_agree_where_nothing_is_shared(models):
     """Two models, two optimizers: with vf_coef 1 the order of their steps cannot matter."""
     results = [

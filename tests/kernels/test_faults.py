@@ -52,7 +52,8 @@ PPO, BONUS, KL = "linear_ppo_loss", "linear_ppo_loss.bonus", "linear_ppo_loss.kl
 SCORE, CAPPED = "linear_logprob", "linear_logprob.capped"
 SAMPLE, TOP_P, GREEDY = "sample_tokens", "sample_tokens.top_p", "sample_tokens.greedy"
 ATTEND, WINDOW = "paged_attention", "paged_attention.window"
-GAE, VALUE, ADAMW = "kl_reward_gae", "value_loss", "adamw_split_step.bf16"
+GAE, DECOUPLED = "kl_reward_gae", "kl_reward_gae.decoupled"
+VALUE, ADAMW = "value_loss", "adamw_split_step.bf16"
 
 FAULTS = {
     "_score_kernel": [
@@ -122,6 +123,16 @@ FAULTS = {
         Fault(kl_gae, GAE, "live & (has_next == 0), score", "live & (t == R - 1), score"),
         Fault(kl_gae, GAE, "accumulated = b + a * advantage", "accumulated = b", WIDE),
         Fault(kl_gae, GAE, "has_next = has_next | live_after", "has_next = has_next", WIDE),
+        Fault(kl_gae, DECOUPLED, "target = d + c * critic", "target = d", WIDE),
+        Fault(kl_gae, DECOUPLED, "critic_decay, 1.0), delta)", "decay, 1.0), delta)"),
+        Fault(kl_gae, DECOUPLED, "live, target + value", "live, accumulated + value"),
+        Fault(
+            kl_gae,
+            DECOUPLED,
+            "decay = tl.load(decays_ptr + tl.program_id(0))",
+            "decay = tl.load(decays_ptr)",
+            WIDE,
+        ),
     ],
     "_value_loss_kernel": [
         left_out(value_loss, VALUE, "tl.store(clipped_ptr + i, clipped, mask=i < N)"),

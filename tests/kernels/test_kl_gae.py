@@ -113,6 +113,48 @@ def test_matches_float64(backend, B, R, dtype, estimator, nan_memory):
         assert torch.all(x[~inputs[3]] == 0), name
 
 
+def row_by_row(inputs, lams):
+    """gae_double_sum of each row with a lambda of its own."""
+    rows = [[x[b : b + 1] for x in inputs] for b in range(len(lams))]
+    each = [gae_double_sum(row, 0.05, 0.97, lam) for row, lam in zip(rows, lams, strict=True)]
+    return torch.cat(each)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("R", [70, 1100])  # within a block of the kernel, and beyond
+def test_returns_have_a_lambda_of_their_own(backend, R, nan_memory):
+    """VC-PPO: the critic's target is V_t + the sum of (gamma lam_critic)^l delta_t+l."""
+    inputs = make_inputs(3, R)
+    got = kl_reward_gae(*poison(inputs), **COEFFICIENTS, lam_critic=1.0, backend=backend)
+    advantages, critics = (gae_double_sum(inputs, 0.05, 0.97, lam) for lam in (0.9, 1.0))
+    torch.testing.assert_close(got.advantages.double(), advantages, rtol=2e-6, atol=5e-6)
+    expected = torch.where(inputs[3], critics + inputs[2], 0)
+    torch.testing.assert_close(got.returns.double(), expected, rtol=5e-6, atol=2e-5)
+    assert (got.returns - got.advantages - inputs[2])[inputs[3]].abs().max() > 0.1
+    same = kl_reward_gae(*inputs, **COEFFICIENTS, lam_critic=0.9, backend=backend)
+    plain = kl_reward_gae(*inputs, **COEFFICIENTS, backend=backend)
+    assert all(map(torch.equal, same, plain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lam_critic", [None, 1.0])
+def test_lambda_follows_the_length(backend, lam_critic, nan_memory):
+    """VAPO: 1 - 1 / (0.05 * 40) = 0.5 at 40 live tokens, 0.96 at 500; here 0 below 20."""
+    *grids, mask, scores = make_inputs(4, 700)
+    for row, length in enumerate([40, 500, 15, 0]):
+        live = torch.randperm(700, generator=torch.Generator().manual_seed(row))[:length]
+        mask[row] = False
+        mask[row, live] = True
+    inputs = *grids, mask, scores
+    options = {"lam_length_alpha": 0.05, "lam_critic": lam_critic, "backend": backend}
+    got = kl_reward_gae(*poison(inputs), **COEFFICIENTS, **options)
+    advantages = row_by_row(inputs, [0.5, 0.96, 0.0, 0.0])
+    critics = advantages if lam_critic is None else row_by_row(inputs, [1.0] * 4)
+    torch.testing.assert_close(got.advantages.double(), advantages, rtol=2e-6, atol=5e-6)
+    expected = torch.where(mask, critics + inputs[2], 0)
+    torch.testing.assert_close(got.returns.double(), expected, rtol=5e-6, atol=2e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_positions_change_nothing(backend):
     inputs = make_inputs(3, 70)
@@ -221,6 +263,8 @@ def test_k3_saturates_at_20_nats_and_k1_does_not(backend):
         (dict(ref_logprobs=torch.zeros(2, 4, device="meta")), "ref_logprobs"),
         (dict(gamma=1.5), "gamma=1.5"),
         (dict(lam=-0.1), "lam=-0.1"),
+        (dict(lam_critic=1.1), "lam_critic=1.1"),
+        (dict(lam_length_alpha=0.0), "lam_length_alpha=0.0"),
         (dict(kl_coef=math.nan), "kl_coef=nan"),
         (dict(kl_estimator="k4"), "kl_estimator='k4'"),
         (dict(backend="cuda"), "backend='cuda'"),

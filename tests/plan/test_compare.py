@@ -89,7 +89,7 @@ def test_a_phase_needs_its_products_and_its_bytes(made):
     steps = max(longest, rows * response / made.kv_slots)
     cache = rows * response * (prompt + response / 2) * actor.shape.kv_bytes_per_token(1, 2)
     assert found["generate"].bytes == pytest.approx(steps * weights + cache, rel=1e-3)
-    states = 36 * actor.shape.total * ppo.optimizer_steps_per_step
+    states = 36 * actor.shape.total * ppo.updates("actor")
     moved = states if actor.zero.optimizer == "gpu" else 0
     read = 2 * ppo.epochs * weights
     assert found["update_actor"].bytes == pytest.approx(moved + read, rel=1e-3)

@@ -137,8 +137,7 @@ def solve(directory: Path, lm: torch.nn.Module, beta: float) -> Solution:
 
 def train(config: Config, directory: Path) -> tuple[PPOTrainer, Solution, list[dict]]:
     """config.run.steps PPO steps; returns the figures of each."""
-    steps = config.run.steps * config.ppo.optimizer_steps_per_step
-    trainer = tiny_run.trainer(config, steps=steps)
+    trainer = tiny_run.trainer(config, steps=config.run.steps)
     solution = solve(directory, trainer.actor.lm, config.ppo.kl_coef)
     figures = [
         trainer.step(prompt_batch(config.ppo.rows_per_step, step))[0]
