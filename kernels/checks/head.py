@@ -137,7 +137,7 @@ def _graded(op, inputs: Tensors, size: Size, **options) -> Tensors:
     leaves = {n: inputs[n].detach().requires_grad_() for n in names if n in inputs}
     limit = size.logits_bytes
     result = op(**leaves, token_ids=inputs["token_ids"], max_logits_bytes=limit, **options)
-    found = result._asdict() if isinstance(result, tuple) else {"loss": result}
+    found = {"loss": result} if isinstance(result, torch.Tensor) else result._asdict()
     gradients = torch.autograd.grad(found["loss"], list(leaves.values()))
     named = {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {**found, "loss": found["loss"].detach(), **named}
