@@ -20,7 +20,6 @@ from gearshift.launch.commands.demo import LAUNCH, environment, launcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.allow_abbrev = False
     parser.set_defaults(overrides=[])  # what is not named below, as --section.key value
     parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
     parser.add_argument("--ranks", type=int, default=0, help="processes; 0: one per GPU, or one")
