@@ -88,6 +88,7 @@ class Session:
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
+        self.trainer.redraw = self.streams["prompts"].redraw
         self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}

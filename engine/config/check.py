@@ -18,6 +18,9 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     _check_present(config)
     _check_names(config)
     _check_ppo(config.ppo)
+    by, names = config.ppo.dynamic_sampling_by, [reward.name for reward in config.rewards]
+    problem, fix = "no such reward", f"the rewards are {', '.join(names)}"
+    refuse_if(by is not None and by not in names, "ppo.dynamic_sampling_by", problem, fix, by)
     _check_eval(config)
     problem = f"needed because ppo.ptx_coef={config.ppo.ptx_coef}"
     wrong = config.ppo.ptx_coef and not config.pretrain.sources

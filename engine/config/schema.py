@@ -240,6 +240,15 @@ class PPOConfig:
 
     prompts_per_step: Whole = knob(64, "prompts per PPO step, over all ranks", ge=1)
     samples_per_prompt: Whole = knob(1, "responses per prompt", ge=1)
+    dynamic_sampling: Whole = knob(
+        0, "most times a step's prompts whose samples score alike are replaced (DAPO); 0: off", ge=0
+    )
+    dynamic_sampling_by: str | None = knob(
+        None, "reward by whose scores that is judged; null: by their weighted sum"
+    )
+    overlong_filter: Flag = knob(
+        False, "a response cut by length teaches nothing (DAPO): its advantages are 0"
+    )
     minibatch_size: Whole = knob(64, "responses per optimizer step, over all ranks", ge=1)
     micro_batch_tokens: Tokens = knob(
         "auto", "prompt and response tokens per forward and backward, per rank; auto: the plan's"
@@ -315,6 +324,8 @@ class PPOConfig:
         wrong = self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2
         problem = f"estimator={self.estimator} compares several"
         refuse_if(wrong, "samples_per_prompt", problem, value=1)
+        wrong = self.dynamic_sampling > 0 and self.samples_per_prompt < 2
+        refuse_if(wrong, "samples_per_prompt", "dynamic_sampling compares several", value=1)
         # Ziegler's update multiplies by 1 + error * n / horizon with error in +-0.2.
         wrong = adaptive and 0.2 * rows >= self.kl_horizon
         problem = f"must exceed 0.2 x {rows} responses a step, or the coefficient turns negative"
