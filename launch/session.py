@@ -278,7 +278,7 @@ class Session:
                 self.blueprint.eval_rewards.check(held.columns)
             except ValueError as error:
                 raise ConfigError(f"eval.sources.{held.index}", str(error)) from None
-            dropped = f", {held.dropped} dropped by its length" if held.dropped else ""
+            dropped = f", {held.dropped} dropped by their length" if held.dropped else ""
             self.console.note(f"held-out prompts {held.name}: {len(held.examples)}{dropped}")
         return sets
 

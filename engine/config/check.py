@@ -123,6 +123,11 @@ def _warnings(config: Config) -> list[str]:
             f"sampling.top_k={sampling.top_k}, sampling.top_p={sampling.top_p}: the sampled "
             "policy is truncated, but ratios and KL are of the full one; 0 and 1 are unbiased"
         )
+    if config.eval.sampling_of(sampling).temperature == 0 and config.eval.samples > 1:
+        found.append(
+            "eval.sampling.temperature=0: the samples of a prompt are all alike, so pass_at and "
+            "samples_per_prompt only take time"
+        )
     if config.pretrain.sources and not ppo.ptx_coef:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")
     if ppo.vf_coef != 1 and ppo.update == "separate":
