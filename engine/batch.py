@@ -147,6 +147,28 @@ def _trim(name: str, value: Any, prompt: int, width: int, length: int) -> Any:
     return value
 
 
+def _widened(rows: PromptBatch, prompt: int, response: int) -> dict[str, Any]:
+    """All fields, with prompts of `prompt` columns and responses of `response`."""
+    fields = rows.tensors()
+    for name, value in fields.items():
+        if name in ("prompt_ids", "prompt_mask"):
+            fields[name] = pad(value, (prompt - value.shape[1], 0))
+        elif isinstance(value, Tensor) and value.dim() == 2:
+            fields[name] = pad(value, (0, response - value.shape[1]))
+    return fields
+
+
+def joined(first: Rollout, second: Rollout) -> Rollout:
+    """The rows of one, and below them those of the other, which has the same dataset columns."""
+    prompt = max(rows.prompt_ids.shape[1] for rows in (first, second))
+    response = max(rows.response_ids.shape[1] for rows in (first, second))
+    upper, lower = (_widened(rows, prompt, response) for rows in (first, second))
+    columns = {name: own + lower["columns"][name] for name, own in upper.pop("columns").items()}
+    return Rollout(
+        **{name: torch.cat([own, lower[name]]) for name, own in upper.items()}, columns=columns
+    )
+
+
 def of_all_ranks(experience: Experience) -> Experience:
     """The rows of every rank, without dataset columns; ordered by row_id. A collective.
 
@@ -156,16 +178,12 @@ def of_all_ranks(experience: Experience) -> Experience:
         return experience
     own = torch.tensor([experience.prompt_ids.shape[1], experience.response_ids.shape[1]])
     prompt, response = distributed.global_max(own.to(experience.prompt_ids.device)).tolist()
-    gathered: dict[str, Any] = {"columns": {}}
-    for name, value in experience.tensors().items():
-        if not isinstance(value, Tensor):
-            continue
-        if name in ("prompt_ids", "prompt_mask"):
-            value = pad(value, (prompt - value.shape[1], 0))
-        elif value.dim() == 2:
-            value = pad(value, (0, response - value.shape[1]))
-        gathered[name] = distributed.all_gather_rows(value)
-    rows = Experience(**gathered)
+    gathered = {
+        name: distributed.all_gather_rows(value)
+        for name, value in _widened(experience, prompt, response).items()
+        if isinstance(value, Tensor)
+    }
+    rows = Experience(**gathered, columns={})
     return rows.rows(rows.row_ids.argsort())
 
 

@@ -16,6 +16,7 @@ from gearshift.engine import trace
 from gearshift.engine.batch import Experience, PromptBatch, Rollout, minibatches
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import Config
+from gearshift.engine.contrast import Redraw, with_contrast
 from gearshift.engine.guards import Guards, Piece
 from gearshift.engine.metrics import (
     StepMetrics,
@@ -37,6 +38,7 @@ from gearshift.engine.objective import (
     token_weights,
 )
 from gearshift.engine.phase import Phase
+from gearshift.engine.rewards.total import Scores
 from gearshift.engine.roles import Actor, Critic, Roles, Trained, train_budget
 from gearshift.engine.zero.residence import Residence
 
@@ -52,6 +54,7 @@ class PPOTrainer:
         self.kl = KLController.of(config.ppo)
         self.guards = Guards(config, self.actor.tokenizer, self.actor.dtype)
         self.steps_done = 0
+        self.redraw: Redraw | None = None  # where other prompts come from, for dynamic sampling
         trained = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         sleepers = {name: role.sleeper for name, role in trained.items()}
         self.residence = Residence(sleepers, joint=config.ppo.update == "joint")
@@ -70,7 +73,10 @@ class PPOTrainer:
                 rollout = self.actor.generate(prompts, self.config.sampling, progress)
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
-            experience = self.make_experience(rollout, metrics)
+            judged = None
+            if self.ppo.dynamic_sampling:
+                rollout, judged = self._with_contrast(rollout, metrics)
+            experience = self.make_experience(rollout, metrics, judged)
             report_streams(metrics, self.roles.moved())
             if self.guards.may_update:
                 self.update(experience, metrics)
@@ -80,12 +86,13 @@ class PPOTrainer:
         return figures, experience
 
     @torch.no_grad()
-    def make_experience(self, rollout: Rollout, metrics: StepMetrics) -> Experience:
-        """Judges the rollout and credits each token."""
+    def make_experience(
+        self, rollout: Rollout, metrics: StepMetrics, judged: Scores | None = None
+    ) -> Experience:
+        """Judges the rollout, unless it is, and credits each token."""
         mask, ppo = rollout.response_mask, self.ppo
-        with self._phase(metrics, Phase.REWARDS):
-            judged = self.roles.rewards.scores(rollout, self.actor.tokenizer)
-            self.guards.check_rewards(judged.failed, judged.fault, judged.usable)
+        judged = judged or self._judge(rollout, metrics)
+        self.guards.check_rewards(judged.failed, judged.fault, judged.usable)
         with self._phase(metrics, Phase.LOGPROBS):
             logprobs = self._old_logprobs(rollout, metrics)
         with self._phase(metrics, Phase.REFERENCE):
@@ -111,6 +118,8 @@ class PPOTrainer:
             group=distributed.world_group(),
         )
         teaches = judged.teaches[:, None]
+        if ppo.overlong_filter:
+            teaches = teaches & rollout.finished[:, None]
         experience = Experience(
             **rollout.tensors(),
             logprobs=logprobs,
@@ -124,6 +133,25 @@ class PPOTrainer:
         has_critic = self.critic is not None
         report_experience(metrics, experience, credit.rewards, credit.kl, critic=has_critic)
         return experience
+
+    def _judge(self, rollout: Rollout, metrics: StepMetrics) -> Scores:
+        with self._phase(metrics, Phase.REWARDS):
+            return self.roles.rewards.scores(rollout, self.actor.tokenizer)
+
+    @torch.no_grad()
+    def _with_contrast(self, rollout: Rollout, metrics: StepMetrics) -> tuple[Rollout, Scores]:
+        """Dynamic sampling: prompts whose samples all score alike are replaced, and scored."""
+        assert self.redraw, "ppo.dynamic_sampling without a stream of prompts"
+
+        def sample(prompts: PromptBatch) -> tuple[Rollout, Scores]:
+            with self._phase(metrics, Phase.GENERATE):
+                fresh = self.actor.generate(prompts.to(metrics.device), self.config.sampling)
+            return fresh, self._judge(fresh, metrics)
+
+        judged = self._judge(rollout, metrics)
+        return with_contrast(
+            rollout, judged, metrics, config=self.ppo, redraw=self.redraw, sample=sample
+        )
 
     def update(self, experience: Experience, metrics: StepMetrics) -> None:
         """The epochs of clipped updates: actor then critic, or both on every minibatch."""

@@ -87,6 +87,7 @@ class Session:
             self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
         roles = assemble.build(self.blueprint, config.run.steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
+        self.trainer.redraw = self.streams["prompts"].redraw
         self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
@@ -276,7 +277,7 @@ class Session:
                 self.blueprint.eval_rewards.check(held.columns)
             except ValueError as error:
                 raise ConfigError(f"eval.sources.{held.index}", str(error)) from None
-            dropped = f", {held.dropped} dropped by its length" if held.dropped else ""
+            dropped = f", {held.dropped} dropped by their length" if held.dropped else ""
             self.console.note(f"held-out prompts {held.name}: {len(held.examples)}{dropped}")
         return sets
 

@@ -21,7 +21,7 @@ MOST_FUNCTION_LINES = {"engine": 60, "launch": 60, "kernels": 120}
 ORDER = """
     kernels | config | cluster | batch phase trace |
     data rewards attention zero objective microbatch |
-    gearbox | rollout streaming | models | metrics guards log | roles | ppo |
+    gearbox | rollout streaming | models | metrics guards log | roles contrast | ppo |
     assemble checkpoint evaluate | plan | launch
 """
 LEVELS = [group.split() for group in ORDER.split("|")]

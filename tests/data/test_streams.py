@@ -634,3 +634,72 @@ def test_text_errors(tmp_path):
     empty = PretrainConfig(sources=[SourceConfig(path=path, prompt_key="text")])
     with pytest.raises(ValueError, match="all its 1 texts are empty"):
         TextStream(empty, tokenizer(), 0).next_batch()
+
+
+# Weights of rows
+
+
+def weighted(path, weights, **row) -> str:
+    rows = [{"prompt": f"w{i}", "answer": i, "w": w} | row for i, w in enumerate(weights)]
+    return write(path, rows)
+
+
+def weighted_stream(path: str, **changes):
+    source = SourceConfig(path=path, weight_key="w", **changes.pop("source", {}))
+    data = DataConfig(sources=[source], **changes.pop("config", {}))
+    return PromptStream(data, tokenizer(), **{"prompts_per_step": 4} | changes)
+
+
+def test_an_epoch_draws_rows_in_proportion_to_their_weights(tmp_path):
+    """Four draws in shares of 0, 1, 1 and 2; and of 1000 rows of random weights, to one draw."""
+    s = weighted_stream(weighted(tmp_path / "a.jsonl", [0, 1, 1, 2]))
+    epochs = [s.next_batch().columns["answer"] for _ in range(6)]
+    assert all(sorted(epoch) == [1, 2, 3, 3] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(1000, generator=generator, dtype=torch.float64)
+    many = weighted(tmp_path / "b.jsonl", weights.tolist())
+    drawn = weighted_stream(many, prompts_per_step=1000).next_batch().columns["answer"]
+    counts = torch.bincount(torch.tensor(drawn), minlength=1000)
+    share = 1000 * weights / weights.sum()
+    assert ((counts - share).abs() < 1).all()
+
+
+def test_a_weighted_order_is_resumed_and_other_weights_are_refused(tmp_path):
+    path = weighted(tmp_path / "a.jsonl", [1, 5, 2, 2, 1, 1])
+    s = weighted_stream(path)
+    for _ in range(3):
+        s.next_batch()
+    state, following = s.state_dict(), s.next_batch().columns["answer"]
+    again = weighted_stream(path)
+    again.load_state_dict(state)
+    assert again.next_batch().columns["answer"] == following
+    other = weighted_stream(weighted(tmp_path / "b.jsonl", [1, 4, 2, 2, 1, 1]))
+    with pytest.raises(ValueError, match="its 6 rows are not the 6 of the checkpoint"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), None, True, "much", float("inf")])
+def test_a_row_without_a_weight_is_named(tmp_path, weight):
+    path = weighted(tmp_path / "a.jsonl", [1, weight])
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1: w=.*: must be a number from 0 on"):
+        weighted_stream(path)
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    path = weighted(tmp_path / "a.jsonl", [0, 0])
+    with pytest.raises(ValueError, match="every row has w=0"):
+        weighted_stream(path)
+    path = weighted(tmp_path / "b.jsonl", [1, 2])
+    with pytest.raises(ValueError, match=r"weight_key=w: needs data\.shuffle"):
+        weighted_stream(path, config={"shuffle": False})
+    (tmp_path / "c.csv").write_text("prompt,w\nw1,0.5\nw2,1.5\n")
+    drawn = weighted_stream(str(tmp_path / "c.csv")).next_batch()
+    assert sorted(prompts_of(drawn)) in (["w1", "w2", "w2", "w2"], ["w1", "w1", "w2", "w2"])
+
+
+def test_weights_of_the_rows_that_are_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": 7}, {"prompt": "w1", "w": 1}])
+    s = weighted_stream(path, config={"bad_rows": "drop"})
+    assert prompts_of(s.next_batch()) == ["w1"] * 4

@@ -394,3 +394,29 @@ def test_the_kl_coefficient_moves_after_the_step(models):
     assert figures["objective/kl_coef"] == 0.3
     assert figures["objective/kl"] == pytest.approx(0, abs=1e-5)  # the reference is the actor
     assert trainer.kl.coef == pytest.approx(0.3 * (1 - 0.2 * 8 / 100))
+
+
+def test_a_response_cut_by_length_teaches_nothing_where_that_is_wanted(models):
+    _, plain = make(models)
+    _, filtered = make(models, overlong_filter=True)
+    cut = ~plain.finished
+    assert 0 < cut.sum() < len(cut)
+    assert plain.advantages[cut].any()
+    assert not filtered.advantages[cut].any()
+    assert torch.equal(filtered.returns[cut], filtered.values[cut])
+    assert torch.equal(filtered.advantages[~cut], plain.advantages[~cut])
+    assert torch.equal(filtered.scores, plain.scores)
+
+
+def test_several_samples_per_prompt_with_a_critic(models):
+    """GAE by row, whitened over all of them; each minibatch updates both models."""
+    trainer, experience = make(models, samples_per_prompt=2)
+    assert len(experience) == 16
+    half = experience.rows(torch.arange(8)), experience.rows(torch.arange(8, 16))
+    assert torch.equal(half[0].prompt_ids, half[1].prompt_ids)
+    assert not torch.equal(half[0].response_ids, half[1].response_ids)
+    live = experience.advantages[experience.response_mask]
+    assert float(live.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(live.var()) == pytest.approx(1, abs=1e-4)
+    trainer.step(tiny_run.prompts(trainer.ppo, 0))
+    assert trainer.actor.engine.global_steps == trainer.critic.engine.global_steps == 8

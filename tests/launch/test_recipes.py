@@ -19,7 +19,8 @@ from gearshift.launch.docs import plan as plan_docs
 
 SLURM = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
-NAMES = sorted(path.stem for path in plan_docs.RECIPES.glob("*.yaml") if path.stem != "demo")
+ON_CPU = ("demo", "gsm8k_cpu")
+NAMES = sorted({path.stem for path in plan_docs.RECIPES.glob("*.yaml")} - {*ON_CPU})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -29,6 +30,12 @@ def test_a_recipe_is_valid_on_its_ranks(name):
     assert places, f"docs/plan.md says nothing of {name}"
     for _, gpus, nodes, _ in places:
         assert config_check.check(config, gpus * nodes) == []
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_recipe_for_a_cpu_is_valid(name):
+    config = config_load.load(str(plan_docs.RECIPES / f"{name}.yaml"), []).config
+    assert config_check.check(config, 1) == config_check.check(config, 2) == []
 
 
 @pytest.mark.parametrize("case", plan_docs.CASES, ids=lambda case: f"{case[0]}-{case[-1]}")

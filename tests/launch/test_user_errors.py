@@ -121,7 +121,7 @@ def test_settings(refused, overrides, message):
 def test_held_out_prompts(refused, tmp_path):
     """They are read before any model, as those of training are."""
     source = "--eval.sources.0.path"
-    refused("nowhere.jsonl: no such file or folder", source, tmp_path / "nowhere.jsonl")
+    refused("nowhere.jsonl: no such data file or folder", source, tmp_path / "nowhere.jsonl")
     path = tiny_job.write_rows(tmp_path / "a.jsonl", [{"prompt": "w4"}, {"prompt": 7}])
     refused("a.jsonl, row 1: prompt='7': must be a string", source, path)
     path = tiny_job.write_rows(tmp_path / "b.jsonl", [{"prompt": " ".join(["w4"] * 9)}])

