@@ -34,6 +34,7 @@ from gearshift.engine.ppo import PPOTrainer
 from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch import alike
 from gearshift.launch.console import Console
+from gearshift.launch.pretraining import Patience
 from gearshift.launch.saver import Saver
 
 
@@ -85,6 +86,9 @@ class Session:
         self.trainer = PPOTrainer(config, roles)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
+        self.patience = Patience(config.critic) if config.run.task == "critic" else None
+        if self.patience:
+            stateful["patience"] = self.patience
         self.saver = Saver(config.run, self.trainer, stateful, about, self.console, deadline)
         if self.resumed:
             for remark in checkpoint.load(self.resumed, self.trainer, stateful):
@@ -113,13 +117,14 @@ class Session:
         steps = self.config.run.steps
         if self.trainer.steps_done >= steps:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
+        elif self._done:
+            self.console.note(f"critic.patience: already done, {self.patience}; raise it to go on")
         with ExitStack() as undo, self.saver:
-            left = steps - self.trainer.steps_done
-            if self.main and left > 0 and self.fresh:
+            if self.main and not self._done and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
             stopping = None
-            while self.trainer.steps_done < steps and not self.saver.ended and not stopping:
+            while not (self._done or self.saver.ended or stopping):
                 stopping = self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
             self.saver.finish(stopping=bool(stopping))
@@ -136,16 +141,24 @@ class Session:
             outcome = {"outcome": "stopped" if self.saver.ended else "finished"}
             (self.folder / "outcome.json").write_text(json.dumps(outcome) + "\n")
 
+    @property
+    def _done(self) -> bool:
+        """Whether every step there is to take has been taken."""
+        patience = bool(self.patience and self.patience.over)
+        return patience or self.trainer.steps_done >= self.config.run.steps
+
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
         prompts = self.streams["prompts"].next_batch().to(self.device)
         with self.console.progress("generate") as progress:
             figures, experience = self.trainer.step(prompts, progress)
         self._account(figures)
+        if self.patience:
+            self.patience.see(figures)
         alarms = self.trainer.guards.drain()
         stopping = next((alarm for alarm in alarms if alarm.stop), None)
         if not stopping:
-            self.saver.after_step(figures)
+            self.saver.after_step(figures, last=self._done)
         # What is kept comes before what is shown: the terminal may be gone.
         rows = self._write(self.trainer.steps_done, figures, experience, log) if log else []
         if not stopping:
@@ -169,7 +182,7 @@ class Session:
         run, rows = self.config.run, []
         log.step(step, figures)
         due = run.sample_every and step % run.sample_every == 0
-        if due or step in (1, run.steps):
+        if due or step == 1 or self._done:
             rows = sample_rows(experience, self.blueprint.tokenizer, run.samples)
             log.samples(step, rows)
         log.sync()
@@ -187,8 +200,11 @@ class Session:
         trainer, tokenizer = self.trainer, self.blueprint.tokenizer
         if self.streams["prompts"].counts()["dropped"]:
             self.console.note(self.streams["prompts"].report())
+        if self.patience and self.patience.over:
+            self.console.note(f"{self.patience}: done after step {trainer.steps_done}")
         if self.config.run.export:
-            export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
+            if not self.patience:
+                export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
             if trainer.critic:
                 export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")
