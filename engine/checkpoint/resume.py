@@ -140,7 +140,10 @@ def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     before, after = dict(leaves(old, "")), dict(leaves(new, ""))
     keys = sorted(before.keys() | after.keys())
     pairs = {key: (before.get(key), after.get(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    # A key that came after the run was saved had what is now its default.
+    defaults = dict(leaves(asdict(config_load.load(None, []).config), ""))
+    new_keys = {k for k in after.keys() - before.keys() if after[k] == defaults.get(k)}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1] and k not in new_keys}
 
 
 def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

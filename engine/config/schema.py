@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import PurePath
 from typing import Literal
 
+from gearshift.engine.config.algorithm import PPOConfig
 from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.guards import GuardConfig
 from gearshift.engine.config.keys import (
@@ -16,7 +17,6 @@ from gearshift.engine.config.keys import (
     Options,
     Part,
     Parts,
-    Tokens,
     Whole,
     knob,
     section,
@@ -96,6 +96,10 @@ class CriticConfig(TrainedConfig):
     """The critic. `path: null` starts from the reward model if there is one, else the actor."""
 
     deepspeed: str = knob("critic_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
+    patience: Whole = knob(
+        10, "run.task critic ends after so many steps without a rise of explained variance", ge=1
+    )
+    least_rise: Number = knob(0.01, "of explained variance: less is no rise", ge=0)
 
 
 @section
@@ -226,150 +230,6 @@ class EvalConfig:
         return replace(training, **own)
 
 
-AUTO_TOKENS = 4096  # of a micro-batch that no plan has settled
-
-
-def _tokens(given: int | str, rows: int | None) -> int | None:
-    if given != "auto":
-        return int(given)
-    return AUTO_TOKENS if rows is None else None
-
-
-@section
-class PPOConfig:
-    """The algorithm (Schulman et al. 2017; Ziegler et al. 2019; Ouyang et al. 2022)."""
-
-    prompts_per_step: Whole = knob(64, "prompts per PPO step, over all ranks", ge=1)
-    samples_per_prompt: Whole = knob(1, "responses per prompt", ge=1)
-    dynamic_sampling: Whole = knob(
-        0, "most times a step's prompts whose samples score alike are replaced (DAPO); 0: off", ge=0
-    )
-    dynamic_sampling_by: str | None = knob(
-        None, "reward by whose scores that is judged; null: by their weighted sum"
-    )
-    overlong_filter: Flag = knob(
-        False, "a response cut by length teaches nothing (DAPO): its advantages are 0"
-    )
-    minibatch_size: Whole = knob(64, "responses per optimizer step, over all ranks", ge=1)
-    micro_batch_tokens: Tokens = knob(
-        "auto", "prompt and response tokens per forward and backward, per rank; auto: the plan's"
-    )
-    score_batch_tokens: Tokens = knob(
-        "auto", "tokens per gradient-free forward, per rank; auto: the plan's"
-    )
-    micro_batch_size: Whole | None = knob(
-        None, "responses per forward and backward, at most; given alone, tokens do not count", ge=1
-    )
-    score_batch_size: Whole | None = knob(
-        None, "responses per gradient-free forward, at most; given alone, tokens do not count", ge=1
-    )
-    epochs: Whole = knob(1, "passes over each rollout", ge=1)
-    critic_epochs: Whole | None = knob(None, "of the critic; null: as epochs", ge=1)
-    critic_minibatch_size: Whole | None = knob(
-        None, "responses per optimizer step of the critic; null: as minibatch_size", ge=1
-    )
-    estimator: Literal["gae", "rloo", "grpo", "reinforce_pp"] = knob(
-        "gae", "advantages: gae needs a critic, the others do not"
-    )
-    gamma: Number = knob(1.0, "discount; 1 makes the KL term exact", gt=0, le=1)
-    lam: Number = knob(0.95, "lambda of GAE", ge=0, le=1)
-    lam_critic: Number | None = knob(
-        None, "lambda of the critic's returns (VC-PPO: 1); null: that of the advantages", ge=0, le=1
-    )
-    lam_length_alpha: Number | None = knob(
-        None, "lambda of the advantages is 1 - 1 / (this x length), VAPO: 0.05; null: lam", gt=0
-    )
-    whiten_advantages: Flag = knob(
-        True, "zero mean, unit variance over the global rollout (gae, reinforce_pp)"
-    )
-    clip_low: Number = knob(0.2, "ratio is clipped below 1 - clip_low", gt=0, le=1)
-    clip_high: Number = knob(0.2, "ratio is clipped above 1 + clip_high", gt=0)
-    dual_clip: Number | None = knob(None, "bound c > 1 of the loss at A < 0 (Ye et al. 2020)", gt=1)
-    value_clip: Number | None = knob(0.2, "critic's clip range; null: plain squared error", gt=0)
-    update: Literal["separate", "joint"] = knob(
-        "separate", "separate: actor's epochs, then critic's; joint: both on every minibatch"
-    )
-    vf_coef: Number = knob(1.0, "factor of the critic's loss in joint updates", gt=0)
-    entropy_coef: Number = knob(0.0, "entropy bonus")
-    loss_aggregation: Literal["seq_mean_token_mean", "token_mean", "seq_sum"] = knob(
-        "seq_mean_token_mean", "how token losses are weighted; always over the whole optimizer step"
-    )
-    kl_coef: Number = knob(0.05, "weight of the KL to the reference", ge=0)
-    kl_in: Literal["reward", "loss"] = knob("reward", "where the KL acts; never both")
-    kl_estimator: Literal["k1", "k2", "k3"] = knob("k1", "k1 in the reward; k2 or k3 in the loss")
-    kl_controller: Literal["fixed", "adaptive"] = knob("fixed", "adaptive: Ziegler et al. 2019")
-    kl_target: Number = knob(6.0, "adaptive: target KL per response, nats", gt=0)
-    kl_horizon: Whole = knob(10000, "adaptive: responses over which the coefficient moves", ge=1)
-    target_kl: Number | None = knob(
-        None, "stop a step's epochs above this KL to pi_old, nats", gt=0
-    )
-    critic_warmup_steps: Whole = knob(0, "first PPO steps that train only the critic", ge=0)
-    missing_eos: Literal["none", "replace", "subtract"] = knob(
-        "none", "treats the score of a response that did not end"
-    )
-    missing_eos_value: Number = knob(
-        1.0, "replace: the score is minus this; subtract: less this", ge=0
-    )
-    score_clip: Number | None = knob(None, "scores are clipped to +- this", gt=0)
-    score_shift: Number = knob(0.0, "(score - shift) / scale, before clipping")
-    score_scale: Number = knob(1.0, "(score - shift) / scale, before clipping", gt=0)
-    bootstrap_truncated: Flag = knob(False, "value after a response cut by length: the critic's")
-    ptx_coef: Number = knob(0.0, "weight of pretraining log-likelihood (PPO-ptx)", ge=0)
-    old_logprobs: Literal["train", "rollout"] = knob(
-        "train", "recomputed by the training path, or trusted from the sampler"
-    )
-    max_logprob_error: Number = knob(0.05, "rollout: refuse a larger mean error, nats", gt=0)
-    rollout_is_cap: Number | None = knob(
-        None, "truncated importance weights for rollout/training mismatch; null: off", gt=0
-    )
-
-    def __post_init__(self):
-        rows, adaptive = self.rows_per_step, self.kl_controller == "adaptive"
-        problem = f"must divide prompts_per_step x samples_per_prompt = {rows}"
-        for key in ("minibatch_size", "critic_minibatch_size"):
-            size = getattr(self, key)
-            refuse_if(size and rows % size, key, problem, value=size)
-        problem, fix = "only k1 keeps the optimum when kl_in=reward", "use k1, or kl_in=loss"
-        wrong = self.kl_in == "reward" and self.kl_estimator != "k1"
-        refuse_if(wrong, "kl_estimator", problem, fix, self.kl_estimator)
-        wrong = self.kl_in == "loss" and adaptive
-        refuse_if(wrong, "kl_controller", "needs kl_in=reward", value="adaptive")
-        wrong = self.estimator in ("rloo", "grpo") and self.samples_per_prompt < 2
-        problem = f"estimator={self.estimator} compares several"
-        refuse_if(wrong, "samples_per_prompt", problem, value=1)
-        wrong = self.dynamic_sampling > 0 and self.samples_per_prompt < 2
-        refuse_if(wrong, "samples_per_prompt", "dynamic_sampling compares several", value=1)
-        # Ziegler's update multiplies by 1 + error * n / horizon with error in +-0.2.
-        wrong = adaptive and 0.2 * rows >= self.kl_horizon
-        problem = f"must exceed 0.2 x {rows} responses a step, or the coefficient turns negative"
-        refuse_if(wrong, "kl_horizon", problem, value=self.kl_horizon)
-
-    @property
-    def micro_tokens(self) -> int | None:
-        """Tokens of a micro-batch; None: as many as micro_batch_size rows have."""
-        return _tokens(self.micro_batch_tokens, self.micro_batch_size)
-
-    @property
-    def score_tokens(self) -> int | None:
-        """Tokens of a gradient-free forward; None: as many as score_batch_size rows have."""
-        return _tokens(self.score_batch_tokens, self.score_batch_size)
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
-    def passes(self, role: str) -> tuple[int, int]:
-        """(passes over a rollout, responses per optimizer step) of actor or critic."""
-        if role == "actor":
-            return self.epochs, self.minibatch_size
-        return self.critic_epochs or self.epochs, self.critic_minibatch_size or self.minibatch_size
-
-    def updates(self, role: str) -> int:
-        """Optimizer steps of actor or critic in a PPO step."""
-        epochs, size = self.passes(role)
-        return epochs * (self.rows_per_step // size)
-
-
 @section
 class ProfileConfig:
     """Traces of whole PPO steps, by torch.profiler."""
@@ -381,6 +241,9 @@ class ProfileConfig:
 class RunConfig:
     """The run folder and what is written to it."""
 
+    task: Literal["ppo", "critic"] = knob(
+        "ppo", "critic: the critic alone, on responses of the policy as it is (gearshift critic)"
+    )
     dir: str = knob("runs/latest", "run folder; must be empty or new unless resumed")
     steps: Whole = knob(100, "PPO steps", ge=1)
     seed: Whole = knob(0, "of data order, sampling and initialisation", ge=0)
@@ -425,6 +288,8 @@ class RunConfig:
 # what is learned.
 RESUME_MAY_CHANGE = (
     "run.*",
+    "critic.patience",
+    "critic.least_rise",
     "guards.*",
     "rollout.*",
     "eval.*",
@@ -443,7 +308,7 @@ RESUME_MAY_CHANGE = (
     "ppo.max_logprob_error",
 )
 # What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
-RESUME_MUST_MATCH = ("run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
+RESUME_MUST_MATCH = ("run.task", "run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
 
 
 @section
