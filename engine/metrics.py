@@ -20,6 +20,7 @@ from gearshift.engine import trace
 from gearshift.engine.batch import Experience, Rollout
 from gearshift.engine.cluster import distributed, progress
 from gearshift.engine.microbatch import Budget
+from gearshift.engine.objective import Correction
 
 # Width of the reduction of maxima. Fixed, so that ranks with different keys meet in one collective
 # of one size and are told apart there.
@@ -310,6 +311,15 @@ def report_batches(metrics: StepMetrics, micros: Sequence[Experience], budget: B
         rows = torch.full_like(live, len(micro))
         used = rows / (budget.rows or len(micro)) if budget.tokens is None else read / budget.tokens
         metrics.add_mean("batch/budget_used", used)
+
+
+def report_correction(metrics: StepMetrics, correction: Correction, mask: Tensor) -> None:
+    """rollout/<rule>: the share of tokens, or of responses, that each off-policy correction changed
+    or removed, whatever the others did."""
+    for name, removed in correction.tokens.items():
+        metrics.add_mean(f"rollout/{name}", removed, mask)
+    for name, removed in correction.responses.items():
+        metrics.add_mean(f"rollout/{name}", removed)
 
 
 def report_streams(metrics: StepMetrics, moved: dict[str, dict[str, float]]) -> None:

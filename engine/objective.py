@@ -5,6 +5,7 @@ B rows on this rank, R response tokens; masked positions are exactly 0 in every 
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def estimate_advantages(
     lam_critic, advantages by a lambda of each length with lam_length_alpha (VC-PPO, VAPO).
     reinforce_pp: the same rewards, returns-to-go without a critic (Hu et al. 2025).
     rloo: leave-one-out baseline over the prompt's samples (Ahmadian et al. 2024).
-    grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024).
+    grpo: (score - mean) / std over the prompt's samples (Shao et al. 2024); without the std with
+    policy_loss dr_grpo (Liu et al. 2025).
     token_rewards: [B, R], 0 where masked: parts of the scores that belong to tokens of their own;
     only the rest enters at the last token.
     gae and reinforce_pp are whitened over `group`, the ranks of the whole rollout. The rows of one
@@ -116,15 +118,68 @@ def _against_group(totals: Tensor, config: PPOConfig) -> Tensor:
         others = (grouped.sum(0) - grouped) / (samples - 1)
         return (grouped - others).flatten()
     centred = grouped - grouped.mean(0)
+    if config.policy_loss == "dr_grpo":
+        return centred.flatten()
     std = grouped.std(0)
     # Equal rewards differ by rounding only: dividing by that noise would make a signal of it.
     constant = std < 1e-6 * grouped.abs().amax(0)
     return torch.where(constant, 0.0, centred / (std + 1e-8)).flatten()
 
 
-def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float) -> Tensor:
+def importance_weights(logprobs: Tensor, rollout_logprobs: Tensor, cap: float = math.inf) -> Tensor:
     """Truncated importance weights min(pi_train / pi_rollout, cap), [B, R] (Yao et al. 2025)."""
     return (logprobs - rollout_logprobs).clamp(-20, 20).exp().clamp(max=cap)
+
+
+class Correction(NamedTuple):
+    """Of the difference between the sampler and the training path.
+
+    factors: [B, R] float32, of the weights of the policy's token losses. tokens, responses: what
+    each rule changed or removed, [B, R] and [B] bool, by the name of its figure.
+    """
+
+    factors: Tensor
+    tokens: dict[str, Tensor]
+    responses: dict[str, Tensor]
+
+
+def correct_rollout(
+    logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, config: PPOConfig
+) -> Correction:
+    """The off-policy corrections that are on, each by itself; w = pi_train / pi_rollout per token.
+
+    rollout_is_cap: the factor is min(w, cap) (Yao et al. 2025).
+    rollout_is_low, _high: w inside, 0 outside (IcePop, arXiv 2510.18855).
+    rollout_seq_low, _high: 0 for responses whose geometric mean of w is outside (NeMo RL's
+    seq-mask-tis, verl's geometric rejection).
+    rollout_max_error: 0 for responses whose mean |log w| is larger.
+    """
+    log_ratio = torch.where(mask, logprobs - rollout_logprobs, 0.0)
+    weights, lengths = importance_weights(logprobs, rollout_logprobs), mask.sum(1)
+    factors, tokens, responses = torch.ones_like(weights), {}, {}
+    cap, token_band = config.rollout_is_cap, (config.rollout_is_low, config.rollout_is_high)
+    if cap is not None or any(token_band):
+        factors = weights.clamp(max=cap or math.inf)
+    if cap is not None:
+        tokens["is_truncated"] = weights > cap
+    if any(token_band):
+        tokens["is_masked"] = _outside(weights, *token_band)
+    if config.rollout_seq_low or config.rollout_seq_high:
+        geometric = (log_ratio.sum(1) / lengths).exp()
+        band = config.rollout_seq_low, config.rollout_seq_high
+        responses["seq_masked"] = _outside(geometric, *band)
+    if config.rollout_max_error is not None:
+        error = log_ratio.abs().sum(1) / lengths
+        responses["rejected"] = error > config.rollout_max_error
+    if "is_masked" in tokens:
+        factors = torch.where(tokens["is_masked"], 0.0, factors)
+    for removed in responses.values():
+        factors = torch.where(removed[:, None], 0.0, factors)
+    return Correction(factors, tokens, responses)
+
+
+def _outside(values: Tensor, low: float | None, high: float | None) -> Tensor:
+    return (values < (low or 0.0)) | (values > (high or math.inf))
 
 
 @dataclass

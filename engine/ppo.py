@@ -22,6 +22,7 @@ from gearshift.engine.metrics import (
     StepMetrics,
     add_throughput,
     report_batches,
+    report_correction,
     report_experience,
     report_loss,
     report_policy,
@@ -31,9 +32,10 @@ from gearshift.engine.metrics import (
 )
 from gearshift.engine.microbatch import micro_batches
 from gearshift.engine.objective import (
+    Correction,
     KLController,
+    correct_rollout,
     estimate_advantages,
-    importance_weights,
     shape_scores,
     token_weights,
 )
@@ -129,6 +131,8 @@ class PPOTrainer:
             returns=torch.where(teaches, credit.returns, values),
             scores=scores,
         )
+        if self.ppo.corrections:
+            report_correction(metrics, self._correction(experience), mask)
         self.guards.take(experience)
         has_critic = self.critic is not None
         report_experience(metrics, experience, credit.rewards, credit.kl, critic=has_critic)
@@ -155,7 +159,8 @@ class PPOTrainer:
 
     def update(self, experience: Experience, metrics: StepMetrics) -> None:
         """The epochs of clipped updates: actor then critic, or both on every minibatch."""
-        actor = self.actor if self.steps_done >= self.ppo.critic_warmup_steps else None
+        alone = self.config.run.task == "critic" or self.steps_done < self.ppo.critic_warmup_steps
+        actor = None if alone else self.actor
         if self.ppo.update == "joint":
             with self._phase(metrics, Phase.UPDATE_ACTOR):
                 self._epochs(experience, actor, self.critic, metrics)
@@ -220,7 +225,7 @@ class PPOTrainer:
             last = i == len(pieces) - 1
             weights = token_weights(micro.response_mask, ppo.loss_aggregation, rows, tokens)
             if actor:
-                loss, stats = actor.loss(micro, self._corrected(micro, weights))
+                loss, stats = actor.loss(micro, self._policy_weights(micro, weights, rows))
                 actor.backward(loss, last=last and not ppo.ptx_coef)
                 seen["actor"].append(Piece(micro, loss.detach(), stats["logprobs"]))
                 drift += report_policy(metrics, micro, stats, first=first)
@@ -287,12 +292,16 @@ class PPOTrainer:
             )
         return rollout.rollout_logprobs
 
-    def _corrected(self, micro: Experience, weights: Tensor) -> Tensor:
-        """Token weights with truncated importance factors, where those are on."""
-        cap = self.ppo.rollout_is_cap
-        if cap is None:
+    def _policy_weights(self, micro: Experience, weights: Tensor, rows: int) -> Tensor:
+        """Token weights of the policy's loss; `weights` are the critic's."""
+        if self.ppo.policy_loss == "dr_grpo":
+            weights = micro.response_mask / (rows * self.config.sampling.max_new_tokens)
+        if not self.ppo.corrections:
             return weights
-        return weights * importance_weights(micro.logprobs, micro.rollout_logprobs, cap)
+        return weights * self._correction(micro).factors
+
+    def _correction(self, of: Experience) -> Correction:
+        return correct_rollout(of.logprobs, of.rollout_logprobs, of.response_mask, self.ppo)
 
     def _drifted_too_far(self, drift: Tensor) -> bool:
         if self.ppo.target_kl is None:

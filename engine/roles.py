@@ -186,6 +186,9 @@ class Actor(Trained):
                     ref_logprobs=micro.ref_logprobs[live] if ppo.kl_in == "loss" else None,
                     kl_loss_coef=ppo.kl_coef if ppo.kl_in == "loss" else 0.0,
                     kl_estimator=ppo.kl_estimator,
+                    policy_loss="ppo" if ppo.policy_loss == "dr_grpo" else ppo.policy_loss,
+                    sequence_lengths=micro.lengths if ppo.policy_loss == "gspo" else None,
+                    sapo_tau=(ppo.sapo_tau_pos, ppo.sapo_tau_neg),
                     bias=bias,
                     **vars(self.engine.module.options),
                 )

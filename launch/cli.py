@@ -18,6 +18,7 @@ from gearshift.engine.config.errors import did_you_mean
 COMMANDS = {
     "demo": ("gearshift.launch.commands.demo", "fetch a small model and train it: PPO in minutes"),
     "launch": ("gearshift.launch.commands.launch", "start a job on many hosts, and see it through"),
+    "critic": ("gearshift.launch.commands.critic", "train the critic alone, before a run"),
     "doctor": (
         "gearshift.launch.commands.doctor",
         "examine this machine, each problem with its fix",

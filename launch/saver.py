@@ -77,13 +77,15 @@ class Saver:
             self.checkpoints.wait()
         self.interrupt.restore()
 
-    def after_step(self, figures: dict[str, float]) -> None:
+    def after_step(self, figures: dict[str, float], *, last: bool) -> None:
         """Saves a checkpoint where one is due, and adds its seconds to `figures`. A collective.
+
+        last: whether the run ends with this step.
 
         The caller then writes the step's log line, then calls `publish`, which makes the checkpoint
         visible: a run that resumes from it finds every log line up to its step.
         """
-        reason, due, failed = self._agree(figures)
+        reason, due, failed = self._agree(figures, last)
         self.ended = REASONS[reason] or None
         if failed:
             self.checkpoints.settle()
@@ -110,7 +112,7 @@ class Saver:
             self.checkpoints.publish()
             self.checkpoints.settle()
 
-    def _agree(self, figures: Mapping[str, float]) -> tuple[int, bool, bool]:
+    def _agree(self, figures: Mapping[str, float], last: bool) -> tuple[int, bool, bool]:
         """(why to end, whether to save, whether a checkpoint failed), the same on every rank."""
         now = time.monotonic()
         spent = figures.get("timing_s/eval", 0.0)
@@ -118,7 +120,7 @@ class Saver:
         # The next step may evaluate, though this one did not.
         reason = self.interrupt.reason(now - self._stepped_at - spent + self._eval_s)
         self._stepped_at = now
-        due = self._due(now) or self.best_by in figures
+        due = self._due(now) or self.best_by in figures or last and self.run.save_last
         words = torch.tensor([reason, due, self.checkpoints.failed], dtype=torch.int32)
         reason, due, failed = distributed.global_max(words).tolist()
         return reason, bool(due), bool(failed)
@@ -126,5 +128,4 @@ class Saver:
     def _due(self, now: float) -> bool:
         run, step = self.run, self.trainer.steps_done
         late = run.save_minutes and now - self._saved_at >= 60 * run.save_minutes
-        last = run.save_last and step == run.steps
-        return bool(last or (run.save_every and step % run.save_every == 0) or late)
+        return bool((run.save_every and step % run.save_every == 0) or late)

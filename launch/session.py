@@ -37,6 +37,7 @@ from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch import alike, profiler
 from gearshift.launch.bench.table import plain_lines
 from gearshift.launch.console import Console
+from gearshift.launch.pretraining import Patience
 from gearshift.launch.saver import Saver
 
 
@@ -91,6 +92,9 @@ class Session:
         self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
+        self.patience = Patience(config.critic) if config.run.task == "critic" else None
+        if self.patience:
+            stateful["patience"] = self.patience
         self.saver = Saver(
             config.run, self.trainer, stateful, about, self.console, deadline, config.eval.best_by
         )
@@ -121,15 +125,16 @@ class Session:
         steps = self.config.run.steps
         if self.trainer.steps_done >= steps:
             self.console.note(f"run.steps={steps}: already done; raise it to go on")
+        elif self._done:
+            self.console.note(f"critic.patience: already done, {self.patience}; raise it to go on")
         with ExitStack() as undo, self.saver:
-            left = steps - self.trainer.steps_done
-            if self.main and left > 0 and self.fresh:
+            if self.main and not self._done and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
-            if left > 0 and self.trainer.steps_done == 0:
+            if not self._done and self.trainer.steps_done == 0:
                 self._evaluate_first(log)
             stopping = None
-            while self.trainer.steps_done < steps and not self.saver.ended and not stopping:
+            while not (self._done or self.saver.ended or stopping):
                 stopping = self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
             self.saver.finish(stopping=bool(stopping))
@@ -146,6 +151,12 @@ class Session:
             outcome = {"outcome": "stopped" if self.saver.ended else "finished"}
             (self.folder / "outcome.json").write_text(json.dumps(outcome) + "\n")
 
+    @property
+    def _done(self) -> bool:
+        """Whether every step there is to take has been taken."""
+        patience = bool(self.patience and self.patience.over)
+        return patience or self.trainer.steps_done >= self.config.run.steps
+
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
         prompts = self.streams["prompts"].next_batch().to(self.device)
@@ -155,6 +166,8 @@ class Session:
         with self.console.progress("generate") as progress, profiler.recording(trace, self.device):
             figures, experience = self.trainer.step(prompts, progress)
         self._account(figures)
+        if self.patience:
+            self.patience.see(figures)
         if trace:
             self._show_profile(trace, figures)
         alarms = self.trainer.guards.drain()
@@ -163,7 +176,7 @@ class Session:
         if not stopping:
             found, held_out = self._evaluate()
             figures |= found
-            self.saver.after_step(figures)
+            self.saver.after_step(figures, last=self._done)
         # What is kept comes before what is shown: the terminal may be gone.
         rows = self._write(figures, experience, held_out, log) if log else []
         if not stopping:
@@ -212,7 +225,7 @@ class Session:
         log.step(step, figures)
         log.samples(step, held_out)
         due = run.sample_every and step % run.sample_every == 0
-        if due or step in (1, run.steps):
+        if due or step == 1 or self._done:
             scores, tokenizer = experience.scores, self.blueprint.tokenizer
             rows = sample_rows(experience, scores, tokenizer, run.samples)
             log.samples(step, rows)
@@ -232,8 +245,11 @@ class Session:
         trainer, tokenizer = self.trainer, self.blueprint.tokenizer
         if self.streams["prompts"].counts()["dropped"]:
             self.console.note(self.streams["prompts"].report())
+        if self.patience and self.patience.over:
+            self.console.note(f"{self.patience}: done after step {trainer.steps_done}")
         if self.config.run.export:
-            export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
+            if not self.patience:
+                export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
             if trainer.critic:
                 export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")

@@ -22,7 +22,7 @@ from gearshift.engine.config.load import Resolved
 if TYPE_CHECKING:
     from gearshift.launch.session import Session
 from gearshift.engine.guards import GuardStop
-from gearshift.launch import exhausted
+from gearshift.launch import exhausted, pretraining
 
 USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...] [--print-config]"
 # Seconds that a rank other than 0 waits before it prints an error: most errors are seen by all
@@ -98,6 +98,8 @@ def open_session(resolved: Resolved) -> "Session":
     distributed.adopt_launcher_environment()
     if os.environ["RANK"] != "0":
         logging.getLogger("gearshift").setLevel(logging.ERROR)  # rank 0 warns for all
+    if resolved.config.run.task == "critic":
+        resolved = pretraining.settle(resolved)
     warned = config_check.check(resolved.config, int(os.environ["WORLD_SIZE"]))
     from gearshift.launch.session import Session  # after the cheap checks: it imports everything
 

@@ -201,12 +201,15 @@ def resumed(folder: Path) -> str:
     return Path(from_[-1]).name if from_ else ""
 
 
-def torture(home: Path, kills: int, seed: int) -> Tally:
-    """Kills `kills` times, then lets the last run finish."""
+def torture(home: Path, kills: int, seed: int, changes: dict[str, dict]) -> Tally:
+    """Kills `kills` times, then lets the last run finish. changes: keys of the run, by section."""
     draw, tally = random.Random(seed), Tally()
     settings = {"steps": STEPS, "save_every": 1, "export": False, "seed": seed}
-    deepspeed = {role: {"deepspeed": f"{role}_zero3.json"} for role in ("actor", "critic")}
-    tiny_job.write(home, run=settings, ppo={"kl_controller": "adaptive"}, **deepspeed)
+    sections = {role: {"deepspeed": f"{role}_zero3.json"} for role in ("actor", "critic")}
+    sections |= {"run": settings, "ppo": {"kl_controller": "adaptive"}}
+    for section, keys in changes.items():
+        sections.setdefault(section, {}).update(keys)
+    tiny_job.write(home, **sections)
     assert live(home / "whole", None, draw) == "finished"
     expected = facts(home / "whole" / "run")
     while True:
@@ -238,13 +241,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kills", type=int, nargs="?", default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", metavar="FOLDER", help="work there and leave everything")
+    parser.add_argument("--changes", metavar="JSON", default="{}", help="keys by section")
     args = parser.parse_args(argv)
     assert session.Session  # imported for the ranks, which are forked from here
     train.quiet_libraries()
     start = time.monotonic()
     home = Path(args.keep or tempfile.mkdtemp(prefix="gearshift-crash-"))
     home.mkdir(parents=True, exist_ok=True)
-    tally = torture(home, args.kills, args.seed)
+    tally = torture(home, args.kills, args.seed, json.loads(args.changes))
     result = vars(tally) | {"killed": tally.total, "seconds": round(time.monotonic() - start, 1)}
     print(json.dumps(result))
     failed = bool(tally.differing or tally.behind)

@@ -20,7 +20,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     """
     _check_present(config)
     _check_names(config)
-    _check_ppo(config.ppo)
+    _check_ppo(config.ppo, config.run.task)
     by, names = config.ppo.dynamic_sampling_by, [reward.name for reward in config.rewards]
     problem, fix = "no such reward", f"the rewards are {', '.join(names)}"
     refuse_if(by is not None and by not in names, "ppo.dynamic_sampling_by", problem, fix, by)
@@ -74,7 +74,10 @@ def _check_names(config: Config) -> None:
         refuse_if(name not in TRACKERS, "run.trackers", problem, value=name)
 
 
-def _check_ppo(ppo: PPOConfig) -> None:
+def _check_ppo(ppo: PPOConfig, task: str) -> None:
+    wrong = task == "critic" and ppo.estimator != "gae"
+    problem = f"trains a critic, which ppo.estimator={ppo.estimator} has not"
+    refuse_if(wrong, "run.task", problem, "use gae, or run.task ppo", task)
     if ppo.estimator != "gae":
         problem = f"needs a critic, which ppo.estimator={ppo.estimator} has not"
         steps, cut = ppo.critic_warmup_steps, ppo.bootstrap_truncated
@@ -88,6 +91,14 @@ def _check_ppo(ppo: PPOConfig) -> None:
         given, problem = getattr(ppo, key), "ppo.update=joint trains both on the same minibatches"
         wrong = ppo.update == "joint" and given is not None
         refuse_if(wrong, f"ppo.{key}", problem, "use separate, or null", given)
+    if ppo.policy_loss in ("cispo", "sapo", "dis"):
+        problem = f"ppo.policy_loss={ppo.policy_loss} has none"
+        wrong = ppo.dual_clip is not None
+        refuse_if(wrong, "ppo.dual_clip", problem, "use ppo, or null", ppo.dual_clip)
+    wrong = ppo.policy_loss == "dr_grpo" and ppo.loss_aggregation != "seq_mean_token_mean"
+    problem = "ppo.policy_loss=dr_grpo divides by rows x sampling.max_new_tokens"
+    fix = "leave it out, or use policy_loss ppo"
+    refuse_if(wrong, "ppo.loss_aggregation", problem, fix, ppo.loss_aggregation)
     # The gradient of log pi - log ref is the score function, whose expectation is zero.
     wrong = ppo.kl_in == "loss" and ppo.kl_coef > 0 and ppo.kl_estimator == "k1"
     problem = "has no gradient on average in a loss"
@@ -143,6 +154,14 @@ def _warnings(config: Config) -> list[str]:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")
     if ppo.vf_coef != 1 and ppo.update == "separate":
         found.append(f"ppo.vf_coef={ppo.vf_coef}: has no effect with ppo.update=separate")
+    if ppo.policy_loss == "gspo" and max(ppo.clip_low, ppo.clip_high) >= 0.05:
+        found.append(
+            f"ppo.clip_low={ppo.clip_low}, ppo.clip_high={ppo.clip_high}: a sequence's mean ratio "
+            "hardly leaves that range; gspo was published with 3e-4 and 4e-4"
+        )
+    if ppo.corrections and ppo.old_logprobs == "rollout":
+        keys = ", ".join(f"ppo.{key}" for key in ppo.corrections)
+        found.append(f"{keys}: no effect with ppo.old_logprobs=rollout, where no weight differs")
     if config.data.system_prompt is not None and config.data.chat_template == "never":
         found.append("data.system_prompt: has no effect with data.chat_template=never")
     if not any(reward.weight for reward in config.rewards):

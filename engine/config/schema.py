@@ -96,6 +96,10 @@ class CriticConfig(TrainedConfig):
     """The critic. `path: null` starts from the reward model if there is one, else the actor."""
 
     deepspeed: str = knob("critic_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
+    patience: Whole = knob(
+        10, "run.task critic ends after so many steps without a rise of explained variance", ge=1
+    )
+    least_rise: Number = knob(0.01, "of explained variance: less is no rise", ge=0)
 
 
 @section
@@ -282,6 +286,11 @@ class PPOConfig:
     whiten_advantages: Flag = knob(
         True, "zero mean, unit variance over the global rollout (gae, reinforce_pp)"
     )
+    policy_loss: Literal["ppo", "gspo", "cispo", "sapo", "dis", "dr_grpo"] = knob(
+        "ppo", "how a token's ratio enters its loss; formulas and sources in docs/objective.md"
+    )
+    sapo_tau_pos: Number = knob(1.0, "sapo: temperature of the gate where A > 0", gt=0)
+    sapo_tau_neg: Number = knob(1.05, "sapo: temperature of the gate elsewhere", gt=0)
     clip_low: Number = knob(0.2, "ratio is clipped below 1 - clip_low", gt=0, le=1)
     clip_high: Number = knob(0.2, "ratio is clipped above 1 + clip_high", gt=0)
     dual_clip: Number | None = knob(None, "bound c > 1 of the loss at A < 0 (Ye et al. 2020)", gt=1)
@@ -322,6 +331,17 @@ class PPOConfig:
     rollout_is_cap: Number | None = knob(
         None, "truncated importance weights for rollout/training mismatch; null: off", gt=0
     )
+    rollout_is_low: Number | None = knob(
+        None, "tokens of a smaller importance weight are masked, the others weighted", gt=0
+    )
+    rollout_is_high: Number | None = knob(None, "the same for larger ones (IcePop: 0.5, 5)", gt=0)
+    rollout_seq_low: Number | None = knob(
+        None, "responses whose geometric mean importance weight is smaller are masked", gt=0
+    )
+    rollout_seq_high: Number | None = knob(None, "the same for larger ones", gt=0)
+    rollout_max_error: Number | None = knob(
+        None, "responses of a larger mean log-prob error, nats, are rejected", gt=0
+    )
 
     def __post_init__(self):
         rows, adaptive = self.rows_per_step, self.kl_controller == "adaptive"
@@ -329,6 +349,13 @@ class PPOConfig:
         for key in ("minibatch_size", "critic_minibatch_size"):
             size = getattr(self, key)
             refuse_if(size and rows % size, key, problem, value=size)
+        for kind in ("is", "seq"):
+            low, high = (getattr(self, f"rollout_{kind}_{end}") for end in ("low", "high"))
+            wrong, problem = (
+                low and high and low > high,
+                f"must be at most rollout_{kind}_high = {high}",
+            )
+            refuse_if(wrong, f"rollout_{kind}_low", problem, value=low)
         problem, fix = "only k1 keeps the optimum when kl_in=reward", "use k1, or kl_in=loss"
         wrong = self.kl_in == "reward" and self.kl_estimator != "k1"
         refuse_if(wrong, "kl_estimator", problem, fix, self.kl_estimator)
@@ -358,6 +385,12 @@ class PPOConfig:
     def rows_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def corrections(self) -> list[str]:
+        """Keys of the off-policy corrections that are on."""
+        names = ("is_cap", "is_low", "is_high", "seq_low", "seq_high", "max_error")
+        return [key for name in names if getattr(self, key := f"rollout_{name}") is not None]
+
     def passes(self, role: str) -> tuple[int, int]:
         """(passes over a rollout, responses per optimizer step) of actor or critic."""
         if role == "actor":
@@ -381,6 +414,9 @@ class ProfileConfig:
 class RunConfig:
     """The run folder and what is written to it."""
 
+    task: Literal["ppo", "critic"] = knob(
+        "ppo", "critic: the critic alone, on responses of the policy as it is (gearshift critic)"
+    )
     dir: str = knob("runs/latest", "run folder; must be empty or new unless resumed")
     steps: Whole = knob(100, "PPO steps", ge=1)
     seed: Whole = knob(0, "of data order, sampling and initialisation", ge=0)
@@ -419,31 +455,6 @@ class RunConfig:
         never = [step for step in self.profile.steps if not 1 <= step <= self.steps]
         problem, fix = f"the run has steps 1 to {self.steps}", "name any of those, as [3]"
         refuse_if(never, "profile.steps", problem, fix, self.profile.steps)
-
-
-# What a resumed run may change without becoming another run: patterns of keys. All else decides
-# what is learned.
-RESUME_MAY_CHANGE = (
-    "run.*",
-    "guards.*",
-    "rollout.*",
-    "eval.*",
-    "*.attn",
-    "*.liger",
-    "*.deepspeed",
-    "*.gradient_checkpointing",
-    "*.sleep",
-    "*.batch_size",
-    "data.bad_rows",
-    "rewards.*.timeout_s",
-    "rewards.*.retries",
-    "rewards.*.urls",
-    "ppo.micro_batch_*",
-    "ppo.score_batch_*",
-    "ppo.max_logprob_error",
-)
-# What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
-RESUME_MUST_MATCH = ("run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
 
 
 @section

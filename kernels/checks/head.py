@@ -22,6 +22,7 @@ CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 KL = {"kl_loss_coef": 0.1, "dual_clip": 3.0}
 BONUS = KL | {"entropy_coef": 0.01}
 CAPPED = {"logit_softcap": 20.0, "logit_scale": 0.8, "temperature": 0.7}
+GSPO = {"policy_loss": "gspo", "dual_clip": 3.0}
 COLUMNS = ("weights", "old_logprobs", "advantages", "ref_logprobs")
 
 
@@ -31,9 +32,11 @@ def row_blocks(rows: int, vocab: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
-def _draw(size: Size, dtype: torch.dtype, generator: torch.Generator, *, head, dead_rows):
+def _draw(
+    size: Size, dtype: torch.dtype, generator: torch.Generator, *, head, dead_rows, sequences=False
+):
     """hidden [N,H], weight [V,H], bias [V] if the head has options, token_ids [N]; f32 [N] weights,
-    old_logprobs, advantages, ref_logprobs."""
+    old_logprobs, advantages, ref_logprobs; with `sequences` [S] int64 sequence_lengths."""
     n, device = size.rows, generator.device
     normal = functools.partial(torch.randn, generator=generator, device=device)
     inputs = {
@@ -49,8 +52,14 @@ def _draw(size: Size, dtype: torch.dtype, generator: torch.Generator, *, head, d
         inputs["weights"] = torch.full((n,), 1 / n, device=device)
         inputs["old_logprobs"] = logprobs + 0.02 * normal(n)
         inputs["advantages"] = normal(n // length).repeat_interleave(length)
+        if sequences:
+            inputs["sequence_lengths"] = torch.full((n // length,), length, device=device)
         return inputs
     chosen = torch.randint(len(LOG_RATIOS), (n,), generator=generator, device=device)
+    if sequences:  # tokens of one sequence lie about one distance
+        lengths = inputs["sequence_lengths"] = _lengths(n, generator)
+        chosen = chosen[: len(lengths)].repeat_interleave(lengths)
+        logprobs = logprobs + 0.1 * (2 * torch.rand(n, generator=generator, device=device) - 1)
     inputs["old_logprobs"] = logprobs - torch.tensor(LOG_RATIOS, device=device)[chosen]
     inputs["advantages"] = normal(n)
     share = torch.rand(n, generator=generator, device=device)
@@ -61,6 +70,14 @@ def _draw(size: Size, dtype: torch.dtype, generator: torch.Generator, *, head, d
         inputs["old_logprobs"][share < 0.3] = float("nan")
         inputs["token_ids"][share < 0.3] = -100
     return inputs
+
+
+def _lengths(rows: int, generator: torch.Generator) -> torch.Tensor:
+    """[S] int64, of 1 to 40 rows each, and as many as are left."""
+    drawn = torch.randint(1, 41, (rows,), generator=generator, device=generator.device)
+    ends = drawn.cumsum(0).clamp(max=rows)
+    lengths = ends.diff(prepend=ends.new_zeros(1))
+    return lengths[lengths > 0]
 
 
 def _sampled(inputs: Tensors, head: dict, generator: torch.Generator):
@@ -123,6 +140,7 @@ def _truth_logprob(inputs: Tensors, outputs: Tensors, *, head: dict) -> Tensors:
 
 def _run_ppo(inputs: Tensors, size: Size, backend: str, *, head: dict, objective: dict) -> Tensors:
     options = {**{name: inputs[name] for name in COLUMNS}, **CLIP, **objective, **head}
+    options["sequence_lengths"] = inputs.get("sequence_lengths")
     return _graded(ops.linear_ppo_loss, inputs, size, backend=backend, **options)
 
 
@@ -145,12 +163,32 @@ def _graded(op, inputs: Tensors, size: Size, **options) -> Tensors:
 
 def _ppo_rows(logprobs, entropy, inputs: Tensors, live: torch.Tensor, *, objective: dict):
     """Losses of the rows `live`, and which of them the clip holds."""
-    columns = (inputs[name][live].double() for name in COLUMNS)
+    names = [*COLUMNS, "sequence"] if "sequence" in inputs else COLUMNS
+    columns = (inputs[name][live].double() for name in names)
     rows = PolicyRows(Objective(**CLIP, **objective), *columns)
-    ratio = (logprobs - rows.old_logprobs).exp()
+    ratio = (logprobs - rows.old_logprobs if rows.sequence is None else rows.sequence).exp()
     bounded = ratio.clamp(1 - CLIP["clip_low"], 1 + CLIP["clip_high"])
     clipped = bounded * rows.advantages < ratio * rows.advantages
+    if rows.objective.policy_loss in ("cispo", "dis"):
+        clipped = bounded != ratio
+    elif rows.objective.policy_loss == "sapo":
+        clipped = torch.zeros_like(clipped)
     return policy_loss_reference(logprobs, entropy, rows), clipped
+
+
+def _with_sequences(inputs: Tensors, head: dict) -> Tensors:
+    """The inputs with the mean log-ratio [N] float64 of each row's sequence, a sequence after the
+    other."""
+    live = inputs["weights"] != 0
+    rows = inputs | {name: inputs[name][live] for name in ("hidden", "token_ids")}
+    ratios = torch.zeros(len(live), dtype=torch.float64, device=live.device)
+    ratios[live] = _truth_logprob(rows, {}, head=head)["logprobs"]
+    ratios[live] -= inputs["old_logprobs"][live].double()
+    means, start = torch.zeros_like(ratios), 0
+    for length in inputs["sequence_lengths"].tolist():
+        own = slice(start, start + length)
+        means[own], start = ratios[own][live[own]].mean(), start + length
+    return inputs | {"sequence": means}
 
 
 def _cross_entropy_rows(logprobs, entropy, inputs: Tensors, live: torch.Tensor):
@@ -159,6 +197,8 @@ def _cross_entropy_rows(logprobs, entropy, inputs: Tensors, live: torch.Tensor):
 
 def _truth_loss(inputs: Tensors, outputs: Tensors, *, head: dict, rows_loss) -> Tensors:
     """Loss, row results and gradients by float64 autograd, a block of live rows at a time."""
+    if "sequence_lengths" in inputs:
+        inputs = _with_sequences(inputs, head)
     hidden = inputs["hidden"]
     shared = {n: inputs[n].double().requires_grad_() for n in ("weight", "bias") if n in inputs}
     truth = {f"d_{n}": torch.zeros_like(leaf) for n, leaf in shared.items()}
@@ -195,7 +235,7 @@ def _ppo_case(name: str, head: dict, objective: dict) -> Case:
     rows_loss = part(_ppo_rows, objective=objective)
     return Case(
         name,
-        part(_draw, head=head, dead_rows=True),
+        part(_draw, head=head, dead_rows=True, sequences=objective.get("policy_loss") == "gspo"),
         part(_run_ppo, head=head, objective=objective),
         part(_truth_loss, head=head, rows_loss=rows_loss),
     )
@@ -208,6 +248,8 @@ CASES = (
     _ppo_case("linear_ppo_loss.kl", {}, KL),
     _ppo_case("linear_ppo_loss.bonus", {}, BONUS),
     _ppo_case("linear_ppo_loss.capped", CAPPED, {}),
+    _ppo_case("linear_ppo_loss.gspo", {}, GSPO),
+    *(_ppo_case(f"linear_ppo_loss.{n}", {}, {"policy_loss": n}) for n in ("cispo", "sapo", "dis")),
     Case(
         "linear_cross_entropy",
         functools.partial(_draw, head={}, dead_rows=True),

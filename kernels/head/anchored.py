@@ -16,7 +16,7 @@ import torch
 
 from gearshift.kernels import dispatch
 from gearshift.kernels.head.epilogue import RowResults, writable_width
-from gearshift.kernels.head.policy import PolicyRows
+from gearshift.kernels.head.policy import POLICY_LOSSES, PolicyRows
 from gearshift.kernels.head.projection import Head, LogitGradient
 from gearshift.kernels.head.scores import launch_shape
 from gearshift.kernels.kl_gae import KL_ESTIMATORS
@@ -85,6 +85,7 @@ if dispatch.HAS_TRITON:
         olds,
         advantages,
         refs,
+        sequences,
         sums,
         moments,
         logprobs,
@@ -100,8 +101,11 @@ if dispatch.HAS_TRITON:
         clip_low,
         clip_high,
         dual_clip,
+        tau_pos,
+        tau_neg,
         kl_coef,
         splits,
+        LOSS: tl.constexpr,
         DUAL: tl.constexpr,
         KL: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -121,6 +125,9 @@ if dispatch.HAS_TRITON:
         ref = old
         if KL > 0:
             ref = tl.load(refs + rows, inside, other=0.0)
+        sequence = old
+        if LOSS == 1:
+            sequence = tl.load(sequences + rows, inside, other=0.0)
         log_sum = tl.log(total)
         logp = old - log_sum
         entropy = log_sum - 0.6931471805599453 * moment / total
@@ -131,11 +138,15 @@ if dispatch.HAS_TRITON:
             advantage,
             weight,
             ref,
+            sequence,
             clip_low,
             clip_high,
             dual_clip,
+            tau_pos,
+            tau_neg,
             0.0,
             kl_coef,
+            LOSS=LOSS,
             DUAL=DUAL,
             KL=KL,
         )
@@ -205,6 +216,7 @@ def _finalize(out, token_ids, rows: PolicyRows, partials, gain: float):
         rows.old_logprobs,
         rows.advantages,
         rows.ref_logprobs if with_kl else rows.old_logprobs,
+        rows.old_logprobs if rows.sequence is None else rows.sequence,
         *partials,
         logprobs,
         entropy,
@@ -218,8 +230,10 @@ def _finalize(out, token_ids, rows: PolicyRows, partials, gain: float):
         o.clip_low,
         o.clip_high,
         o.dual_clip or 0.0,
+        *o.sapo_tau,
         o.kl_loss_coef,
         splits,
+        LOSS=POLICY_LOSSES.index(o.policy_loss),
         DUAL=o.dual_clip is not None,
         KL=KL_ESTIMATORS.index(o.kl_estimator) + 1 if with_kl else 0,
         BLOCK=block,

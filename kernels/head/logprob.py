@@ -27,8 +27,15 @@ def linear_logprob(
     """
     logit_map = LogitMap.of(temperature, logit_softcap, logit_scale)
     head = Head.build(hidden, weight, bias, logit_map, max_logits_bytes, backend)
+    arguments.check_token_ids(token_ids, len(hidden), hidden.device, vocab=len(weight))
+    scores = scores_of(hidden, token_ids, head)
+    return scores.logprobs, scores.entropy
+
+
+@torch.no_grad()
+def scores_of(hidden: torch.Tensor, token_ids: torch.Tensor, head: Head) -> Scores:
+    """Scores of all rows, a chunk of logits at a time; arguments are checked by the caller."""
     rows = len(hidden)
-    arguments.check_token_ids(token_ids, rows, hidden.device, vocab=len(weight))
     scores = Scores(*torch.empty(4, rows, dtype=torch.float32, device=hidden.device))
     chunks = head.chunks(rows)
     logits = head.buffer(chunks[0].stop if chunks else 0, torch.float32)
@@ -39,4 +46,4 @@ def linear_logprob(
         part = head.score_(z, token_ids[chunk])
         for whole, piece in zip(scores, part, strict=True):
             whole[chunk] = piece
-    return scores.logprobs, scores.entropy
+    return scores

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import crash as crash_script
 from tests.tiny import job as tiny_job
 
 CRASH = Path(__file__).resolve().parents[1] / "crash.py"
@@ -36,6 +37,28 @@ def test_forty_kills_lose_nothing(tmp_path):
     """Every moment five times."""
     found = crash(40, "--keep", tmp_path / "home", "--seed", 1, timeout=3600)
     assert set(found["kills"].values()) == {5}
+    assert found["differing"] == found["behind"] == []
+
+
+# What the critic's recipe adds, and what masks and other losses compute.
+RECIPE = {
+    "ppo": {"lam_critic": 1.0, "lam_length_alpha": 0.5, "critic_epochs": 2}
+    | {"critic_minibatch_size": 2, "critic_warmup_steps": 1, "policy_loss": "gspo"}
+    | {"rollout_is_low": 0.5, "rollout_seq_high": 2.0, "rollout_max_error": 0.1}
+}
+# Ends at the same step only if it knows for how long nothing has risen.
+ALONE = {
+    "run": {"task": "critic", "steps": crash_script.STEPS + 3},
+    "critic": {"patience": crash_script.STEPS - 1, "least_rise": 1e6},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [RECIPE, ALONE], ids=["recipe", "critic alone"])
+def test_the_critics_recipe_loses_nothing(tmp_path, changes):
+    told = json.dumps(changes)
+    found = crash(4, "--keep", tmp_path / "home", "--changes", told, timeout=900)
+    assert found["killed"] == 4 and found["finished"] >= 1
     assert found["differing"] == found["behind"] == []
 
 

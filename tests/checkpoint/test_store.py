@@ -258,6 +258,9 @@ def test_what_a_resumed_run_may_change(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps({"about": SAVED}))
     config = {"run": {"seed": 0, "steps": 9}, "ppo": {"lam": 0.95}, "rewards": [{"weight": 1.0}]}
     resume.check(tmp_path, changed(config=config), [])
+    # Keys that the version which saved did not have.
+    newer = config | {"run": config["run"] | {"task": "ppo"}, "ppo": {"lam": 0.95, "gamma": 1.0}}
+    resume.check(tmp_path, changed(config=newer), [])
     config = {
         "run": {"seed": 0, "steps": 9},
         "ppo": {"lam": 0.9},
@@ -280,6 +283,7 @@ def test_what_a_resumed_run_may_change(tmp_path):
     ("section", "key", "told"),
     [
         ({"run": {"seed": 1, "steps": 2}}, "run.seed", "0 -> 1"),
+        ({"run": {"seed": 0, "steps": 2, "task": "critic"}}, "run.task", 'null -> "critic"'),
         ({"ppo": {"lam": 0.95, "prompts_per_step": 8}}, "ppo.prompts_per_step", "null -> 8"),
         ({"data": {"sources": [{"path": "new"}]}}, "data.sources.0.path", 'null -> "new"'),
     ],

@@ -153,6 +153,10 @@ def test_empty_sections_and_files(yaml_file):
         (["--actor.optimizer.lr", "-1"], "^actor.optimizer.lr=-1.0: must be at least 0$"),
         (["--rewards.0.timeout_s", "0"], "^rewards.0.timeout_s=0.0: must be above 0$"),
         (["--ppo.minibatch_size", "7"], "^ppo.minibatch_size=7: must divide"),
+        (
+            ["--ppo.rollout_is_low", "2", "--ppo.rollout_is_high", "1"],
+            "^ppo.rollout_is_low=2.0: must be at most rollout_is_high = 1.0",
+        ),
         (["--ppo.critic_minibatch_size", "48"], "^ppo.critic_minibatch_size=48: must divide"),
         (["--ppo.kl_coef"], "--ppo.kl_coef: has no value"),
         (["--ppo.kl_coef", "--ppo.lam", "1"], "--ppo.kl_coef: has no value"),
@@ -268,6 +272,14 @@ def test_a_runnable_configuration_has_no_warnings():
             "ppo.critic_minibatch_size=32: ppo.update=joint trains both .*; use separate, or null",
         ),
         (["--ppo.critic_minibatch_size", "2"], "critic_minibatch_size=2: must be a multiple of"),
+        (
+            ["--ppo.policy_loss", "sapo", "--ppo.dual_clip", "3"],
+            "ppo.dual_clip=3.0: ppo.policy_loss=sapo has none; use ppo, or null",
+        ),
+        (
+            ["--ppo.policy_loss", "dr_grpo", "--ppo.loss_aggregation", "token_mean"],
+            "ppo.loss_aggregation=token_mean: ppo.policy_loss=dr_grpo divides by rows x",
+        ),
         (["--ppo.kl_in", "loss"], "ppo.kl_estimator=k1: .*use k2 or k3"),
         (["--ppo.prompts_per_step", "63", "--ppo.minibatch_size", "63"], "multiple of the 4 ranks"),
         (
@@ -294,6 +306,8 @@ def test_sections_that_do_not_fit(overrides, message):
             "eval.sampling.temperature=0: the samples of a prompt are all alike",
         ),
         (["--rewards.0.weight", "0"], "every weight is 0"),
+        (["--ppo.policy_loss", "gspo"], "gspo was published with 3e-4"),
+        (["--ppo.old_logprobs", "rollout", "--ppo.rollout_seq_low", "0.5"], "ppo.rollout_seq_low"),
         (["--data.system_prompt", "x", "--data.chat_template", "never"], "data.system_prompt"),
     ],
 )

@@ -41,6 +41,18 @@ CASES = {
         {"micro_batch_size": 1, "critic_epochs": 3, "critic_minibatch_size": 8}
         | {"lam_critic": 1.0, "lam_length_alpha": 0.4},
     ),
+    "gspo": (
+        "zero3",
+        1,
+        {**BY_TOKENS, "micro_batch_tokens": 24, "policy_loss": "gspo", "clip_high": 0.01}
+        | {"rollout_seq_high": 1.5, "rollout_is_low": 0.9},
+    ),
+    "dr_grpo": (
+        "zero2",
+        1,
+        {"policy_loss": "dr_grpo", "estimator": "grpo", "samples_per_prompt": 2}
+        | {"rollout_max_error": 0.5, "rollout_is_cap": 0.9},
+    ),
     "grpo": (
         "zero3",
         1,

@@ -22,9 +22,10 @@ def task(tmp_path_factory):
         yield table_task.write(tmp_path_factory.mktemp("table"))
 
 
-def short_run(task) -> float:
-    """KL(pi || pi*) in nats after 20 steps of the default algorithm; inf if it broke."""
-    trainer, solution, _ = table_task.train(table_task.config(task, 20, 256), task)
+def short_run(task, **ppo) -> float:
+    """KL(pi || pi*) in nats after 20 steps of the default algorithm, or of one that `ppo` changes;
+    inf if it broke."""
+    trainer, solution, _ = table_task.train(table_task.config(task, 20, 256, **ppo), task)
     gap = solution.gap(response_logprobs(trainer.actor.lm))
     return gap if gap == gap else torch.inf
 
@@ -42,6 +43,26 @@ def test_listed_responses_are_all_there_are(task):
 
 def test_a_short_run_gets_most_of_the_way(task):
     assert short_run(task) < SHORT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ppo",
+    [
+        {"lam": 0.5, "lam_critic": 1.0},
+        {"lam_critic": 1.0, "critic_epochs": 4, "critic_minibatch_size": 64},
+        {"lam_length_alpha": 1.0, "lam_critic": 1.0},
+        {"policy_loss": "gspo", "clip_low": 0.1, "clip_high": 0.1},
+        {"policy_loss": "cispo"},
+        {"policy_loss": "sapo"},
+        {"policy_loss": "dis"},
+        {"policy_loss": "dr_grpo"},
+    ],
+    ids=str,
+)
+def test_every_way_to_it_gets_there(task, ppo):
+    """Lambdas and updates of the critic's own, and the other policy losses."""
+    assert short_run(task, **ppo) < SHORT
 
 
 @pytest.mark.slow

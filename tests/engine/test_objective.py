@@ -8,6 +8,7 @@ import torch
 from gearshift.engine.config.schema import PPOConfig
 from gearshift.engine.objective import (
     KLController,
+    correct_rollout,
     estimate_advantages,
     importance_weights,
     shape_scores,
@@ -141,6 +142,102 @@ def test_grpo_of_equal_rewards_is_exactly_zero(reward, samples):
     scores = torch.full((rows,), reward)
     found = estimate_advantages(zeros, zeros, zeros, mask, scores, config=ppo, kl_coef=0.1)
     assert not found.advantages.any()
+
+
+def test_dr_grpo_leaves_out_the_std():
+    logprobs, ref, values, mask, scores = draws(rows=16)
+    ppo = config(estimator="grpo", samples_per_prompt=4, policy_loss="dr_grpo")
+    found = estimate_advantages(logprobs, ref, values, mask, scores, config=ppo, kl_coef=0.2)
+    totals = torch.tensor(sequence_rewards(logprobs, ref, mask, scores, 0.2))
+    for prompt in range(4):
+        group = totals[prompt::4]
+        torch.testing.assert_close(
+            found.advantages[prompt::4, 0], group - group.mean(), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_the_critic_learns_by_a_lambda_of_its_own():
+    """By hand, as above: advantages by 0.7, returns by 1; and by 1 - 1 / (0.5 T)."""
+    logprobs, ref, values, mask, scores = draws()
+    for options, lams in (
+        ({"lam": 0.7}, [0.7] * 4),
+        ({"lam_length_alpha": 0.5}, [1 / 3, 0, 0.5, 0]),
+    ):
+        ppo = config(gamma=0.9, lam_critic=1.0, whiten_advantages=False, **options)
+        found = estimate_advantages(logprobs, ref, values, mask, scores, config=ppo, kl_coef=0.3)
+        for b, lam in enumerate(lams):
+            advantage = target = later = 0.0
+            last = int(mask[b].sum()) - 1
+            for t in range(last, -1, -1):
+                delta = -0.3 * float(logprobs[b, t] - ref[b, t]) - float(values[b, t])
+                delta += (float(scores[b]) if t == last else 0.0) + 0.9 * later
+                advantage = delta + 0.9 * lam * advantage
+                target = delta + 0.9 * target
+                later = float(values[b, t])
+                assert float(found.advantages[b, t]) == pytest.approx(advantage, abs=1e-6)
+                assert float(found.returns[b, t]) == pytest.approx(target + later, abs=1e-6)
+
+
+# Weights pi_train / pi_rollout of three responses of 3, 1 and 4 tokens; a fourth has 2.
+WEIGHTS = [[2.0, 0.5, 1.0], [8.0], [0.4, 1.0, 1.0, 1.0], [1.1, 0.9]]
+
+
+def mismatch():
+    """logprobs and rollout_logprobs [4, 4] of those weights, poisoned outside the mask."""
+    mask = torch.arange(4) < torch.tensor([[len(row)] for row in WEIGHTS])
+    ratios = torch.full((4, 4), torch.nan)
+    ratios[mask] = torch.tensor([w for row in WEIGHTS for w in row]).log()
+    rollout = torch.where(mask, torch.randn(4, 4), 0.0)
+    return rollout + ratios, rollout, mask
+
+
+CORRECTIONS = [
+    # Which factors follow, and what is counted: by hand.
+    (
+        {"rollout_is_cap": 1.5},
+        [[1.5, 0.5, 1], [1.5], [0.4, 1, 1, 1], [1.1, 0.9]],
+        ("is_truncated", 2),
+    ),
+    (
+        {"rollout_is_low": 0.5, "rollout_is_high": 5.0},
+        [[2, 0.5, 1], [0], [0, 1, 1, 1], [1.1, 0.9]],
+        ("is_masked", 2),
+    ),
+    (
+        {"rollout_is_low": 0.45, "rollout_is_cap": 1.5},
+        [[1.5, 0.5, 1], [1.5], [0, 1, 1, 1], [1.1, 0.9]],
+        ("is_masked", 1),
+    ),
+    # Geometric means 1, 8, 0.4^(1/4) = 0.795 and 0.99^(1/2) = 0.995.
+    ({"rollout_seq_high": 2.0}, [[1, 1, 1], [0], [1, 1, 1, 1], [1, 1]], ("seq_masked", 1)),
+    (
+        {"rollout_seq_low": 0.8, "rollout_seq_high": 2.0},
+        [[1, 1, 1], [0], [0, 0, 0, 0], [1, 1]],
+        ("seq_masked", 2),
+    ),
+    # Mean |log w|: 2 ln 2 / 3 = 0.462, ln 8 = 2.08, -ln 0.4 / 4 = 0.229, 0.100.
+    ({"rollout_max_error": 0.3}, [[0, 0, 0], [0], [1, 1, 1, 1], [1, 1]], ("rejected", 2)),
+    (
+        {"rollout_max_error": 1.0, "rollout_is_cap": 1.5},
+        [[1.5, 0.5, 1], [0], [0.4, 1, 1, 1], [1.1, 0.9]],
+        ("is_truncated", 2),
+    ),
+    ({}, [[1, 1, 1], [1], [1, 1, 1, 1], [1, 1]], None),
+]
+
+
+@pytest.mark.parametrize(("given", "factors", "counted"), CORRECTIONS, ids=str)
+def test_off_policy_corrections_by_hand(given, factors, counted):
+    logprobs, rollout, mask = mismatch()
+    found = correct_rollout(logprobs, rollout, mask, config(**given))
+    expected = torch.tensor([w for row in factors for w in row], dtype=torch.float32)
+    torch.testing.assert_close(found.factors[mask], expected)
+    counts = {n: int(x[mask].sum()) for n, x in found.tokens.items()}
+    counts |= {n: int(x.sum()) for n, x in found.responses.items()}
+    if counted:
+        assert counts[counted[0]] == counted[1]
+    else:
+        assert not counts
 
 
 def test_reinforce_pp_is_the_whitened_return_to_go():

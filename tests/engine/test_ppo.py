@@ -272,9 +272,21 @@ def hand_made_loss(lm, experience, ppo, text=None):
     length = experience.response_ids.shape[1]
     table = token_logprobs(lm, experience.input_ids, experience.attention_mask, length)
     logprobs = table.gather(2, experience.response_ids[..., None])[..., 0]
-    ratio = (logprobs - experience.logprobs).exp()
+    mask, advantages = experience.response_mask, experience.advantages
+    log_ratio = torch.where(mask, logprobs - experience.logprobs, 0.0)
+    if ppo.policy_loss == "gspo":
+        mean = (log_ratio.sum(1) / mask.sum(1)).detach()
+        log_ratio = mean[:, None] + logprobs - logprobs.detach()
+    ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - ppo.clip_low, 1 + ppo.clip_high)
-    loss = -torch.minimum(ratio * experience.advantages, clipped * experience.advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if ppo.policy_loss == "cispo":
+        loss = -clipped.detach() * advantages * logprobs
+    elif ppo.policy_loss == "dis":
+        loss = -torch.where(clipped == ratio, ratio, 0.0) * advantages
+    elif ppo.policy_loss == "sapo":
+        tau = torch.where(advantages > 0, ppo.sapo_tau_pos, ppo.sapo_tau_neg)
+        loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
     if ppo.kl_in == "loss":
         difference = logprobs - experience.ref_logprobs
         loss = loss + ppo.kl_coef * ((-difference).exp() - 1 + difference)
@@ -282,7 +294,11 @@ def hand_made_loss(lm, experience, ppo, text=None):
     if ppo.rollout_is_cap:
         factor = (experience.logprobs - experience.rollout_logprobs).exp()
         loss = loss * factor.clamp(max=ppo.rollout_is_cap)
-    mask = experience.response_mask
+    if ppo.rollout_max_error:
+        error = (experience.logprobs - experience.rollout_logprobs).abs().sum(1) / mask.sum(1)
+        loss = torch.where(error[:, None] > ppo.rollout_max_error, 0.0, loss)
+    if ppo.policy_loss == "dr_grpo":
+        return torch.where(mask, loss, 0.0).sum() / (len(mask) * 8)  # max_new_tokens
     total = (torch.where(mask, loss, 0.0).sum(1) / mask.sum(1)).mean()
     if text is not None:
         table = token_logprobs(lm, text, torch.ones_like(text), text.shape[1] - 1)
@@ -298,8 +314,14 @@ def hand_made_loss(lm, experience, ppo, text=None):
         {"rollout_is_cap": 1.2},
         {"entropy_coef": 0.1},
         {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.7},
+        {"rollout_max_error": 0.25},
+        {"policy_loss": "gspo", "clip_low": 0.05, "clip_high": 0.05},
+        {"policy_loss": "cispo", "rollout_is_cap": 1.2},
+        {"policy_loss": "sapo", "sapo_tau_pos": 2.0},
+        {"policy_loss": "dis"},
+        {"policy_loss": "dr_grpo"},
     ],
-    ids=lambda changes: next(iter(changes), "plain"),
+    ids=lambda changes: changes.get("policy_loss", next(iter(changes), "plain")),
 )
 def test_the_gradient_is_that_of_the_formula(models, changes):
     config = tiny_run.config(models, epochs=1, minibatch_size=8, **changes)
@@ -318,6 +340,9 @@ def test_the_gradient_is_that_of_the_formula(models, changes):
     )
     text = ranks_ppo.Text().next_batch() if "ptx_coef" in changes else None
     loss = hand_made_loss(trainer.actor.lm, experience, config.ppo, text)
+    if "rollout_max_error" in changes:
+        removed = trainer._correction(experience).responses["rejected"]
+        assert removed.any() and not removed.all()
     parameters = dict(trainer.actor.lm.named_parameters())
     expected = torch.autograd.grad(loss, list(parameters.values()))
     found = gradient_of_first_minibatch(trainer, experience)

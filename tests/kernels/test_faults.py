@@ -49,6 +49,7 @@ def left_out(module, case, line, size=TINY) -> Fault:
 
 
 PPO, BONUS, KL = "linear_ppo_loss", "linear_ppo_loss.bonus", "linear_ppo_loss.kl"
+GSPO, CISPO, SAPO, DIS = (f"{PPO}.{name}" for name in ("gspo", "cispo", "sapo", "dis"))
 SCORE, CAPPED = "linear_logprob", "linear_logprob.capped"
 SAMPLE, TOP_P, GREEDY = "sample_tokens", "sample_tokens.top_p", "sample_tokens.greedy"
 ATTEND, WINDOW = "paged_attention", "paged_attention.window"
@@ -91,6 +92,13 @@ FAULTS = {
             "corrected.to(out.dtype.element_ty), inside)",
             "corrected.to(out.dtype.element_ty), inside & (token > 290))",
         ),
+        Fault(
+            anchored,
+            GSPO,
+            "tl.load(sequences + rows, inside, other=0.0)",
+            "tl.load(sequences + 0 * rows, inside, other=0.0)",
+            WIDE,
+        ),
     ],
     "policy_terms": [
         Fault(
@@ -99,7 +107,7 @@ FAULTS = {
             "1.0 - clip_low, 1.0 + clip_high, NAN)",
             "1.0 - clip_high, 1.0 + clip_low, NAN)",
         ),
-        Fault(policy_terms, PPO, "dead = clipped | (tl.abs", "dead = (tl.abs"),
+        Fault(policy_terms, PPO, "dead = clipped | beyond", "dead = beyond"),
         Fault(
             policy_terms,
             KL,
@@ -107,6 +115,12 @@ FAULTS = {
             "tl.where(advantage > 0, dual_clip",
         ),
         Fault(policy_terms, KL, "0.0, 1.0 - tl.exp(-near))", "0.0, tl.exp(-near) - 1.0)"),
+        Fault(policy_terms, GSPO, "log_ratio = sequence", "log_ratio = logp - old"),
+        Fault(policy_terms, CISPO, "dlogp = -inside * advantage", "dlogp = -plain"),
+        Fault(policy_terms, CISPO, "inside * advantage * logp", "inside * advantage"),
+        Fault(policy_terms, SAPO, "advantage > 0, tau_pos", "advantage > 0, tau_neg"),
+        Fault(policy_terms, SAPO, "-4.0 * gate / (1.0 + tl.exp(x))", "-4.0 * gate"),
+        Fault(policy_terms, DIS, "0.0, -surrogate)", "0.0, -plain)"),
     ],
     "_gradient_kernel": [
         left_out(epilogue, BONUS, "tl.store(out + columns, g.to(out.dtype.element_ty), inside)"),

@@ -47,14 +47,15 @@ def gradient(out: str, capped: bool, bonus: bool):
     return Case(kernel, types, constants, WARPS)
 
 
-def finalize(out: str):
-    names = ("weights", "olds", "advantages", "refs", "sums", "moments")
+def finalize(out: str, loss: int = 0):
+    names = ("weights", "olds", "advantages", "refs", "sequences", "sums", "moments")
     types = dict.fromkeys((*names, "logprobs", "entropies", "losses", "scales"), P)
     types |= {"out": out, "token_ids": L, "clips": "*i8", "out_stride": I, "count": I}
     types["splits"] = I
     floats = ("gain", "low", "high", "clip_low", "clip_high", "dual_clip", "kl_coef")
+    floats += ("tau_pos", "tau_neg")
     types |= dict.fromkeys(floats, F)
-    constants = {"DUAL": True, "KL": 3, "BLOCK": 128}
+    constants = {"LOSS": loss, "DUAL": loss < 2, "KL": 3, "BLOCK": 128}
     kernel = "gearshift.kernels.head.anchored:_finalize_kernel"
     return Case(kernel, types, constants, 4, ("count", "splits"))
 
@@ -69,6 +70,10 @@ CASES = {
     "gradient fp32 to bf16": (gradient("*bf16", False, False), 4, 2, 40, 16),
     "gradient with bonus and cap": (gradient("*bf16", True, True), 4, 2, 48, 16),
     "finalize": (finalize("*bf16"), 0, 0, 40, 5),
+    "finalize gspo": (finalize("*bf16", 1), 0, 0, 40, 5),
+    "finalize cispo": (finalize("*bf16", 2), 0, 0, 40, 4),
+    "finalize sapo": (finalize("*bf16", 3), 0, 0, 40, 2),
+    "finalize dis": (finalize("*bf16", 4), 0, 0, 40, 4),
 }
 
 

@@ -142,6 +142,9 @@ OBJECTIVES = {
     "k3": {"kl_loss_coef": 0.3},
     "entropy bonus": {"entropy_coef": 0.2},
     "all": {"kl_loss_coef": 0.1, "dual_clip": 2.0, "entropy_coef": -0.05},
+    "cispo": {"policy_loss": "cispo"},
+    "sapo": {"policy_loss": "sapo", "kl_loss_coef": 0.1, "sapo_tau": (2.0, 3.0)},
+    "dis": {"policy_loss": "dis", "entropy_coef": 0.1},
 }
 HEADS = {
     "plain": {},
@@ -159,6 +162,77 @@ def test_every_objective_on_every_head(backend, objective, head):
     problem = Problem.random(33, 1003, head=head)
     options = {"backend": backend, "max_logits_bytes": 12 * 8 * ROW}
     assert_close_to_float64(problem, options, objective, torch.float32, 4e-6)
+
+
+LENGTHS = [1, 7, 3, 12, 2, 8]
+
+
+def gspo_problem() -> tuple[Problem, torch.Tensor]:
+    """33 rows in six sequences, each with one advantage and weights that sum to 1 / 6, and the
+    sequence of each row. Mean log-ratios lie on both sides of the clip."""
+    problem = Problem.random(33, 1003, live=1.0)
+    of = torch.arange(6).repeat_interleave(torch.tensor(LENGTHS))
+    distance = torch.tensor([0.5, -0.5, 0.02, -0.02, 0.6, -0.6])
+    logprobs = problem.loss(problem.leaves()).logprobs
+    noise = torch.randn(33, generator=torch.Generator().manual_seed(1))
+    problem.columns |= {
+        "old_logprobs": logprobs - distance[of] + 0.05 * noise,
+        "advantages": torch.tensor([1.0, -2.0, 0.5, -1.0, -0.7, 1.5])[of],
+        "weights": (1 / 6 / torch.tensor(LENGTHS))[of],
+    }
+    return problem, of
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gspo_is_the_loss_of_the_sequences_ratio(backend):
+    """GSPO as it is defined, mean over sequences of -min(s A, clip(s) A) with s the geometric mean
+    of the token ratios, by float64 autograd through s."""
+    problem, of = gspo_problem()
+    hidden, head = problem.hidden.double().requires_grad_(), problem.reference_head()
+    logits = hidden @ head.weight.t()
+    logprobs, _ = logprob_entropy_reference(logits, problem.token_ids, head.logit_map)
+    log_ratio = logprobs - problem.columns["old_logprobs"].double()
+    sums = torch.zeros(6, dtype=torch.float64).index_add(0, of, log_ratio)
+    ratio = (sums / torch.tensor(LENGTHS)).exp()
+    starts = torch.tensor(LENGTHS).cumsum(0) - 1
+    advantages = problem.columns["advantages"].double()[starts]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages).mean()
+    exact = torch.autograd.grad(loss, [hidden, head.weight])
+    options = {"policy_loss": "gspo", "sequence_lengths": LENGTHS, "backend": backend}
+    result, found = problem.run(**options, max_logits_bytes=12 * 8 * ROW)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=2e-5)
+    assert 0 < result.clipped.sum() < 33
+    for gradient, right in zip(found, exact, strict=True):
+        assert relative(gradient, right) < 1e-5
+    _, of_tokens = problem.run(backend=backend)
+    assert relative(of_tokens[0], exact[0]) > 0.01  # which PPO's is not
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_is_judged_by_its_live_rows_alone(backend):
+    problem, of = gspo_problem()
+    options = {"policy_loss": "gspo", "backend": backend}
+    problem.columns["weights"][[2, 9, 20]] = 0
+    left = problem.columns["weights"] != 0
+    whole, gradients = problem.poisoned().run(sequence_lengths=LENGTHS, **options)
+    lengths = [int(left[of == i].sum()) for i in range(6)]
+    fewer = dataclasses.replace(
+        problem,
+        hidden=problem.hidden[left],
+        token_ids=problem.token_ids[left],
+        columns={name: column[left] for name, column in problem.columns.items()},
+    )
+    part, others = fewer.run(sequence_lengths=lengths, **options)
+    torch.testing.assert_close(whole.loss, part.loss)
+    torch.testing.assert_close(gradients[0][left], others[0])
+    assert not gradients[0][~left].any()
+
+
+@pytest.mark.parametrize("lengths, told", [(None, "pass the rows of each"), ([30, 4], "33 in all")])
+def test_sequences_that_do_not_fit(lengths, told):
+    problem, _ = gspo_problem()
+    with pytest.raises(ValueError, match=f"sequence_lengths.*{told}"):
+        problem.run(policy_loss="gspo", sequence_lengths=lengths, backend="torch")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
