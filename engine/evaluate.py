@@ -46,8 +46,9 @@ class Evaluation:
         self.config, self.trainer, self.sets, self.rewards = config, trainer, sets, rewards
         self.sampling = config.eval.sampling_of(config.sampling)
 
-    def due(self, step: int, *, last: bool) -> bool:
+    def due(self, step: int) -> bool:
         """After `step` steps: before the first, every `eval.every`, and after the last."""
+        last = step == self.config.run.steps
         return bool(self.sets) and (last or step % self.config.eval.every == 0)
 
     @torch.no_grad()

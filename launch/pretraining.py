@@ -19,14 +19,15 @@ def settle(resolved: Resolved) -> Resolved:
     """The configuration with what the task decides, whatever it said before.
 
     A policy that stays is its own reference, unless another is named: there is no KL, and no
-    reference is loaded.
+    reference is loaded. Nor is it evaluated.
     """
     config = resolved.config
     forced: dict[str, Any] = {"lam_critic": 1.0, "kl_controller": "fixed", "ptx_coef": 0.0}
     if config.reference.path is None:
         forced["kl_coef"] = 0.0
     origin = resolved.origin | {f"ppo.{key}": ORIGIN for key in forced}
-    return Resolved(replace(config, ppo=replace(config.ppo, **forced)), origin)
+    evaluation = replace(config.eval, sources=[], best_by=None)
+    return Resolved(replace(config, ppo=replace(config.ppo, **forced), eval=evaluation), origin)
 
 
 class Patience:

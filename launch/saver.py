@@ -120,7 +120,7 @@ class Saver:
         # The next step may evaluate, though this one did not.
         reason = self.interrupt.reason(now - self._stepped_at - spent + self._eval_s)
         self._stepped_at = now
-        due = self._due(now) or self.best_by in figures or (last and self.run.save_last)
+        due = self._due(now) or self.best_by in figures or last and self.run.save_last
         words = torch.tensor([reason, due, self.checkpoints.failed], dtype=torch.int32)
         reason, due, failed = distributed.global_max(words).tolist()
         return reason, bool(due), bool(failed)

@@ -131,7 +131,7 @@ class Session:
             if self.main and not self._done and self.fresh:
                 undo.callback(shutil.rmtree, self.folder)
             log = self._open_log()
-            if self.trainer.steps_done == 0:
+            if not self._done and self.trainer.steps_done == 0:
                 self._evaluate_first(log)
             stopping = None
             while not (self._done or self.saver.ended or stopping):
@@ -166,10 +166,10 @@ class Session:
         with self.console.progress("generate") as progress, profiler.recording(trace, self.device):
             figures, experience = self.trainer.step(prompts, progress)
         self._account(figures)
-        if trace:
-            self._show_profile(trace, figures)
         if self.patience:
             self.patience.see(figures)
+        if trace:
+            self._show_profile(trace, figures)
         alarms = self.trainer.guards.drain()
         stopping = next((alarm for alarm in alarms if alarm.stop), None)
         held_out: list[dict[str, Any]] = []
@@ -189,7 +189,7 @@ class Session:
 
     def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Figures and samples of held-out prompts, where an evaluation is due."""
-        if not self.evaluation.due(self.trainer.steps_done, last=self._done):
+        if not self.evaluation.due(self.trainer.steps_done):
             return {}, []
         with self.console.progress("evaluate") as progress:
             return self.evaluation.run(progress)

@@ -11,8 +11,33 @@ from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.schema import RESUME_MAY_CHANGE, RESUME_MUST_MATCH, RunConfig
+from gearshift.engine.config.schema import RunConfig
 
+# What a resumed run may change without becoming another run: patterns of keys. All else decides
+# what is learned.
+MAY_CHANGE = (
+    "run.*",
+    "critic.patience",
+    "critic.least_rise",
+    "guards.*",
+    "rollout.*",
+    "eval.*",
+    "*.attn",
+    "*.liger",
+    "*.deepspeed",
+    "*.gradient_checkpointing",
+    "*.sleep",
+    "*.batch_size",
+    "data.bad_rows",
+    "rewards.*.timeout_s",
+    "rewards.*.retries",
+    "rewards.*.urls",
+    "ppo.micro_batch_*",
+    "ppo.score_batch_*",
+    "ppo.max_logprob_error",
+)
+# What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
+MUST_MATCH = ("run.task", "run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
 # Of a DeepSpeed JSON: where states lie may change, what is computed may not.
 DEEPSPEED_MUST_MATCH = ("gradient_clipping", "bf16", "data_types", "prescale_gradients")
 
@@ -123,16 +148,14 @@ def same_run(folder: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _may_change(key: str, accepted: list[str]) -> bool:
-    return any(fnmatch(key, pattern) for pattern in (*RESUME_MAY_CHANGE, *accepted))
+    return any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *accepted))
 
 
 def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
     """Whether no list can accept the change; as for a dataset that comes or goes, whose position
     nobody has."""
     trains = not key.startswith("eval.")
-    return key in RESUME_MUST_MATCH or (
-        trains and fnmatch(key, "*.sources.*.path") and None in pair
-    )
+    return key in MUST_MATCH or (trains and fnmatch(key, "*.sources.*.path") and None in pair)
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

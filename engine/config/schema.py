@@ -284,33 +284,6 @@ class RunConfig:
         refuse_if(never, "profile.steps", problem, fix, self.profile.steps)
 
 
-# What a resumed run may change without becoming another run: patterns of keys. All else decides
-# what is learned.
-RESUME_MAY_CHANGE = (
-    "run.*",
-    "critic.patience",
-    "critic.least_rise",
-    "guards.*",
-    "rollout.*",
-    "eval.*",
-    "*.attn",
-    "*.liger",
-    "*.deepspeed",
-    "*.gradient_checkpointing",
-    "*.sleep",
-    "*.batch_size",
-    "data.bad_rows",
-    "rewards.*.timeout_s",
-    "rewards.*.retries",
-    "rewards.*.urls",
-    "ppo.micro_batch_*",
-    "ppo.score_batch_*",
-    "ppo.max_logprob_error",
-)
-# What no run.resume_changed accepts: the order of the prompts and the row ids follow from them.
-RESUME_MUST_MATCH = ("run.task", "run.seed", "ppo.prompts_per_step", "ppo.samples_per_prompt")
-
-
 @section
 class Config:
     """A whole run."""

@@ -7,6 +7,7 @@ is then what `critic.path` of the run takes. On several GPUs or hosts it is a ta
 """
 
 import argparse
+import atexit
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError
@@ -25,5 +26,5 @@ def main(args: argparse.Namespace) -> int:
     named = ["--config", args.config] if args.config else []
     status = train.main([*named, *args.overrides, "--run.task", "critic"])
     if status == 0:
-        distributed.stop()
+        atexit.register(distributed.stop)
     return status
