@@ -3,6 +3,7 @@
 Where each sequence ends is known to whoever runs the model, and said by `reading`.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -53,9 +54,14 @@ def unpackable(module: nn.Module) -> str | None:
         return f"{name} has layers other than full or windowed attention ({kinds})"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
-    if moving := moving_rope(config):
-        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving})"
+    if not reads_positions(module.base_model):
+        return f"{name} numbers the tokens of a row by itself"
     return None
+
+
+def reads_positions(module: Any) -> bool:
+    """Whether a module is told the positions of its tokens, and does not count columns."""
+    return "position_ids" in inspect.signature(type(module).forward).parameters
 
 
 def rope_entries(text: Any) -> list[dict[str, Any]]:
