@@ -233,7 +233,7 @@ def test_a_packed_model_refuses_padded_rows():
     with pytest.raises(ZeroDivisionError), packed.padded(model):
         1 / 0  # noqa: B018
     assert packed.packs(model)
-    packed.release(model)
+    packed.release(model, "it must")
     assert not packed.packs(model)
     model(input_ids=ids, attention_mask=mask)
 
@@ -267,7 +267,6 @@ UNPACKABLE = {
         dict(use_bidirectional_attention=True, query_pre_attn_scalar=16),
     ),
     "AttentionInterface": ("gptj", AutoModelForCausalLM, dict(rotary_dim=4, n_layer=1)),
-    "numbers the tokens": ("bert-generation", AutoModelForCausalLM, dict(is_decoder=True)),
 }
 
 
@@ -278,6 +277,12 @@ def test_what_must_be_padded_says_why(why):
         model = from_config(family, auto, **changes)
     told = packed.unpackable(model)
     assert why in told and type(model).__name__ in told
+
+
+def test_a_model_that_numbers_tokens_by_itself_is_padded(monkeypatch):
+    model = from_config("llama")
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids, **others: None)
+    assert packed.unpackable(model) == "LlamaForCausalLM numbers the tokens of a row by itself"
 
 
 def test_only_models_of_transformers_are_packed():
