@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
@@ -73,6 +74,12 @@ class Trained:
     def packs(self) -> bool:
         """Whether its rows are read end to end, without padding."""
         return self.engine.module.packs
+
+    def prepare_to_train(self) -> None:
+        """Training mode for what computes its layers again; some routers would draw noise in it."""
+        self.engine.train()
+        for part in self.engine.module.modules():
+            part.training = isinstance(part, GradientCheckpointingLayer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,7 +201,7 @@ class Actor(Trained):
                 )
             )
 
-        self.engine.train()
+        self.prepare_to_train()
         reading, before, _ = lay_out_rollout(micro, packs=self.packs)
         loss, logprobs, entropy, clipped = self.engine(reading, before, head)
         return loss, {"logprobs": logprobs, "entropy": entropy, "clipped": clipped}
@@ -212,7 +219,7 @@ class Actor(Trained):
             options = vars(self.engine.module.options)
             return ops.linear_cross_entropy(hidden, weight, targets, weights, bias=bias, **options)
 
-        self.engine.train()
+        self.prepare_to_train()
         return self.engine(reading, places[:, :-1].flatten(), head)
 
 
@@ -245,7 +252,7 @@ class Critic(Trained):
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the value loss, with gradient, and [N] token statistics."""
         live = micro.response_mask
-        self.engine.train()
+        self.prepare_to_train()
         reading, before, _ = lay_out_rollout(micro, packs=self.packs)
         values = self.engine(reading, before)
         loss, clipped = ops.value_loss(

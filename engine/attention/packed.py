@@ -3,6 +3,7 @@
 Where each sequence ends is known to whoever runs the model, and said by `reading`.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -42,6 +43,8 @@ def unpackable(module: nn.Module) -> str | None:
     name = type(module).__name__
     if not isinstance(module, PreTrainedModel):
         return f"{name} is not a transformers model"
+    if why := getattr(module, "padded_because", None):
+        return why
     config = module.config.get_text_config()
     if config.is_encoder_decoder:
         return f"{name} is an encoder-decoder"
@@ -53,9 +56,20 @@ def unpackable(module: nn.Module) -> str | None:
         return f"{name} has layers other than full or windowed attention ({kinds})"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
-    if moving := moving_rope(config):
-        return f"the rotary frequencies of {name} depend on a batch's longest row ({moving})"
+    if not reads_positions(trunk(module)):
+        return f"{name} numbers the tokens of a row by itself"
     return None
+
+
+def trunk(module: Any) -> Any:
+    """The model without its head, whatever its class says it is called (Llama 4)."""
+    base = module.base_model
+    return getattr(module, "model", base) if base is module else base
+
+
+def reads_positions(module: Any) -> bool:
+    """Whether a module is told the positions of its tokens, and does not count columns."""
+    return "position_ids" in inspect.signature(type(module).forward).parameters
 
 
 def rope_entries(text: Any) -> list[dict[str, Any]]:
@@ -86,8 +100,9 @@ def padded(module: nn.Module) -> AbstractContextManager:
     return implementation(module, padded_name(module)) if packs(module) else nullcontext()
 
 
-def release(module: nn.Module) -> None:
-    """Undoes `adopt`."""
+def release(module: nn.Module, why: str) -> None:
+    """Undoes `adopt`, for good: the module is `unpackable` from now on, for the reason given."""
+    module.padded_because = why  # type: ignore[assignment]
     for config in _configs(module):
         config._attn_implementation_internal = padded_name(module)
 

@@ -150,6 +150,11 @@ def _observe(
             f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the paged "
             "engine would ignore; set rollout.engine: hf"
         )
+    if module in probe.shapes:
+        raise ValueError(
+            f"rollout.engine=auto: {type(module).__name__} attends twice in a layer, which the "
+            "paged engine cannot; set rollout.engine: hf"
+        )
     shape = LayerShape(key=tuple(key.shape[1:]), value=tuple(value.shape[1:]), dtype=key.dtype)
     probe.shapes[module] = shape
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1)

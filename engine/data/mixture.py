@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import SourceConfig
 from gearshift.engine.data.readers import Row, columns_of, read_rows
@@ -37,15 +38,22 @@ class Walk:
 
     def sift(self, read: Callable[[Row], Any], *, drop: bool = False) -> None:
         """Has `read` see every row, before any is drawn. ConfigError, with file and row, where it
-        refuses one; with `drop` such rows take no part, which is said."""
-        faults = {}
-        for number, row in enumerate(self.rows):
+        refuses one; with `drop` such rows take no part, which is said.
+
+        A collective: each rank reads its share of the rows, and all learn of every fault.
+        """
+        own: dict[int, ConfigError] = {}
+        for number in range(distributed.rank(), len(self.rows), distributed.world_size()):
             try:
-                read(row)
+                read(self.rows[number])
             except ConfigError as error:
-                faults[number] = error.at(f"{self.source.path}, row {number}")
+                own[number] = error.at(f"{self.source.path}, row {number}")
                 if not drop:
-                    raise faults[number] from None
+                    break
+        shares = distributed.all_gather_objects(own)
+        faults = dict(sorted(item for share in shares for item in share.items()))
+        if faults and not drop:
+            raise next(iter(faults.values()))
         if faults:
             self.numbers = np.delete(self.numbers, list(faults))
             first, of = next(iter(faults.values())), f"of {len(self.rows)} rows"

@@ -54,7 +54,7 @@ class HeadCut:
             bases = (0, self.heads, self.heads + self.kv_heads)
             ranges = zip(bases, (self.query, self.kv, self.kv), strict=True)
             return [((base + a) * unit, (base + b) * unit) for base, (a, b) in ranges]
-        is_kv = projection in ("k_proj", "v_proj")
+        is_kv = projection in ("k_proj", "v_proj", "k_norm")
         unit = rows // (self.kv_heads if is_kv else self.heads)
         start, stop = self.kv if is_kv else self.query
         return [(start * unit, stop * unit)]
@@ -146,6 +146,9 @@ def _styles(model: nn.Module, size: int) -> dict[str, str]:
         if style is not None:
             styles[name] = _OLD_NAMES.get(style) or style
     _cut_vocabulary(model, styles)
+    for name, module in model.named_modules():
+        if getattr(module, "activation_sparsity", 0):  # by the mean of all its gates (Gemma 3n)
+            styles = {key: s for key, s in styles.items() if not key.startswith(f"{name}.")}
     for name, style in styles.items():
         if style not in _CUT and style not in _REDUCED and style not in _WHOLE:
             raise ValueError(
@@ -232,7 +235,7 @@ def _head_counts(module: nn.Module, children: dict[str, nn.Linear]) -> tuple[int
         "qkv_proj": width and (heads + 2 * kv_heads) * width,
         "query_key_value": width and 3 * heads * width,
     }
-    if heads % kv_heads or ("query_key_value" in children and kv_heads != heads):
+    if not kv_heads or heads % kv_heads or ("query_key_value" in children and kv_heads != heads):
         return None
     for child, layer in children.items():
         rows = layer.in_features if child in ("o_proj", "dense") else layer.out_features
@@ -270,6 +273,9 @@ def _spec(name, parameter, styles, heads, size: int, rank: int) -> Spec:
     owner, _, leaf = name.rpartition(".")
     style = styles.get(name, styles.get(owner))
     cut, shape = _CUT.get(style), parameter.shape
+    outer, part = owner.rpartition(".")[::2]
+    if outer in heads and part in ("q_norm", "k_norm") and len(shape) == 2:  # a row for each head
+        return Spec.cut(shape, 0, heads[outer][rank].intervals(part, shape[0]))
     if cut is None or (cut == "row" and len(shape) < 2):
         return Spec.whole(shape)
     dim = len(shape) - 1 if cut == "row" else max(len(shape) - 2, 0)

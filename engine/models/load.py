@@ -110,6 +110,16 @@ def load_config(config: ModelConfig, role: str) -> Any:
         loaded = text
         if labels:
             loaded.num_labels = 1
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        try:
+            lacks = name.endswith(("size", "layers")) and getattr(loaded, name, None) is None
+        except RuntimeError:  # transformers' word for layers of unlike shapes
+            problem = f"its layers differ in {name}, which is not supported"
+            raise ConfigError("path", problem, value=repr(config.path)) from None
+        problem = (
+            f"its configuration ({type(loaded).__name__}) has no {name}: it is no decoder of text"
+        )
+        refuse_if(lacks, "path", problem, value=repr(config.path))
     for name, value in vars(loaded).items():
         if "drop" in name and isinstance(value, float):
             setattr(loaded, name, 0.0)

@@ -1,4 +1,4 @@
-"""What a trunk reads: the live tokens of some rows end to end, or the rows with their padding.
+"""What a trunk reads: the live tokens of some rows end to end, or the rows, padded on the right.
 
 B rows, T columns of prompt and response, H hidden size. Whoever makes a reading also gets the place
 of every live token in what the trunk returns, so that nobody else knows how the rows were laid out.
@@ -16,7 +16,7 @@ from gearshift.engine.batch import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """Packed: [1, N] without a mask; padded: [B, T]."""
+    """Packed: [1, N] without a mask; padded: [B, longest row]."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -28,13 +28,21 @@ def lay_out(input_ids: Tensor, mask: Tensor, *, packs: bool) -> tuple[Reading, T
     """A reading of rows [B, T], and the place [B, T] int64 of each live token in its tokens.
 
     mask: bool; a row's live tokens are neighbours. Positions are numbered from the first of them.
+    Padding comes last: no token that a decoder reads then depends on how it treats padding.
     """
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     if not packs:
+        longest = int(mask.sum(1).max())
+        columns = torch.arange(longest, device=mask.device)
+        rows = torch.arange(len(mask), device=mask.device)[:, None]
+        index = (mask.int().argmax(1, keepdim=True) + columns).clamp(max=mask.shape[1] - 1)
         made = Reading(
-            input_ids=input_ids, position_ids=positions, attention_mask=mask, sequences=None
+            input_ids=input_ids[rows, index],
+            position_ids=columns.expand(len(mask), -1),
+            attention_mask=columns < mask.sum(1, keepdim=True),
+            sequences=None,
         )
-        return made, torch.arange(mask.numel(), device=mask.device).view_as(mask)
+        return made, rows * longest + positions
     made = Reading(
         input_ids=input_ids[mask][None],
         position_ids=positions[mask][None],
@@ -55,11 +63,13 @@ def lay_out_rollout(rollout: Rollout, *, packs: bool) -> tuple[Reading, Tensor, 
 
 def hidden_states(model: nn.Module, reading: Reading) -> Tensor:
     """[tokens, H] of the trunk, without its head."""
+    trunk = packed.trunk(model)
+    positions = {"position_ids": reading.position_ids} if packed.reads_positions(trunk) else {}
     with packed.reading(reading.sequences):
-        output = model.base_model(  # type: ignore[operator]
+        output = trunk(
             input_ids=reading.input_ids,
             attention_mask=reading.attention_mask,
-            position_ids=reading.position_ids,
             use_cache=False,
+            **positions,
         )
     return output.last_hidden_state.flatten(0, 1)

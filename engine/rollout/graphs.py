@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.attention import paged
 from gearshift.engine.attention.cache import KVCache
+from gearshift.engine.attention.packed import moving_rope
 from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.packing import Inputs
@@ -64,6 +65,8 @@ def cannot_capture(module: nn.Module) -> str | None:
     kind = getattr(config, "_experts_implementation", None)
     if has_experts(config) and kind not in CAPTURABLE_EXPERTS:
         return f"its experts ({kind}) read the routing on the host"
+    if moving_rope(config) == "dynamic":
+        return "its rotary frequencies are chosen on the host"
     return None
 
 

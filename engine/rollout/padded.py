@@ -33,18 +33,26 @@ def hf_generate(
     """One response per prompt; arguments and errors as RolloutEngine.generate's.
 
     Batches of `max_sequences` prompts run one after the other, each until its last response ends.
+    Where a module is not told the positions of its tokens, prompts of one length make a batch, so
+    that nothing is padded.
     """
     if not prompts:
         return []
     request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
-    completions = []
+    groups = {0: list(range(len(prompts)))}
+    if not accepts(module, "position_ids"):
+        lengths = [len(prompt) for prompt in prompts]
+        groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))}
+    made: dict[int, Completion] = {}
     with evaluating(module), padded(module), fast_linear():
-        for start in range(0, len(prompts), max_sequences):
-            rows = list(range(start, min(start + max_sequences, len(prompts))))
-            completions += _complete(module, request, rows, ending, pad_token_id, group, device)
-    return completions
+        for group_rows in groups.values():
+            for start in range(0, len(group_rows), max_sequences):
+                rows = group_rows[start : start + max_sequences]
+                out = _complete(module, request, rows, ending, pad_token_id, group, device)
+                made |= dict(zip(rows, out, strict=True))
+    return [made[row] for row in range(len(prompts))]
 
 
 class PaddedEngine:
@@ -102,7 +110,8 @@ def _complete(
             following[i] = token
             over[i] = ending.reached(tokens[i], len(logprobs[i]))
         live = [i for i in live if not over[i] and len(logprobs[i]) < request.limits[rows[i]]]
-        inputs = following.to(device)
+        following = following.to(device)
+        inputs = torch.cat([inputs, following], 1) if cache is None else following
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [
         Completion(token_ids=ids[-len(values) :], logprobs=values, finished=ended)
@@ -121,14 +130,20 @@ def _left_padded(
 
 
 def _forward(module: nn.Module, inputs: Tensor, mask: Tensor, cache) -> tuple[Tensor, object]:
-    """Logits [B, V] of the last column, and the module's cache; inputs [B, n], mask [B, all]."""
-    arguments = {"input_ids": inputs, "attention_mask": mask, "use_cache": True}
+    """Logits [B, V] of the last column, and the module's cache; inputs [B, n], mask [B, all].
+
+    A module without a cache has None, and reads all columns every time. One that does not name a
+    state of past tokens as most do keeps it in `cache_params` (Mamba). Without positions there is
+    no padding, and so no mask, which some would apply to a single new column.
+    """
+    kept = next((name for name in ("past_key_values", "cache_params") if accepts(module, name)), "")
+    arguments = {"input_ids": inputs, "use_cache": bool(kept)}
     if cache is not None:
-        arguments["past_key_values"] = cache
+        arguments[kept] = cache
     if accepts(module, "position_ids"):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        arguments["position_ids"] = positions[:, -inputs.shape[1] :]
+        arguments |= {"position_ids": positions[:, -inputs.shape[1] :], "attention_mask": mask}
     if accepts(module, "logits_to_keep"):
         arguments["logits_to_keep"] = 1
     output = module(**arguments)
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], getattr(output, kept, None) if kept else None

@@ -175,6 +175,11 @@ def test_families_of_the_rollout_engine(family):
     check_same(model, 131, model.config.num_hidden_layers)
 
 
+@pytest.mark.parametrize("kind", tiny_rollout.MOVING)
+def test_frequencies_that_would_change_with_longer_rows(kind):
+    check_same(tiny_rollout.build(**tiny_rollout.MOVING[kind], num_hidden_layers=LAYERS), 131)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_moe", "deepseek_v3"])
 def test_layers_are_computed_again_over_the_same_sequences(family):
     """Twice as many attentions as without; and each backward has the sequences of its forward."""
@@ -228,7 +233,7 @@ def test_a_packed_model_refuses_padded_rows():
     with pytest.raises(ZeroDivisionError), packed.padded(model):
         1 / 0  # noqa: B018
     assert packed.packs(model)
-    packed.release(model)
+    packed.release(model, "it must")
     assert not packed.packs(model)
     model(input_ids=ids, attention_mask=mask)
 
@@ -262,23 +267,6 @@ UNPACKABLE = {
         dict(use_bidirectional_attention=True, query_pre_attn_scalar=16),
     ),
     "AttentionInterface": ("gptj", AutoModelForCausalLM, dict(rotary_dim=4, n_layer=1)),
-    "longest row (dynamic)": (
-        *("llama", AutoModelForCausalLM),
-        dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
-    ),
-    "longest row (longrope)": (
-        *("phi3", AutoModelForCausalLM),
-        dict(
-            rope_parameters=dict(
-                rope_type="longrope",
-                rope_theta=1e4,
-                short_factor=[1.0] * 8,
-                long_factor=[2.0] * 8,
-                original_max_position_embeddings=256,
-            ),
-            original_max_position_embeddings=256,
-        ),
-    ),
 }
 
 
@@ -289,6 +277,12 @@ def test_what_must_be_padded_says_why(why):
         model = from_config(family, auto, **changes)
     told = packed.unpackable(model)
     assert why in told and type(model).__name__ in told
+
+
+def test_a_model_that_numbers_tokens_by_itself_is_padded(monkeypatch):
+    model = from_config("llama")
+    monkeypatch.setattr(type(model.model), "forward", lambda self, input_ids, **others: None)
+    assert packed.unpackable(model) == "LlamaForCausalLM numbers the tokens of a row by itself"
 
 
 def test_only_models_of_transformers_are_packed():

@@ -107,7 +107,7 @@ def one_host(job: Path, run: Path) -> None:
     command += ["--master_port", free_port(), str(tiny_job.TRAIN), "--config", str(job)]
     command += ["--run.dir", str(run)]
     subprocess.run(
-        command, env=tiny_job.environment(), check=True, capture_output=True, timeout=PATIENCE_S
+        command, env=tiny_job.environment(), check=True, capture_output=True, timeout=2 * PATIENCE_S
     )
 
 

@@ -12,6 +12,7 @@ from gearshift.engine.batch import AS_READ
 from gearshift.engine.config.schema import DataConfig, PretrainConfig, SourceConfig
 from gearshift.engine.data.readers import columns_of, read_rows
 from gearshift.engine.data.streams import PromptStream, TextStream, left_padded
+from tests.tiny import on_ranks
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
@@ -703,3 +704,19 @@ def test_weights_of_the_rows_that_are_kept(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": 7}, {"prompt": "w1", "w": 1}])
     s = weighted_stream(path, config={"bad_rows": "drop"})
     assert prompts_of(s.next_batch()) == ["w1"] * 4
+
+
+def test_ranks_share_the_look_at_all_rows(tmp_path):
+    """Each row is looked at once; then all ranks know what one rank by itself finds."""
+    rows = write(tmp_path / "p.jsonl", [{"prompt": i} for i in range(31)])
+    found = {}
+    for ranks in (1, 2):
+        (out := tmp_path / str(ranks)).mkdir()
+        found[ranks] = on_ranks.lines("data/sift_on_ranks.py", ranks, out, rows)
+    ((alone, stopped),) = found[1]
+    assert alone["left"] == [i for i in range(31) if i % 5 != 3]
+    assert stopped["told"] == f"{rows}, row 3: prompt: is of the wrong sort"
+    for dropped, refused in found[2]:
+        assert dropped["left"] == alone["left"] and refused["told"] == stopped["told"]
+    shares = [dropped["looked"] for dropped, _ in found[2]]
+    assert sorted(shares[0] + shares[1]) == list(range(31)) and min(map(len, shares)) == 15

@@ -53,6 +53,7 @@ FAMILIES = {
     "gpt_neox": ("GPTNeoX", dict(num_key_value_heads=4)),
     "olmo2": ("Olmo2", {}),
     "cohere": ("Cohere", {}),
+    "cohere_norms": ("Cohere", dict(use_qk_norm=True)),
     "glm4": ("Glm4", dict(head_dim=12)),
     "granite": ("Granite", {}),
     "gemma3": ("Gemma3Text", dict(head_dim=12, sliding_window=5, query_pre_attn_scalar=12)),

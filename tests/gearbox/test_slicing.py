@@ -203,3 +203,31 @@ def test_experts_that_cannot_be_summed_are_refused(change, reason):
     change(model.model.layers[0].mlp.experts)
     with pytest.raises(ValueError, match=f"model.layers.0.mlp.experts have.*{reason}"):
         plan_tensor_parallel(model, 2)
+
+
+def test_norms_of_heads_are_cut_with_them():
+    plan = plan_tensor_parallel(meta("Cohere", use_qk_norm=True), 2)
+    for name, shape in (("q_norm", (2, 8)), ("k_norm", (1, 8))):
+        specs = plan.specs[f"model.layers.1.self_attn.{name}.weight"]
+        assert [spec.local_shape for spec in specs] == [shape] * 2
+        assert specs[0].intervals != specs[1].intervals
+
+
+def test_a_norm_over_all_heads_stays_whole():
+    """Olmo 2 norms queries before they are split into heads; its plan gathers them."""
+    plan = plan_tensor_parallel(meta("Olmo2"), 2)
+    assert plan.specs["model.layers.0.self_attn.q_norm.weight"][0].local_shape == (32,)
+
+
+def test_gates_that_are_judged_by_their_mean_stay_whole():
+    changes = dict(
+        num_kv_shared_layers=0, head_dim=8, activation_sparsity_pattern=[0.95, 0.0],
+        vocab_size_per_layer_input=101, hidden_size_per_layer_input=8, intermediate_size=[40, 40],
+        layer_types=["full_attention"] * 2, laurel_rank=4,
+    )  # fmt: skip
+    config = transformers.Gemma3nTextConfig(**TINY | changes)
+    with torch.device("meta"):
+        model = transformers.Gemma3nForCausalLM(config)
+    specs = plan_tensor_parallel(model, 2).specs
+    rows = [specs[f"model.layers.{i}.mlp.up_proj.weight"][0].local_shape[0] for i in (0, 1)]
+    assert rows == [40, 20]

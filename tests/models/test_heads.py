@@ -144,14 +144,14 @@ def test_the_check_refuses_a_layer_between_trunk_and_head():
         verify_head(engine_of(lm))
 
 
-def test_a_padded_reading_is_the_rows_as_they_are():
-    ids = torch.arange(10).view(2, 5)
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+def test_a_padded_reading_has_its_padding_last():
+    ids = torch.arange(15).view(3, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
     reading, places = lay_out(ids, mask, packs=False)
-    assert reading.input_ids is ids and reading.attention_mask is mask
-    assert reading.sequences is None
-    assert reading.position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
-    assert torch.equal(places, ids)
+    assert reading.input_ids[:, 0].tolist() == [2, 5, 13] and reading.sequences is None
+    assert reading.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
+    assert reading.position_ids.tolist() == [[0, 1, 2]] * 3
+    assert torch.equal(reading.input_ids.flatten()[places[mask]], ids[mask])
 
 
 def test_a_packed_reading_is_the_live_tokens_end_to_end():

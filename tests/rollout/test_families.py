@@ -11,7 +11,7 @@ from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.padded import hf_generate
 from gearshift.kernels import dispatch
-from tests.tiny.rollout import FAMILIES, build, forced_logits, make_prompts
+from tests.tiny.rollout import FAMILIES, MOVING, SMALL, build, forced_logits, make_prompts
 
 NEVER = [130_000]  # an end token outside the vocabulary
 LENGTHS = [11, 1, 26, 5]
@@ -57,6 +57,35 @@ def test_sampled_logprobs_are_the_models_own_and_the_fallback_agrees(family):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
+OWN_POSITIONS = {  # a state, columns, slopes, a state of another name
+    "mamba": dict(state_size=8, num_hidden_layers=2),
+    "bart": dict(decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=32, d_model=16),
+    "bloom": dict(n_layer=2, n_head=4, hidden_size=16),
+    "rwkv": dict(num_hidden_layers=2, attention_hidden_size=16, intermediate_size=32),
+}
+
+
+@pytest.mark.parametrize("family", OWN_POSITIONS)
+def test_models_that_number_tokens_by_themselves_are_not_padded(family):
+    shape = dict(vocab_size=131, hidden_size=16, is_encoder_decoder=False) | OWN_POSITIONS[family]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **shape)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4 if parameter.ndim > 1 and parameter.std() < 0.1 else 1
+    prompts, sampling = make_prompts([7, 1, 7, 12]), SamplingConfig(max_new_tokens=6)
+    settings = dict(eos_token_ids=NEVER, pad_token_id=0, max_sequences=3)
+    completions = hf_generate(model, prompts, sampling, [0, 1, 2, 3], **settings)
+    check_against_forward(model, prompts, completions, greedy=False)
+
+
+def test_a_layer_that_attends_twice_is_refused():
+    config = transformers.DiffLlamaConfig(**SMALL)
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="DiffLlamaAttention attends twice.*rollout.engine: hf"):
+        engine_for(model).generate([[5, 6]], SamplingConfig(max_new_tokens=2), [0])
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Qwen3Moe"])
 def test_greedy_equals_transformers_generate(family):
     model, prompts = build(family), make_prompts(LENGTHS)
@@ -73,6 +102,22 @@ def test_greedy_equals_transformers_generate(family):
             eos_token_id=None,
         )
         assert theirs[0, len(prompt) :].tolist() == completion.token_ids
+
+
+@pytest.mark.parametrize("kind", MOVING)
+def test_frequencies_that_would_change_with_longer_rows(kind):
+    """Up to the last token before they do; each row as `generate` makes it alone."""
+    model, prompts = build(**MOVING[kind]), make_prompts([5, 40, 1, 52])
+    sampling = SamplingConfig(max_new_tokens=12, temperature=0)
+    completions = engine_for(model, max_batch_tokens=16).generate(prompts, sampling, [0] * 4)
+    check_against_forward(model, prompts, completions, greedy=True)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([prompt])
+        options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None)
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert theirs[0, len(prompt) :].tolist() == completion.token_ids
+    with pytest.raises(ValueError, match="64"):
+        engine_for(model).generate(make_prompts([53]), sampling, [0])
 
 
 def test_a_shorter_window_changes_the_output():
@@ -106,19 +151,16 @@ def test_bfloat16_logprobs_stay_near_the_forward():
 
 
 @pytest.mark.parametrize(
-    "family, changes, reason",
+    "family, reason",
     [
-        ("Qwen3Next", {}, "linear_attention"),
-        ("T5", {}, "encoder-decoder|AttentionInterface"),
-        ("Llama4Text", {}, "chunked_attention"),
-        ("Bloom", {}, "AttentionInterface"),
-        ("Llama", dict(rope_type="dynamic"), "rotary"),
+        ("Qwen3Next", "linear_attention"),
+        ("T5", "encoder-decoder|AttentionInterface"),
+        ("Llama4Text", "chunked_attention"),
+        ("Bloom", "AttentionInterface"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(family, changes, reason):
+def test_what_cannot_be_served_is_refused_by_name(family, reason):
     config = getattr(transformers, f"{family}Config")()
-    if changes:
-        config.rope_parameters = {"rope_theta": 1e4, "factor": 2.0, **changes}
     name = {"T5": "T5ForConditionalGeneration", "Llama4Text": "Llama4ForCausalLM"}.get(
         family, f"{family}ForCausalLM"
     )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gearshift.engine.batch import PromptBatch
 from gearshift.engine.config.schema import ModelConfig, RolloutConfig, SamplingConfig
@@ -155,8 +155,8 @@ def test_the_padded_engine_draws_the_same_responses(lm):
 
 
 def test_a_model_without_paged_attention_falls_back_and_says_so(caplog):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    lm = AutoModelForCausalLM.from_config(tiny.llama_config(rope_parameters=rope))
+    shape = {"vocab_size": 32, "n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **shape))
     assert choose_engine(lm, "auto") is PaddedEngine
     assert "generating with a padded batch" in caplog.text
     with pytest.raises(ValueError, match="rollout.engine=paged: .*; use rollout.engine: hf"):

@@ -22,7 +22,7 @@ GRACE_S = 5.0
 
 def warm_up() -> None:
     """Imports what ranks need, and has DeepSpeed look for its accelerator."""
-    import deepspeed  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  ZeRO imports it, and inductor
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401

@@ -49,6 +49,23 @@ FAMILIES = {
     "GPT2": {},  # learned positions
 }
 
+# Rotary frequencies that another set replaces in rows of more than 64 tokens.
+LONG = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[4.0, 5.0, 6.0, 7.0])
+MOVING = {
+    "dynamic": dict(
+        family="Llama",
+        max_position_embeddings=64,
+        rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4),
+    ),
+    "longrope": dict(
+        family="Phi3",
+        original_max_position_embeddings=64,
+        rope_parameters=dict(
+            rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=64, **LONG
+        ),
+    ),
+}
+
 
 def build(family: str, seed: int = 0, **changes) -> nn.Module:
     """A random fp32 model of `family` in eval mode, the same for the same seed."""
