@@ -16,7 +16,7 @@ from gearshift.engine.batch import Experience
 from gearshift.engine.checkpoint import resume
 from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint import store as checkpoint_store
-from gearshift.engine.checkpoint.export import export
+from gearshift.engine.checkpoint.export import export_role
 from gearshift.engine.checkpoint.state import tokenizer_print
 from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
@@ -70,6 +70,7 @@ class Session:
             asdict(self.resolved.config),
             self.blueprint.deepspeed,
             tokenizer_print(self.blueprint.tokenizer),
+            assemble.bases(self.blueprint),
         )
         if self.resumed:
             resume.check(self.resumed, about, config.run.resume_changed)
@@ -82,6 +83,8 @@ class Session:
             each = (f"{host} ({count})" for host, count in counts.items())
             self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
         steps = config.run.steps * config.ppo.optimizer_steps_per_step
+        for text in assemble.told(self.blueprint):
+            self.console.note(text)
         roles = assemble.build(self.blueprint, steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         about |= {"environment": environment()}
@@ -189,9 +192,9 @@ class Session:
         if self.streams["prompts"].counts()["dropped"]:
             self.console.note(self.streams["prompts"].report())
         if self.config.run.export:
-            export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
+            export_role(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
             if trainer.critic:
-                export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
+                export_role(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")
         if self.main:
             from gearshift.launch.report.page import write_report

@@ -21,6 +21,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     wrong = config.ppo.ptx_coef and not config.pretrain.sources
     refuse_if(wrong, "pretrain.sources", problem, "give texts, or ppo.ptx_coef=0", "[]")
     _check_world(config, world_size)
+    _check_lora(config)
     problem, fix = "greedy responses teach PPO nothing", "use a value above 0, as 1"
     refuse_if(config.sampling.temperature == 0, "sampling.temperature", problem, fix, 0)
     return _warnings(config)
@@ -73,6 +74,13 @@ def _check_ppo(ppo: PPOConfig) -> None:
     refuse_if(wrong, "ppo.kl_estimator", problem, "use k2 or k3", "k1")
 
 
+def _check_lora(config: Config) -> None:
+    tp, lora = config.rollout.tp, config.actor.lora
+    problem, fix = f"its adapters are not cut for rollout.tp={tp}", "use merged, or rollout.tp: 1"
+    wrong = lora.generate == "unmerged" and tp > 1
+    refuse_if(wrong, "actor.lora.generate", problem, fix, "unmerged")
+
+
 def _check_world(config: Config, world_size: int) -> None:
     counts = {
         "ppo.prompts_per_step": config.ppo.prompts_per_step,
@@ -97,6 +105,8 @@ def _warnings(config: Config) -> list[str]:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")
     if ppo.vf_coef != 1 and ppo.update == "separate":
         found.append(f"ppo.vf_coef={ppo.vf_coef}: has no effect with ppo.update=separate")
+    if dropout := config.actor.lora.dropout:
+        found.append(f"actor.lora.dropout={dropout}: updates do not start at a ratio of 1")
     if config.data.system_prompt is not None and config.data.chat_template == "never":
         found.append("data.system_prompt: has no effect with data.chat_template=never")
     if not any(reward.weight for reward in config.rewards):

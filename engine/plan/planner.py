@@ -13,7 +13,7 @@ from typing import Any
 from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
 from gearshift.engine.gearbox.spec import BUCKET_MB
-from gearshift.engine.models.cast import Part
+from gearshift.engine.models.cast import Part, within_actor
 from gearshift.engine.models.fused import fuses
 from gearshift.engine.models.shapes import Shape, shape_of
 from gearshift.engine.phase import Phase, update_of
@@ -53,7 +53,10 @@ def _weighed_seconds(made: Plan) -> float:
 
 def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     world, fused = hardware.world, not hardware.shared and fuses(part.hf_config, part.section.liger)
-    zero, shape = Zero.of(part.settings, fused=fused), _shape(_Key(part.hf_config), part.kind)
+    zero, shape = (
+        Zero.of(part.settings, fused=fused),
+        _shape(_Key(part.hf_config, part.lora), part.kind),
+    )
     if part.trained:
         states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
     else:
@@ -73,10 +76,11 @@ def _pieces(rows: int, length: int, tokens: int) -> int:
 
 
 class _Key:
-    """A configuration that a cache can tell from others by its text."""
+    """A configuration and its adapters, which a cache can tell from others by their text."""
 
-    def __init__(self, hf_config: Any):
-        self.hf_config, self._text = hf_config, hf_config.to_json_string(use_diff=False)
+    def __init__(self, hf_config: Any, lora: Any):
+        self.hf_config, self.lora = hf_config, lora
+        self._text = f"{hf_config.to_json_string(use_diff=False)} {lora}"
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -87,7 +91,7 @@ class _Key:
 
 @cache
 def _shape(key: _Key, kind: str) -> Shape:
-    return shape_of(key.hf_config, kind)
+    return shape_of(key.hf_config, kind, key.lora)
 
 
 class _Planner:
@@ -204,23 +208,33 @@ class _Planner:
         seconds = plan_time.generate_seconds(
             shape, actor.zero, work, self.hw, self.tp, slots or wanted
         )
+        if shape.adapted and not self._merges:
+            seconds *= plan_time.UNMERGED
         made = PhasePlan(name=Phase.GENERATE, gpu=gpu, host=self.host, seconds=seconds)
         return made, slots, wanted
 
     def _shards(self) -> float:
-        """Zero where the generation gear has views of the weights."""
-        zero = self.actor.zero
+        """Zero where the generation gear has views of the weights, but for those that adapters are
+        added to."""
+        zero, shape = self.actor.zero, self.actor.shape
         partitioned = zero.stage == 3 and self.hw.world > 1
         if not partitioned and self.tp == 1 and zero.parameters == "gpu":
-            return 0.0
-        return zero.size * self.actor.shape.total / self.tp
+            return float(zero.size * shape.adapted * self._merges)
+        return zero.size * shape.total / self.tp
+
+    @property
+    def _merges(self) -> bool:
+        return self.config.actor.lora.generate != "unmerged"
 
     def _scores(self) -> list[PhasePlan]:
         own = (Phase.LOGPROBS, Phase.REFERENCE, Phase.VALUES)
         named = dict(zip(("actor", "reference", "critic"), own, strict=True))
         order = [r for r in self.roles if r.name not in named]
         order += [self.by_name[name] for name in named if name in self.by_name]
-        return [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
+        made = [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
+        if within_actor(self.config):
+            made.append(self._score(self.actor, Phase.REFERENCE))
+        return made
 
     def _score(self, role: Role, phase: Phase) -> PhasePlan:
         ppo, work, zero, tokens = self.config.ppo, self.work, role.zero, self.scored
