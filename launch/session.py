@@ -79,16 +79,8 @@ class Session:
         )
         if self.resumed:
             resume.check(self.resumed, about, config.run.resume_changed)
-        for text in [*warnings, *remarks]:
-            self.console.warn(text)
-        self._describe_data()
         self.hosts = distributed.all_gather_objects(distributed.host())
-        counts = Counter(self.hosts)
-        if len(counts) > 1:
-            each = (f"{host} ({count})" for host, count in counts.items())
-            self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
-        for text in assemble.told(self.blueprint):
-            self.console.note(text)
+        self._announce([*warnings, *remarks])
         roles = assemble.build(self.blueprint, config.run.steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         self.trainer.redraw = self.streams["prompts"].redraw
@@ -300,13 +292,22 @@ class Session:
             self.console.note(f"held-out prompts {held.name}: {len(held.examples)}{dropped}")
         return sets
 
-    def _describe_data(self) -> None:
+    def _announce(self, warnings: list[str]) -> None:
+        """What the run reads, where it runs and who plays whom."""
+        for text in warnings:
+            self.console.warn(text)
         prompts = self.streams["prompts"]
         sources = [
             f"{entry['path']} ({entry['rows']} rows)" for entry in prompts.counts()["sources"]
         ]
         self.console.note(f"prompts from {', '.join(sources)}")
         self.console.note(f"first prompt, as the model reads it: {prompts.rendered_example()!r}")
+        counts = Counter(self.hosts)
+        if len(counts) > 1:
+            each = (f"{host} ({count})" for host, count in counts.items())
+            self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
+        for text in assemble.told(self.blueprint):
+            self.console.note(text)
 
     def _open_log(self) -> RunLog | None:
         """Writes the settings and opens the log, on rank 0."""
