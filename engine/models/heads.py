@@ -111,11 +111,12 @@ def verify_head(engine: Any) -> None:
 
     engine: of a Policy, at any ZeRO stage. Two tokens are scored by the model's own forward and by
     trunk and head apart, which read another sequence before them and another token after them: the
-    least likely ones, where scales and caps show most. Two forwards; a collective under ZeRO-3.
+    least likely ones, where scales and caps show most. Then a longer row is read alone and beside
+    another. Four forwards; a collective under ZeRO-3.
     """
     policy, lm = engine.module, engine.module.lm
     ids = torch.arange(3, device=engine.device)[None]
-    settings = {"attention_mask": torch.ones_like(ids, dtype=torch.bool), "use_cache": False}
+    settings = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     with packed.padded(lm):
         positions = ids.clone()
         logits = _alone(engine, lambda: lm(ids, position_ids=positions, **settings).logits[0, :2])
@@ -148,9 +149,11 @@ def verify_head(engine: Any) -> None:
         )
     tokens = torch.arange(_ROW, device=engine.device)[None] * 7 % min(lm.config.vocab_size, 61)
     changed = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
-    if policy.packs and not _alike(engine, tokens, changed):
+    alike = _alike(engine, tokens, changed)
+    if policy.packs and not alike:
         _pad(lm)
-    if not _alike(engine, tokens, changed):
+        alike = _alike(engine, tokens, changed)
+    if not alike:
         raise ValueError(
             f"path={lm.name_or_path!r}: {type(lm).__name__} reads tokens otherwise where others "
             "follow them or rows are longer, so that sampling and training would not agree; "
@@ -188,8 +191,20 @@ def _alike(engine: Any, ids: Tensor, others: Tensor) -> bool:
 
 
 def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
-    """What a call of the engine's module returns; an engine that streams brings the weights."""
-    return engine.together([call])[0] if hasattr(engine, "together") else call()
+    """What a call of the engine's module returns; an engine that streams brings the weights.
+
+    Raises ValueError where the model's own code fails on a few tokens.
+    """
+    try:
+        return engine.together([call])[0] if hasattr(engine, "together") else call()
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "peer" in str(error):
+            raise  # a rank that has left is no fault of the model's
+        model = engine.module.model
+        raise ValueError(
+            f"path={model.name_or_path!r}: {type(model).__name__} fails on a few tokens "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); choose another family"
+        ) from error
 
 
 def _beside_another(model: nn.Module, ids: Tensor) -> Tensor:

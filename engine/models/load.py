@@ -107,7 +107,10 @@ def load_config(config: ModelConfig, role: str) -> Any:
         fix = alone if "connect to" in reason else ""
         raise ConfigError("path", reason, fix, value=repr(config.path)) from None
     _refuse_quantised(config, getattr(loaded, "quantization_config", None))
-    text = loaded.get_text_config()
+    try:
+        text = loaded.get_text_config()
+    except ValueError as error:  # of a model that reads two kinds of text
+        raise ConfigError("path", said(error), value=repr(config.path)) from None
     if text is not loaded and not loaded.is_encoder_decoder:
         loaded = text
         if labels:

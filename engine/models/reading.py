@@ -64,11 +64,12 @@ def lay_out_rollout(rollout: Rollout, *, packs: bool) -> tuple[Reading, Tensor, 
 def hidden_states(model: nn.Module, reading: Reading) -> Tensor:
     """[tokens, H] of the trunk, without its head."""
     trunk = packed.trunk(model)
+    mask = reading.attention_mask
     positions = {"position_ids": reading.position_ids} if packed.reads_positions(trunk) else {}
     with packed.reading(reading.sequences):
         output = trunk(
             input_ids=reading.input_ids,
-            attention_mask=reading.attention_mask,
+            attention_mask=None if mask is None else mask.long(),  # some subtract it
             use_cache=False,
             **positions,
         )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine.attention.packed import padded
+from gearshift.engine.attention.packed import LAYER_TYPES, padded
 from gearshift.engine.attention.paged import accepts, evaluating
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.linear import fast_linear
@@ -33,8 +33,8 @@ def hf_generate(
     """One response per prompt; arguments and errors as RolloutEngine.generate's.
 
     Batches of `max_sequences` prompts run one after the other, each until its last response ends.
-    Where a module is not told the positions of its tokens, prompts of one length make a batch, so
-    that nothing is padded.
+    Where a module may count a row's tokens by itself, prompts of one length make a batch, so that
+    nothing is padded.
     """
     if not prompts:
         return []
@@ -42,7 +42,7 @@ def hf_generate(
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
     groups = {0: list(range(len(prompts)))}
-    if not accepts(module, "position_ids"):
+    if not _pads(module):
         lengths = [len(prompt) for prompt in prompts]
         groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))}
     made: dict[int, Completion] = {}
@@ -119,6 +119,13 @@ def _complete(
     ]
 
 
+def _pads(module: nn.Module) -> bool:
+    """Whether rows may begin with padding: the module is told positions, and no layer looks at
+    parts of a row by column, as those that compress it do."""
+    kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())  # type: ignore[union-attr,operator]
+    return accepts(module, "position_ids") and kinds <= {*LAYER_TYPES, "linear_attention"}
+
+
 def _left_padded(
     prompts: list[list[int]], pad_token_id: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
@@ -133,14 +140,14 @@ def _forward(module: nn.Module, inputs: Tensor, mask: Tensor, cache) -> tuple[Te
     """Logits [B, V] of the last column, and the module's cache; inputs [B, n], mask [B, all].
 
     A module without a cache has None, and reads all columns every time. One that does not name a
-    state of past tokens as most do keeps it in `cache_params` (Mamba). Without positions there is
-    no padding, and so no mask, which some would apply to a single new column.
+    state of past tokens as most do keeps it in `cache_params` (Mamba). Where there is no
+    padding there is no mask, which some would apply to a single new column.
     """
     kept = next((name for name in ("past_key_values", "cache_params") if accepts(module, name)), "")
     arguments = {"input_ids": inputs, "use_cache": bool(kept)}
     if cache is not None:
         arguments[kept] = cache
-    if accepts(module, "position_ids"):
+    if _pads(module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         arguments |= {"position_ids": positions[:, -inputs.shape[1] :], "attention_mask": mask}
     if accepts(module, "logits_to_keep"):

@@ -1,6 +1,7 @@
 """Roles on one rank: what they compute, and that padding cannot reach it."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models.heads import HeadOptions
 from gearshift.engine.models.load import load_model, load_tokenizer
 from gearshift.engine.objective import token_weights
-from gearshift.engine.roles import RewardModel
+from gearshift.engine.roles import RewardModel, Trained
 from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 
@@ -233,3 +234,19 @@ def test_a_head_that_we_get_wrong_is_refused_at_start_up(models, monkeypatch):
     monkeypatch.setattr(HeadOptions, "of", classmethod(lambda cls, config: cls(logit_scale=0.5)))
     with pytest.raises(ValueError, match="LlamaForCausalLM.*differ from ours"):
         tiny_run.trainer(tiny_run.config(models, kl_coef=0.0, estimator="reinforce_pp"))
+
+
+def test_routers_draw_no_noise_while_they_train():
+    """Phi-MoE's would, in training mode; layers that compute again need it."""
+    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    config = AutoConfig.for_model("phimoe", **sizes)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(12)[None]
+    expected = lm(input_ids=ids).logits
+    engine = torch.nn.Module()
+    engine.module = lm
+    Trained.prepare_to_train(SimpleNamespace(engine=engine))
+    assert all(layer.training for layer in lm.model.layers)
+    assert torch.equal(lm(input_ids=ids).logits, expected)
+    assert not torch.equal(lm.train()(input_ids=ids).logits, expected)

@@ -144,6 +144,38 @@ def test_the_check_refuses_a_layer_between_trunk_and_head():
         verify_head(engine_of(lm))
 
 
+def test_the_check_refuses_what_depends_on_the_length_of_a_row():
+    """As attention over compressed parts of a row may; rows of a few tokens do not tell."""
+    lm = build("llama")
+
+    def longer(trunk, inputs, output):
+        output.last_hidden_state *= 1 + max(0, output.last_hidden_state.shape[1] - 8) / 100
+
+    lm.model.register_forward_hook(longer)
+    with pytest.raises(ValueError, match="LlamaForCausalLM reads tokens otherwise where"):
+        verify_head(engine_of(lm))
+
+
+def test_the_check_refuses_what_looks_ahead():
+    lm = build("llama")
+    lm.set_attn_implementation("eager")
+    for layer in lm.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, inputs, kwargs: (inputs, kwargs | {"attention_mask": None}), with_kwargs=True
+        )
+    with pytest.raises(ValueError, match="or they depend on later tokens"):
+        verify_head(engine_of(lm))
+
+
+def test_a_model_whose_own_code_fails_is_named():
+    lm = build("llama")
+    lm.model.register_forward_pre_hook(lambda *_: {}["x"])
+    with pytest.raises(
+        ValueError, match=r"LlamaForCausalLM fails on a few tokens \(KeyError: 'x'\)"
+    ):
+        verify_head(engine_of(lm))
+
+
 def test_a_padded_reading_has_its_padding_last():
     ids = torch.arange(15).view(3, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 1, 0]]).bool()
