@@ -289,9 +289,19 @@ def test_the_controller_follows_ziegler():
     assert fixed.coef == 0.1
 
 
-@pytest.mark.parametrize("estimator", ["gae", "reinforce_pp", "rloo", "grpo"])
+@pytest.mark.parametrize(
+    ("estimator", "changes"),
+    [
+        ("gae", {}),
+        ("gae", {"lam_critic": 0.95, "lam_length_alpha": 0.5}),
+        ("reinforce_pp", {}),
+        ("rloo", {}),
+        ("grpo", {}),
+    ],
+    ids=["gae", "decoupled", "reinforce_pp", "rloo", "grpo"],
+)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_rewards_of_tokens_against_a_loop_in_float64(estimator, backend, monkeypatch):
+def test_rewards_of_tokens_against_a_loop_in_float64(estimator, changes, backend, monkeypatch):
     """reward_t = -kl_coef * kl_t + r_t + [t last] * (score - sum of r), then GAE as written."""
     if backend == "triton":
         pytest.importorskip("triton")
@@ -305,6 +315,7 @@ def test_rewards_of_tokens_against_a_loop_in_float64(estimator, backend, monkeyp
         gamma=0.9,
         lam=0.8,
         whiten_advantages=False,
+        **changes,
     )
     logprobs, ref, values, mask, scores = draws(seed=5)
     tokens = torch.where(mask, torch.randn(mask.shape), 0.0)
@@ -325,13 +336,15 @@ def test_rewards_of_tokens_against_a_loop_in_float64(estimator, backend, monkeyp
         )
         if estimator in ("rloo", "grpo"):
             continue
-        advantage = following = 0.0
+        lams = [1 - 1 / (0.5 * live) if changes else lam, changes.get("lam_critic", lam)]
+        sums, following = [0.0, 0.0], 0.0  # with the policy's lambda, with the critic's
         for t in reversed(range(live)):
             value = float(values[row, t]) if gae else 0.0
-            advantage = rewards[t] + 0.9 * following - value + 0.9 * lam * advantage
+            delta = rewards[t] + 0.9 * following - value
+            sums = [delta + 0.9 * max(own, 0) * s for own, s in zip(lams, sums, strict=True)]
             following = value
-            assert float(found.advantages[row, t]) == pytest.approx(advantage, abs=1e-5)
-            assert float(found.returns[row, t]) == pytest.approx(advantage + value, abs=1e-5)
+            assert float(found.advantages[row, t]) == pytest.approx(sums[0], abs=1e-5)
+            assert float(found.returns[row, t]) == pytest.approx(sums[1] + value, abs=1e-5)
     if estimator in ("rloo", "grpo"):  # of a response as a whole: where its rewards lie is nothing
         plain = estimate_advantages(logprobs, ref, values, mask, scores, config=ppo, kl_coef=0.3)
         torch.testing.assert_close(found.advantages, plain.advantages, atol=1e-5, rtol=1e-5)
