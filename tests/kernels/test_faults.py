@@ -96,8 +96,7 @@ FAULTS = {
             anchored,
             GSPO,
             "tl.load(sequences + rows, inside, other=0.0)",
-            "tl.load(sequences + 0 * rows, inside, other=0.0)",
-            WIDE,
+            "tl.load(olds + rows, inside, other=0.0)",
         ),
     ],
     "policy_terms": [
@@ -107,7 +106,12 @@ FAULTS = {
             "1.0 - clip_low, 1.0 + clip_high, NAN)",
             "1.0 - clip_high, 1.0 + clip_low, NAN)",
         ),
-        Fault(policy_terms, PPO, "dead = clipped | beyond", "dead = beyond"),
+        Fault(
+            policy_terms,
+            PPO,
+            "clipped | beyond\n            if DUAL",
+            "beyond\n            if DUAL",
+        ),
         Fault(
             policy_terms,
             KL,
