@@ -10,13 +10,15 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import Config
-from gearshift.engine.models.cast import Part, cast
+from gearshift.engine.gearbox.adapters import STARTED
+from gearshift.engine.models import lora
+from gearshift.engine.models.cast import Part, cast, within_actor
 from gearshift.engine.models.files import CheckpointFiles
 from gearshift.engine.models.load import load_model, location, room_for
 from gearshift.engine.models.shapes import PREFIX, kv_bytes_per_token, kv_shape
 from gearshift.engine.rewards.text import check_system_turn, same_tokenizer
 from gearshift.engine.rewards.total import RewardSum
-from gearshift.engine.roles import Actor, Critic, Reference, RewardModel, Roles
+from gearshift.engine.roles import Actor, ActorsStart, Critic, Reference, RewardModel, Roles
 from gearshift.engine.rollout.context import moves, positions
 from gearshift.engine.streaming.store import Store
 from gearshift.engine.zero.optim import check_optimizer
@@ -72,6 +74,7 @@ def draw_up(config: Config) -> Blueprint:
     _check_liger(everyone)
     for part in named:
         _check_files(part)
+    _check_adapters(config, actor)
     for part in readers:
         _check_context(config, part)
     _check_cache(config, actor)
@@ -110,6 +113,26 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
     ]
 
 
+def told(blueprint: Blueprint) -> list[str]:
+    """A line on who plays the reference, where that is no model of its own."""
+    said = {
+        "base": "reference: the actor with its adapters off, at no memory of its own",
+        "start": "reference: the actor with a frozen copy of the adapters that it starts from",
+    }
+    played = within_actor(blueprint.config)
+    return [said[played]] if played else []
+
+
+def bases(blueprint: Blueprint) -> dict[str, str]:
+    """By role with adapters a fingerprint of the frozen model under them, which no checkpoint
+    holds."""
+    return {
+        name: CheckpointFiles(location(part.source), part.source.revision).fingerprint
+        for name, part in blueprint.cast.items()
+        if part.lora
+    }
+
+
 def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     """Loads every model. steps: PPO steps of the whole run, for the schedules."""
     config, parts = blueprint.config, blueprint.cast
@@ -133,7 +156,8 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         if part.kind == "reward"
     }
     blueprint.rewards.join(scorers)
-    reference = critic = None
+    reference: Reference | ActorsStart | None = None
+    critic = None
     if part := parts.get("reference"):
         model, temperature = _load(config, part, stores["reference"]), config.sampling.temperature
         reference = Reference(model, config.ppo, temperature, part.settings)
@@ -142,6 +166,8 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         critic = Critic(_load(config, part), config, part.settings, updates)
     part = parts["actor"]
     actor = Actor(_load(config, part), part.tokenizer, config, part.settings, acting)
+    if played := within_actor(config):
+        reference = ActorsStart(actor, adapter=STARTED if played == "start" else None)
     return Roles(
         actor=actor,
         critic=critic,
@@ -157,7 +183,11 @@ def _load(config: Config, part: Part, store: Store | None = None) -> nn.Module:
         recompute = getattr(config, part.name).gradient_checkpointing
         source = replace(source, gradient_checkpointing=recompute)
     fresh = part.fresh_head
-    return load_model(source, part.kind, part.settings, fresh_head=fresh, store=store)
+    model = load_model(source, part.kind, part.settings, fresh_head=fresh, store=store)
+    if part.lora:
+        with part.errors():
+            lora.adapt(model, part.lora, part.settings, config.run.seed)
+    return model
 
 
 def _check_liger(parts: list[Part]) -> None:
@@ -177,12 +207,26 @@ def _check_liger(parts: list[Part]) -> None:
 def _check_files(part: Part) -> None:
     """Raises ConfigError for a path without a model, before any other model is loaded."""
     with part.errors():
-        where = location(part.section)
+        where = location(part.source)
         if where.startswith(PREFIX):
             fix = "give a Hugging Face directory, hub id or .gguf file"
             raise ConfigError("path", "a shape has no weights", fix, value=where)
         if Path(where).is_dir():
             CheckpointFiles(where)
+
+
+def _check_adapters(config: Config, actor: Part) -> None:
+    """Raises ConfigError where nobody can play the reference: what the actor started from is
+    adapters and whole modules, which are no checkpoint together."""
+    mixed = actor.lora and actor.lora.folder and actor.lora.whole
+    refuse_if(
+        mixed and config.ppo.kl_coef and config.reference.path in (None, config.actor.path),
+        "reference.path",
+        "the actor starts from adapters and modules that train whole, which must be merged to "
+        "be a reference",
+        "merge them by peft and name the result",
+        "null",
+    )
 
 
 def _check_vocabulary(part: Part, actor: Part) -> None:
@@ -211,7 +255,7 @@ def _check_vocabulary(part: Part, actor: Part) -> None:
 
 def _check_tokens(part: Part, actor: Part) -> None:
     """Raises ConfigError where an id of the actor's means another token to this model."""
-    directory = Path(location(part.section))
+    directory = Path(location(part.source))
     bare = directory.is_dir() and not (directory / "tokenizer_config.json").exists()
     if bare and part.section.tokenizer is None:
         return

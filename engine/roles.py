@@ -22,6 +22,7 @@ from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.schema import Config, PPOConfig, SamplingConfig, TrainedConfig
 from gearshift.engine.data.streams import TextStream
+from gearshift.engine.gearbox.adapters import playing
 from gearshift.engine.gearbox.gearbox import Gearbox
 from gearshift.engine.microbatch import Budget, pieces, share
 from gearshift.engine.models.heads import (
@@ -136,7 +137,9 @@ class Actor(Trained):
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
         kind = choose_engine(lm, config.rollout.engine)
-        self.gearbox = Gearbox(self.engine, lm, config.rollout, device=self.engine.device)
+        merged = config.actor.lora.generate != "unmerged"
+        place = {"device": self.engine.device, "merged": merged}
+        self.gearbox = Gearbox(self.engine, lm, config.rollout, **place)
         self.sampler = kind(
             self.gearbox.module,
             config.rollout,
@@ -280,6 +283,23 @@ class Reference:
         return policy_logprobs(self.engine, rollout, budget, self.temperature)
 
 
+class ActorsStart:
+    """The reference of an actor with adapters: itself, with those that it started from."""
+
+    def __init__(self, actor: Actor, adapter: str | None):
+        """adapter: the frozen copy of those it started from; None: it started without any."""
+        self._actor, self._adapter = actor, adapter
+
+    def moved(self) -> dict[str, float]:
+        """Nothing: its weights are where they are."""
+        return {}
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """[B, R] log-probs of the responses."""
+        with playing(self._actor.lm, self._adapter):
+            return self._actor.logprobs(rollout)
+
+
 class RewardModel:
     """A frozen sequence classifier with one label."""
 
@@ -376,7 +396,7 @@ class Roles:
 
     actor: Actor
     critic: Critic | None
-    reference: Reference | None
+    reference: Reference | ActorsStart | None
     rewards: RewardSum
     pretrain: TextStream | None = None  # an endless stream of text for PPO-ptx
 

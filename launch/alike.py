@@ -96,7 +96,8 @@ def files(config: Config, blueprint: Blueprint) -> dict[str, str]:
         found[f"{part.key}.deepspeed"] = _digest(repr(part.settings))
         if part.named and not str(part.section.path).startswith(PREFIX):
             found[f"{part.key}.tokenizer"] = tokenizer_print(part.tokenizer)[:12]
-            found |= _prints(f"{part.key}.path", location(part.section))
+            found |= _prints(f"{part.key}.path", location(part.source))
+            found |= _prints(f"{part.key}.path", str(part.adapter or ""))
             commit = getattr(part.hf_config, "_commit_hash", None)
             found[f"{part.key}.revision"] = str(commit)
     for key in ("data", "pretrain", "eval"):

@@ -16,7 +16,7 @@ from gearshift.engine.batch import Experience
 from gearshift.engine.checkpoint import resume
 from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint import store as checkpoint_store
-from gearshift.engine.checkpoint.export import export
+from gearshift.engine.checkpoint.export import export_role
 from gearshift.engine.checkpoint.state import tokenizer_print
 from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
@@ -75,6 +75,7 @@ class Session:
             asdict(self.resolved.config),
             self.blueprint.deepspeed,
             tokenizer_print(self.blueprint.tokenizer),
+            assemble.bases(self.blueprint),
         )
         if self.resumed:
             resume.check(self.resumed, about, config.run.resume_changed)
@@ -86,6 +87,8 @@ class Session:
         if len(counts) > 1:
             each = (f"{host} ({count})" for host, count in counts.items())
             self.console.note(f"ranks, from 0 on, are on {', '.join(each)}")
+        for text in assemble.told(self.blueprint):
+            self.console.note(text)
         roles = assemble.build(self.blueprint, config.run.steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         self.trainer.redraw = self.streams["prompts"].redraw
@@ -249,9 +252,9 @@ class Session:
             self.console.note(f"{self.patience}: done after step {trainer.steps_done}")
         if self.config.run.export:
             if not self.patience:
-                export(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
+                export_role(trainer.actor.lm, tokenizer, self.folder / "export" / "actor")
             if trainer.critic:
-                export(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
+                export_role(trainer.critic.model, tokenizer, self.folder / "export" / "critic")
             self.console.note(f"exported {self.folder / 'export'}")
         if self.config.eval.best_by:
             self._tell_best(self.config.eval.best_by)

@@ -95,14 +95,21 @@ def fault(checkpoint: Path) -> str | None:
     return f"{first[1]} (on {first[0]})"
 
 
-def identity(config: Mapping[str, Any], deepspeed: Mapping[str, dict], tokenizer: str) -> dict:
-    """What a resumed run is compared by. config: the whole one as plain values."""
+def identity(
+    config: Mapping[str, Any],
+    deepspeed: Mapping[str, dict],
+    tokenizer: str,
+    bases: Mapping[str, str],
+) -> dict:
+    """What a resumed run is compared by. config: the whole one as plain values. bases: fingerprints
+    of the frozen models under adapters, by role."""
     kept = {
         role: {key: deepspeed[role].get(key) for key in DEEPSPEED_MUST_MATCH}
         for role in ("actor", "critic")
         if role in deepspeed
     }
-    return {"config": dict(config), "deepspeed": kept, "tokenizer": tokenizer}
+    about = {"config": dict(config), "deepspeed": kept, "tokenizer": tokenizer}
+    return about | {"bases": dict(bases)}
 
 
 def check(checkpoint: Path, ours: Mapping[str, Any], accepted: list[str]) -> None:
@@ -131,6 +138,12 @@ def check(checkpoint: Path, ours: Mapping[str, Any], accepted: list[str]) -> Non
             f"run.resume={str(checkpoint)!r}: was saved with other settings: {', '.join(told)}; "
             f"{ways}"
         )
+    for role in saved.get("bases", {}).keys() & ours["bases"].keys():
+        if saved["bases"][role] != ours["bases"][role]:
+            raise ValueError(
+                f"run.resume={str(checkpoint)!r}: its adapters are of another base than "
+                f"{role}.path has now; give the model that they were trained on"
+            )
     if saved["tokenizer"] != ours["tokenizer"]:
         raise ValueError(
             f"run.resume={str(checkpoint)!r}: was saved with another tokenizer (its tokens, "

@@ -29,6 +29,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     wrong = config.ppo.ptx_coef and not config.pretrain.sources
     refuse_if(wrong, "pretrain.sources", problem, "give texts, or ppo.ptx_coef=0", "[]")
     _check_world(config, world_size)
+    _check_lora(config)
     problem, fix = "greedy responses teach PPO nothing", "use a value above 0, as 1"
     refuse_if(config.sampling.temperature == 0, "sampling.temperature", problem, fix, 0)
     return _warnings(config)
@@ -124,6 +125,13 @@ def _check_eval(config: Config) -> None:
     refuse_if(best not in known, "eval.best_by", "no such figure", f"as {near[0]}", best)
 
 
+def _check_lora(config: Config) -> None:
+    tp, lora = config.rollout.tp, config.actor.lora
+    problem, fix = f"its adapters are not cut for rollout.tp={tp}", "use merged, or rollout.tp: 1"
+    wrong = lora.generate == "unmerged" and tp > 1
+    refuse_if(wrong, "actor.lora.generate", problem, fix, "unmerged")
+
+
 def _check_world(config: Config, world_size: int) -> None:
     counts = {
         "ppo.prompts_per_step": config.ppo.prompts_per_step,
@@ -162,6 +170,8 @@ def _warnings(config: Config) -> list[str]:
     if ppo.corrections and ppo.old_logprobs == "rollout":
         keys = ", ".join(f"ppo.{key}" for key in ppo.corrections)
         found.append(f"{keys}: no effect with ppo.old_logprobs=rollout, where no weight differs")
+    if dropout := config.actor.lora.dropout:
+        found.append(f"actor.lora.dropout={dropout}: updates do not start at a ratio of 1")
     if config.data.system_prompt is not None and config.data.chat_template == "never":
         found.append("data.system_prompt: has no effect with data.chat_template=never")
     if not any(reward.weight for reward in config.rewards):

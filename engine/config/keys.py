@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from gearshift.engine.config.errors import ConfigError, did_you_mean
 
-BOUNDS = {"gt": "above", "ge": "at least", "le": "at most"}
+BOUNDS = {"gt": "above", "ge": "at least", "le": "at most", "lt": "below"}
 
 
 def _number(value: Any) -> Any:

@@ -80,8 +80,37 @@ class ModelConfig:
 
 
 @section
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2022) on a frozen model, through the package `peft`."""
+
+    r: Whole = knob(0, "rank; 0: no adapters, every weight trains", ge=0)
+    alpha: Number = knob(32.0, "the product B A is scaled by alpha / r", gt=0)
+    rslora: Flag = knob(False, "scale by alpha / sqrt(r) instead (Kalajdzievski 2023)")
+    targets: list[str] | Literal["auto"] = knob(
+        "auto", "names of linear layers, as [q_proj, v_proj]; auto: all inside the decoder layers"
+    )
+    init: Literal["default", "gaussian"] = knob(
+        "default", "of A: uniform as PyTorch's linear layers, or normal of spread 1 / r; B is 0"
+    )
+    dropout: Number = knob(
+        0.0, "of an adapter's input in updates; above 0 the ratio is not 1 before them", ge=0, lt=1
+    )
+    modules_to_save: list[str] = knob([], "modules that train whole, as [embed_tokens, lm_head]")
+    base: str | None = knob(
+        None, "model under the adapter directory that `path` is; null: the one it names"
+    )
+    generate: Literal["auto", "merged", "unmerged"] = knob(
+        "auto",
+        "weights of generation: a copy with the adapters added, or the frozen weights and the "
+        "adapters beside them (tensor-parallel size 1); auto: merged where the plan has room",
+    )
+
+
+@section
 class TrainedConfig(ModelConfig):
     """A model that is trained."""
+
+    lora: Part[LoraConfig] = knob(LoraConfig, "low-rank adapters; docs/lora.md")
 
     sleep: Literal["auto", "never", "gradients", "exchange", "always"] = knob(
         "auto",

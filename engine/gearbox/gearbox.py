@@ -14,7 +14,8 @@ from gearshift.engine.cluster.distributed import barrier, ranks_per_node, world_
 from gearshift.engine.cluster.distributed import rank as world_rank
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox import transfer as reshard
-from gearshift.engine.gearbox.module import Rank, copy_buffers, localize, meta_twin
+from gearshift.engine.gearbox.adapters import adapters, copy_layers
+from gearshift.engine.gearbox.module import Rank, Shard, copy_buffers, localize, merges, meta_twin
 from gearshift.engine.gearbox.slicing import plan_tensor_parallel
 from gearshift.engine.gearbox.spec import BUCKET_MB
 from gearshift.engine.gearbox.transfer import ShiftCost, Topology
@@ -35,7 +36,7 @@ class ShiftStats:
     bytes_received: int = 0
     bytes_minimum: int = 0  # what any exact route must receive
     peak_staging_bytes: int = 0
-    shard_bytes: int = 0  # memory of the generation gear's own weights; 0 for views
+    shard_bytes: int = 0  # memory of the generation gear's own weights; views take none
 
 
 class Gearbox:
@@ -43,6 +44,8 @@ class Gearbox:
 
     engine: the DeepSpeed engine that trains them, at any ZeRO stage. hf_module: the transformers
     causal LM inside it. Training state (weights, optimizer, hooks, random numbers) is only read.
+    merged: adapters are added to this gear's own copy of the weights; False: they stay beside them,
+    at TP size 1.
 
     `module` generates; its parameters are empty outside `generation()`, unless they are kept.
     TP groups are consecutive ranks: `tp_group` (None for a group of one), `tp_rank`, `tp_size`,
@@ -58,6 +61,7 @@ class Gearbox:
         *,
         device: torch.device,
         route: Literal["exact", "all_gather"] = "exact",
+        merged: bool = True,
     ):
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
         self.route, self.stats = route, ShiftStats()
@@ -65,33 +69,47 @@ class Gearbox:
         self.budget = int((config.shift_bucket_mb or BUCKET_MB[self.device.type]) * 2**20)
         node_size = ranks_per_node()
         check_partitions(hf_module)
-        self.tp_size = config.tp or smallest_tp(hf_module, node_size, self.device)
+        merged = merged or not adapters(hf_module)
+        self.tp_size = config.tp or (
+            smallest_tp(hf_module, node_size, self.device) if merged else 1
+        )
         check_tp(self.tp_size, node_size)
         self.module = meta_twin(hf_module)
+        if not merged:
+            assert self.tp_size == 1, "config/check.py refuses it"
+            copy_layers(self.module, hf_module)
         plan = plan_tensor_parallel(self.module, self.tp_size)
         self.tp_group, self._topology = make_groups(node_size, self.tp_size)
         self.dp_index, self.tp_rank = divmod(world_rank(), self.tp_size)
         place = Rank(self.tp_rank, self.tp_size, self.tp_group)
         self._shards = localize(self.module, hf_module, plan, place, self.device)
+        self._merges = merges(self._shards, hf_module, place, self.device) if merged else []
+        self._passing = [shard for merge in self._merges for shard in (merge.a, merge.b)]
+        self._own = {id(merge.weight) for merge in self._merges}  # never views
         self._partitioned = engine.zero_optimization_stage() == 3 and world_size() > 1
         self._aliased = not self._partitioned and self.tp_size == 1 and self._on_device()
         self._bytes_minimum = 0
         if self._partitioned:
-            self._bytes_minimum = reshard.minimum_bytes(self._shards, self._topology)
+            self._bytes_minimum = reshard.minimum_bytes(self._moving, self._topology)
+
+    @property
+    def _moving(self) -> list[Shard]:
+        """All that a shift fills: the weights that stay, and adapters until they are added."""
+        return [*self._shards, *self._passing]
 
     @contextmanager
     def generation(self) -> Iterator[nn.Module]:
         """Yields the inference module, in eval mode, with the current weights.
 
         World-collective on entry, not on leaving. Its parameters are this rank's shards; where the
-        whole weights are on this rank anyway and TP size is 1 they are views, not copies.
+        whole weights are on this rank anyway and TP size is 1 they are views, not copies, but for
+        those that an adapter is added to.
         """
         self._shift()
         try:
             yield self.module
         finally:
-            if self._aliased or not self._resident:
-                self._release()
+            self._release()
 
     def wait_for_groups(self) -> float:
         """Waits until every TP group has generated; returns the seconds this one was idle.
@@ -109,12 +127,16 @@ class Gearbox:
         if self._aliased:
             cost = self._alias()
         else:
-            self._allocate()
+            self._allocate(self._moving)
             cost = self._fill()
+        for merge in self._merges:
+            merge.run()
+        for shard in self._passing:
+            shard.parameter.data = shard.parameter.new_empty(0)
         copy_buffers(self.module, self._source, self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        shard_bytes = 0 if self._aliased else sum(s.parameter.nbytes for s in self._shards)
+        shard_bytes = sum(s.parameter.nbytes for s in self._shards if not self._is_view(s))
         self.stats = ShiftStats(
             seconds=time.perf_counter() - start,
             bytes_received=cost.received,
@@ -123,26 +145,36 @@ class Gearbox:
             shard_bytes=shard_bytes,
         )
 
+    def _is_view(self, shard: Shard) -> bool:
+        return self._aliased and id(shard) not in self._own
+
     def _alias(self) -> ShiftCost:
-        for shard in self._shards:
-            shard.parameter.data = partition(shard.source).view(shard.spec.shape)
+        own = [shard for shard in self._moving if not self._is_view(shard)]
+        self._allocate(own)
+        for shard in self._moving:
+            weights = partition(shard.source).view(shard.spec.shape)
+            if self._is_view(shard):
+                shard.parameter.data = weights
+            else:
+                shard.parameter.data.copy_(weights)
         return ShiftCost()
 
-    def _allocate(self) -> None:
-        for shard in self._shards:
+    def _allocate(self, shards: list[Shard]) -> None:
+        for shard in shards:
             if shard.parameter.shape != shard.spec.local_shape:
                 shard.parameter.data = shard.parameter.new_empty(shard.spec.local_shape)
 
     def _fill(self) -> ShiftCost:
         if not self._partitioned:
-            return reshard.local_shift(self._shards, self.budget)
+            return reshard.local_shift(self._moving, self.budget)
         if self.route == "all_gather":
-            return reshard.all_gather_shift(self._shards, self._topology, self.budget)
-        return reshard.exact_shift(self._shards, self._topology, self.budget)
+            return reshard.all_gather_shift(self._moving, self._topology, self.budget)
+        return reshard.exact_shift(self._moving, self._topology, self.budget)
 
     def _release(self) -> None:
         for shard in self._shards:
-            shard.parameter.data = shard.parameter.new_empty(0)
+            if self._is_view(shard) or not self._resident:
+                shard.parameter.data = shard.parameter.new_empty(0)
 
     def _on_device(self) -> bool:
         return all(partition(shard.source).device == self.device for shard in self._shards)

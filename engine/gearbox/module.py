@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gearshift.engine.gearbox.adapters import Adapter, adapters, plain_parameters
 from gearshift.engine.gearbox.slicing import HeadCut, TPPlan
 from gearshift.engine.gearbox.spec import Spec
 from gearshift.engine.zero.layout import whole_shape
@@ -35,6 +36,37 @@ class Shard:
     specs: tuple[Spec, ...]  # of every TP rank
     spec: Spec  # of this rank
     parameter: nn.Parameter  # empty until a shift fills it
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An adapter of the training module and what it is added to; a and b are this rank's parts."""
+
+    adapter: Adapter
+    weight: Shard
+    a: Shard
+    b: Shard
+
+    def run(self) -> None:
+        """Once all three are filled."""
+        parts = (shard.parameter.data for shard in (self.weight, self.a, self.b))
+        self.adapter.add_to(*parts)
+
+
+def merges(shards: list[Shard], source: nn.Module, rank: Rank, device: torch.device) -> list[Merge]:
+    """For each adapter of source the shard of its weight, and new ones of A and B, cut as that."""
+    of_weight = {id(shard.source): shard for shard in shards}
+
+    def part(parameter: nn.Parameter, specs: tuple[Spec, ...]) -> Shard:
+        empty = torch.empty(0, dtype=parameter.dtype, device=device)
+        return Shard(parameter, specs, specs[rank.index], nn.Parameter(empty, requires_grad=False))
+
+    found = []
+    for adapter in adapters(source):
+        weight = of_weight[id(adapter.weight)]
+        of_a, of_b = adapter.specs(weight.specs)
+        found.append(Merge(adapter, weight, part(adapter.a, of_a), part(adapter.b, of_b)))
+    return found
 
 
 class LocalHeads:
@@ -96,7 +128,8 @@ def copy_buffers(twin: nn.Module, source: nn.Module, device: torch.device) -> No
 
 
 def _bind_parameters(twin, source, plan: TPPlan, rank: Rank, device) -> list[Shard]:
-    sources = dict(source.named_parameters(remove_duplicate=False))
+    sources = plain_parameters(source, tied=True)
+    sources |= dict(source.named_parameters(remove_duplicate=False))  # of a twin with adapters
     shards: dict[tuple, Shard] = {}
     for name, _ in list(twin.named_parameters(remove_duplicate=False)):
         original, specs = sources[name], plan.specs[name]

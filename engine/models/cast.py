@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
@@ -16,6 +17,7 @@ from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models.files import CheckpointFiles
 from gearshift.engine.models.load import load_tokenizer, location
+from gearshift.engine.models.lora import Lora, base_of, is_adapter
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
@@ -27,7 +29,8 @@ class Part:
     """One model of a run; what it names is read when first asked for, and kept.
 
     name: actor, critic, reference, or a reward's own. key: of its section, as rewards.1.
-    section: as the user wrote it. origins: whose weights it may start from where its section has
+    section: as the user wrote it. keeps_start: the adapters that it starts from stay beside the
+    trained ones, for the reference. origins: whose weights it may start from where its section has
     no path; the first that can serve is taken, and the last always can.
     """
 
@@ -36,6 +39,7 @@ class Part:
     kind: Literal["policy", "critic", "reward"]
     section: Any  # a TrainedConfig, ReferenceConfig or RewardConfig
     trained: bool = False
+    keeps_start: bool = False
     origins: tuple["Part", ...] = field(default=(), repr=False)
 
     @property
@@ -43,13 +47,45 @@ class Part:
         """Whether the user gave its path."""
         return self.section.path is not None
 
+    @property
+    def adapter(self) -> Path | None:
+        """The directory of peft that the user gave as its path."""
+        return Path(self.section.path).expanduser() if self._has_adapter else None
+
+    @property
+    def _has_adapter(self) -> bool:
+        return self.trained and is_adapter(self.section.path)
+
     @cached_property
     def source(self) -> Any:
-        """Its section, with the path and the revision that it is loaded from."""
-        if self.start is self:
+        """Its section, with the path and the revision that its model is loaded from: under
+        adapters, the base's."""
+        if self.start is not self:
+            own = self.start.source
+            return replace(self.section, path=own.path, revision=own.revision)
+        if self.adapter is None:
             return self.section
-        own = self.start.section
-        return replace(self.section, path=own.path, revision=own.revision)
+        with self.errors():
+            base = base_of(self.adapter, self.section.lora)
+        tokenizer = self.section.tokenizer
+        if tokenizer is None and (self.adapter / "tokenizer_config.json").exists():
+            tokenizer = str(self.adapter)
+        return replace(self.section, path=base, tokenizer=tokenizer)
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        """Its adapters; None where it trains whole, or not at all."""
+        if not self.trained or not (self.section.lora.r or self.adapter):
+            return None
+        with self.errors():
+            return Lora(
+                settings=self.section.lora,
+                base=str(self.source.path),
+                revision=self.source.revision,
+                task="CAUSAL_LM" if self.kind == "policy" else "TOKEN_CLS",
+                folder=self.adapter,
+                keeps_start=self.keeps_start,
+            )
 
     @property
     def start(self) -> "Part":
@@ -141,14 +177,23 @@ def cast(config: Config) -> dict[str, Part]:
     """The parts of a run by name: actor, critic, reference, and the reward models as written.
 
     The critic starts from the first reward model that is a decoder and reads the actor's tokens,
-    else from the actor; the reference from the actor.
+    else from the actor; the reference from the actor. A reference that the actor itself plays is
+    no part: see `within_actor`.
     """
     rewards = [
         Part(name=reward.name, key=f"rewards.{i}", kind="reward", section=reward)
         for i, reward in enumerate(config.rewards)
         if reward.kind == "model"
     ]
-    actor = Part(name="actor", key="actor", kind="policy", section=config.actor, trained=True)
+    played = within_actor(config)
+    actor = Part(
+        name="actor",
+        key="actor",
+        kind="policy",
+        section=config.actor,
+        trained=True,
+        keeps_start=played == "start",
+    )
     critic = Part(
         name="critic",
         key="critic",
@@ -166,8 +211,26 @@ def cast(config: Config) -> dict[str, Part]:
     )
     parts = [actor]
     parts += [critic] if config.ppo.estimator == "gae" else []
-    parts += [reference] if config.ppo.kl_coef > 0 else []
+    parts += [reference] if config.ppo.kl_coef > 0 and not played else []
     return {part.name: part for part in [*parts, *rewards]}
+
+
+def within_actor(config: Config) -> Literal["base", "start"] | None:
+    """What of an actor with adapters is the reference: its base, with the adapters off, or a frozen
+    copy of the adapters that it started from. None: the reference is a model of its own.
+    """
+    actor, reference = config.actor, config.reference
+    started = is_adapter(actor.path)
+    if config.ppo.kl_coef == 0 or not (actor.lora.r or started):
+        return None
+    own = Part(name="actor", key="actor", kind="policy", section=actor, trained=True)
+    lora = own.lora
+    if lora is None or lora.whole:  # what trains whole leaves no base behind
+        return None
+    if reference.path in (None, actor.path):
+        return "start" if started else "base"
+    same = (reference.path, reference.revision) == (own.source.path, own.source.revision)
+    return "base" if same else None
 
 
 def is_decoder(hf_config: Any) -> bool:

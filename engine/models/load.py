@@ -79,7 +79,9 @@ def location(config: ModelConfig) -> str:
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
-            raise ConfigError("path", "the directory has no config.json", value=repr(path))
+            adapter = (Path(path) / "adapter_config.json").exists()
+            fix = "actor.path and critic.path take adapters" if adapter else ""
+            raise ConfigError("path", "the directory has no config.json", fix, repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError("path", "no such directory", value=repr(path))
     return path
@@ -190,7 +192,7 @@ def load_model(
     else:
         used = {source for source in names.values() if source is not None}
         _tell(config, role, files.left_out(module, used))
-        _fill(module, files, names, dtype, _partitioner(ds_config, dtype, store))
+        _fill(module, files, names, dtype, partitioner(ds_config, dtype, store))
     module.name_or_path = str(files.directory)
     if role == "policy":
         module.generation_config = _generation_config(config, files.directory, module)
@@ -424,7 +426,7 @@ def _read(
     return value
 
 
-def _partitioner(
+def partitioner(
     ds_config: dict, dtype: torch.dtype, store: Store | None
 ) -> Callable[[nn.Parameter], None]:
     """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""

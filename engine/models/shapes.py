@@ -76,11 +76,13 @@ def read_config(model: ModelConfig, role: str) -> Any:
 class Shape:
     """One model of one role.
 
-    numels: elements of each parameter, tied ones once. head: of the projection to the vocabulary,
-    0 without one.
+    numels: elements of each parameter, tied ones once, those of adapters included. trained: of
+    those that a role which is trained trains. head: of the projection to the vocabulary, 0 without
+    one. adapted: of the weights that adapters are added to, 0 where all trains.
     """
 
     numels: tuple[int, ...]
+    trained: tuple[int, ...]
     layers: int
     hidden: int
     mlp: int
@@ -95,10 +97,22 @@ class Shape:
     kept: tuple[bool, ...] = ()  # units that stay to the end of a pass
     experts: int = 0  # elements of all experts
     active: float = 1.0  # share of the experts that a token meets
+    adapted: int = 0
+    head_trains: bool = True
 
     @property
     def total(self) -> int:
         return sum(self.numels)
+
+    @property
+    def updated(self) -> int:
+        """Elements that training changes."""
+        return sum(self.trained)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it trains."""
+        return self.updated == self.total
 
     @cached_property
     def body(self) -> float:
@@ -109,6 +123,10 @@ class Shape:
     def shard(self, world: int) -> int:
         """Elements of a rank's ZeRO-3 partition: each parameter is padded to the ranks."""
         return sum(math.ceil(n / world) for n in self.numels)
+
+    def updated_shard(self, world: int) -> int:
+        """Of those that training changes."""
+        return sum(math.ceil(n / world) for n in self.trained)
 
     @property
     def most_streamed(self) -> int:
@@ -133,11 +151,13 @@ def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: in
     return 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
 
 
-def shape_of(hf_config: Any, role: str) -> Shape:
-    """role: "policy", "critic" or "reward". Raises ConfigError where transformers has no such model
-    of this family."""
+def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
+    """role: "policy", "critic" or "reward". adapters: a lora.Lora. Raises ConfigError where
+    transformers has no such model of this family."""
     from accelerate import init_empty_weights
 
+    from gearshift.engine.gearbox.adapters import adapters as adapters_of
+    from gearshift.engine.models import lora
     from gearshift.engine.models.load import auto_class
 
     auto, family = auto_class(role, hf_config), hf_config.model_type
@@ -155,10 +175,14 @@ def shape_of(hf_config: Any, role: str) -> Shape:
     embedding = module.get_input_embeddings().weight
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     chosen = getattr(text, "num_experts_per_tok", experts) or experts
-    named, units = list(module.named_parameters()), cut(module)
+    units = cut(module)
+    if adapters:
+        lora.inject(module, adapters)
+    named = list(module.named_parameters())
     kv_heads, head_dim = kv_shape(text)
     return Shape(
         numels=tuple(p.numel() for _, p in named),
+        trained=tuple(p.numel() for _, p in named if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
@@ -173,4 +197,6 @@ def shape_of(hf_config: Any, role: str) -> Shape:
         kept=tuple(unit.kept for unit in units),
         experts=sum(p.numel() for n, p in named if ".experts." in n),
         active=chosen / experts if experts else 1.0,
+        adapted=sum(adapter.weight.numel() for adapter in adapters_of(module)),
+        head_trains=head is None or head.weight.requires_grad,
     )

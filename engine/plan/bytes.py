@@ -82,8 +82,8 @@ def shard_elements(shape: Shape, zero: Zero, world: int) -> int:
 def state_elements(shape: Shape, zero: Zero, world: int) -> int:
     """Elements of a rank's part of the optimizer."""
     if zero.stage == 3:
-        return shape.shard(world)
-    return math.ceil(shape.total / world) if zero.stage else shape.total
+        return shape.updated_shard(world)
+    return math.ceil(shape.updated / world) if zero.stage else shape.updated
 
 
 def frozen_states(shape: Shape, zero: Zero, world: int) -> States:
@@ -172,7 +172,7 @@ def movable(shape: Shape, zero: Zero, world: int, states: States) -> list[float]
     parts = [float(state_elements(shape, zero, world))]
     if zero.stage == 3:
         parts = [0.0]
-        for numel in shape.numels:
+        for numel in shape.trained:
             if parts[-1] >= zero.sub_group:
                 parts.append(0.0)
             parts[-1] += math.ceil(numel / world)
@@ -209,8 +209,8 @@ def reduce_transient(shape: Shape, zero: Zero, world: int, *, several: bool) -> 
     several: an update has several micro-batches. Stage 2 gathers each one's gradients in a buffer
     of its own before it adds them to the first's; the stages below add in place.
     """
-    bucket = min(float(shape.total), max(zero.reduce_bucket, *shape.numels))
-    whole = 0.0 if zero.stage >= 2 else zero.accumulation * shape.total
+    bucket = min(float(shape.updated), max(zero.reduce_bucket, *shape.trained))
+    whole = 0.0 if zero.stage >= 2 else zero.accumulation * shape.updated
     part = state_elements(shape, zero, world)
     if zero.stage == 2:
         whole += (1 + several) * zero.accumulation * part
@@ -263,8 +263,8 @@ def logits_chunk(
         return 0.0
     row = shape.vocabulary * (4 + (2 if training and zero.size == 2 else 0))
     chunk = min(float(rows * row), most)
-    if not training:
-        return chunk
+    if not training or not shape.head_trains:
+        return chunk + rows * shape.hidden * zero.size * training
     several = rows * row > most
     weight = shape.head * (zero.size + (4 if several and zero.size == 2 else 0))
     return chunk + weight + rows * shape.hidden * zero.size

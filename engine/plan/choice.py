@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models.lora import is_adapter
 from gearshift.engine.zero.residence import Sleep
 
 # From the least time to the least memory. Buffers of gradients leave for nothing; `never` is for
@@ -35,15 +36,25 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
     given += [None if n == "auto" else n for n in (ppo.micro_batch_tokens, ppo.score_batch_tokens)]
     if (given[0] or given[2]) and (given[1] or given[3]):
         tokens = tokens[:1]
-    for again in recompute:
-        for budget in tokens:
-            for sleep in sleeps:
-                yield settled(config, sleep, recompute=again, tokens=budget)
+    for merged in (True, False) if _may_stay_apart(config, shared) else (True,):
+        for again in recompute:
+            for budget in tokens:
+                for sleep in sleeps:
+                    yield settled(config, sleep, recompute=again, tokens=budget, merged=merged)
 
 
-def settled(config: Config, sleep: Sleep, *, recompute: bool, tokens: int) -> Config:
+def _may_stay_apart(config: Config, shared: bool) -> bool:
+    """Whether generation may be planned with adapters beside the weights."""
+    lora = config.actor.lora
+    adapts = lora.r or is_adapter(config.actor.path)
+    return bool(adapts and lora.generate == "auto" and config.rollout.tp < 2 and not shared)
+
+
+def settled(
+    config: Config, sleep: Sleep, *, recompute: bool, tokens: int, merged: bool = True
+) -> Config:
     """The configuration with these choices where it makes none."""
-    ppo = config.ppo
+    ppo, lora = config.ppo, config.actor.lora
     if ppo.micro_batch_tokens == "auto" and ppo.micro_batch_size is None:
         ppo = replace(ppo, micro_batch_tokens=tokens)
     if ppo.score_batch_tokens == "auto" and ppo.score_batch_size is None:
@@ -57,4 +68,8 @@ def settled(config: Config, sleep: Sleep, *, recompute: bool, tokens: int) -> Co
             sleep=sleep if role.sleep == "auto" else role.sleep,
             gradient_checkpointing=recompute if own is None else own,
         )
+    if lora.generate == "auto" and not merged:
+        apart = replace(lora, generate="unmerged")
+        roles["actor"] = replace(roles["actor"], lora=apart)
+        return replace(config, ppo=ppo, rollout=replace(config.rollout, tp=1), **roles)
     return replace(config, ppo=ppo, **roles)

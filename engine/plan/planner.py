@@ -12,7 +12,7 @@ from dataclasses import replace
 from gearshift.engine.attention.cache import CPU_CACHE_GB, GPU_CACHE_SHARE
 from gearshift.engine.config.schema import Config
 from gearshift.engine.gearbox.spec import BUCKET_MB
-from gearshift.engine.models.cast import Part
+from gearshift.engine.models.cast import Part, within_actor
 from gearshift.engine.models.fused import fuses
 from gearshift.engine.models.shapes import Shape, shape_of
 from gearshift.engine.phase import Phase, update_of
@@ -27,7 +27,7 @@ from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
-_SHAPES: dict[tuple[str, str], Shape] = {}
+_SHAPES: dict[tuple[str, str, str], Shape] = {}
 
 
 def plan(config: Config, parts: dict[str, Part], hardware: Hardware) -> Plan:
@@ -55,9 +55,9 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     world, fused = hardware.world, not hardware.shared and fuses(part.hf_config, part.section.liger)
     zero = Zero.of(part.settings, fused=fused)
     # Made once of each text: a module takes seconds to make, and advice plans many times.
-    key = part.hf_config.to_json_string(use_diff=False), part.kind
+    key = part.hf_config.to_json_string(use_diff=False), part.kind, str(part.lora)
     if key not in _SHAPES:
-        _SHAPES[key] = shape_of(part.hf_config, part.kind)
+        _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora)
     shape = _SHAPES[key]
     if part.trained:
         states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
@@ -189,23 +189,33 @@ class _Planner:
         seconds = plan_time.generate_seconds(
             shape, actor.zero, work, self.hw, self.tp, slots or wanted
         )
+        if shape.adapted and not self._merges:
+            seconds *= plan_time.UNMERGED
         made = PhasePlan(name=Phase.GENERATE, gpu=gpu, host=self.host, seconds=seconds)
         return made, slots, wanted
 
     def _shards(self) -> float:
-        """Zero where the generation gear has views of the weights."""
-        zero = self.actor.zero
+        """Zero where the generation gear has views of the weights, but for those that adapters are
+        added to."""
+        zero, shape = self.actor.zero, self.actor.shape
         partitioned = zero.stage == 3 and self.hw.world > 1
         if not partitioned and self.tp == 1 and zero.parameters == "gpu":
-            return 0.0
-        return zero.size * self.actor.shape.total / self.tp
+            return float(zero.size * shape.adapted * self._merges)
+        return zero.size * shape.total / self.tp
+
+    @property
+    def _merges(self) -> bool:
+        return self.config.actor.lora.generate != "unmerged"
 
     def _scores(self) -> list[PhasePlan]:
         own = (Phase.LOGPROBS, Phase.REFERENCE, Phase.VALUES)
         named = dict(zip(("actor", "reference", "critic"), own, strict=True))
         order = [r for r in self.roles if r.name not in named]
         order += [self.by_name[name] for name in named if name in self.by_name]
-        return [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
+        made = [self._score(role, named.get(role.name, Phase.REWARDS)) for role in order]
+        if within_actor(self.config):
+            made.append(self._score(self.actor, Phase.REFERENCE))
+        return made
 
     def _score(self, role: Role, phase: Phase) -> PhasePlan:
         ppo, work, zero, tokens = self.config.ppo, self.work, role.zero, self.scored

@@ -19,6 +19,7 @@ DECODE_SHARE = 0.55
 LINK_SHARE = 0.7
 ADAM_BYTES = 36  # read and written per element: gradient, master, moments, weight
 HOST_BANDWIDTH = 150e9  # bytes per second of a node's memory, shared by its ranks
+UNMERGED = 1.3  # of generation, where adapters are beside the weights: two more products a layer
 DISK = 2e9  # bytes per second of a node's disk
 # DeepSpeed's and autograd's Python for a decoder layer, forward and backward, by ZeRO stage: of 28
 # layers on CPU, without a product of any size; three quarters are backward.
@@ -81,8 +82,11 @@ def score_seconds(
 def train_seconds(shape: Shape, zero: Zero, work: Work, hw: Hardware, recompute: bool) -> float:
     """All epochs of forwards, backwards and optimizer steps."""
     body, head = forward_flops(shape, work)
-    compute = ((4 if recompute else 3) * body + 3 * head) / (hw.gpu.flops * TRAIN_SHARE)
-    reduced = 4 * shape.total / (hw.link * LINK_SHARE) if hw.world > 1 else 0.0
+    passes = (3 if shape.whole else 2) + recompute  # no gradients of frozen weights
+    compute = (passes * body + (3 if shape.head_trains else 2) * head) / (
+        hw.gpu.flops * TRAIN_SHARE
+    )
+    reduced = 4 * shape.updated / (hw.link * LINK_SHARE) if hw.world > 1 else 0.0
     moved = work.train_pieces * (2 * fetch_seconds(shape, zero, hw) + reduced)
     python = work.train_pieces * shape.layers * LAYER_S[zero.stage]
     return work.epochs * max(compute, python, moved) + work.updates * _adam(shape, zero, hw)
@@ -136,7 +140,7 @@ def useful_flops(shape: Shape, work: Work, *, scored: int, trained: bool) -> flo
     """Multiplications and additions that a role's forwards and backwards need; recomputed ones are
     not counted. scored: gradient-free passes over all rows."""
     once = sum(forward_flops(shape, work))
-    return once * (scored + (3 * work.epochs if trained else 0))
+    return once * (scored + ((3 if shape.whole else 2) * work.epochs if trained else 0))
 
 
 def saved_bytes(optimizer: OptimizerConfig) -> int:
@@ -147,4 +151,4 @@ def saved_bytes(optimizer: OptimizerConfig) -> int:
 
 def save_seconds(shape: Shape, optimizer: OptimizerConfig, hw: Hardware) -> float:
     """A role's checkpoint, written by all nodes."""
-    return saved_bytes(optimizer) * shape.total / hw.nodes / DISK
+    return saved_bytes(optimizer) * shape.updated / hw.nodes / DISK

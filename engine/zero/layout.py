@@ -168,6 +168,16 @@ def partition(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if is_partitioned(parameter) else parameter.data.reshape(-1)
 
 
+def write_whole(parameter: Tensor, value: Tensor) -> None:
+    """Gives a parameter `value`, of its whole shape: this rank's part of it where it is cut."""
+    own = partition(parameter)
+    start = (
+        own.numel() * dist.get_rank(parameter.ds_process_group) if is_partitioned(parameter) else 0
+    )
+    part = value.reshape(-1)[start : start + own.numel()]
+    own.data[: part.numel()].copy_(part)
+
+
 def is_on_disk(parameter: Tensor) -> bool:
     """Whether DeepSpeed keeps this rank's part on an NVMe disk."""
     return is_partitioned(parameter) and parameter.ds_tensor.final_location == "nvme"

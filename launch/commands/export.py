@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from gearshift.engine.checkpoint import resume
-from gearshift.engine.checkpoint.export import export
+from gearshift.engine.checkpoint.export import export_role
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
+from gearshift.engine.models import lora
 from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.models.heads import Policy, ValueModel
 from gearshift.engine.models.load import load_model
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes FOLDER/actor and, where there is one, FOLDER/critic.
+    """Writes FOLDER/actor and, where there is one, FOLDER/critic, and beside a role with adapters
+    its directory of peft, as FOLDER/actor_adapter.
 
     Raises ValueError where CHECKPOINT is none, or is damaged.
     """
@@ -48,13 +50,14 @@ def main(args: argparse.Namespace) -> int:
     config = saved_config(state)
     parts = cast(config)  # neither rewards nor what the run fits on are asked for
     for role in state["roles"]:
-        model, holder = unpartitioned(parts[role])
+        model, holder = unpartitioned(parts[role], config.run.seed)
         files = sorted(checkpoint.glob(f"{role}.rank*.safetensors"))
         optimizer = getattr(config, role).optimizer.name
         stepped = state["roles"][role]["optimizer_steps"] > 0
         fill(holder, files, split=stepped and optimizer == "split_adamw")
-        export(model.to(DTYPES[args.dtype]), parts["actor"].tokenizer, out / role)
-        print(f"exported {out / role}")
+        model = model.to(DTYPES[args.dtype])
+        for made in export_role(model, parts["actor"].tokenizer, out / role):
+            print(f"exported {made}")
     return 0
 
 
@@ -66,9 +69,11 @@ def saved_config(state: dict[str, Any]) -> Config:
         return config_load.load(file.name, []).config
 
 
-def unpartitioned(part: Part) -> tuple[nn.Module, nn.Module]:
+def unpartitioned(part: Part, seed: int) -> tuple[nn.Module, nn.Module]:
     """A role's model in float32, as it was before training, and what its engine calls it in."""
     model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=part.fresh_head)
+    if part.lora:
+        lora.adapt(model, part.lora, UNPARTITIONED, seed)
     return model, Policy(model) if part.kind == "policy" else ValueModel(model)
 
 

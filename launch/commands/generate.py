@@ -2,14 +2,23 @@
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError, refuse_if
-from gearshift.engine.config.schema import DataConfig, ModelConfig, RolloutConfig, SamplingConfig
+from gearshift.engine.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RolloutConfig,
+    SamplingConfig,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="Hugging Face directory, hub id or .gguf")
+    parser.add_argument("--model", help="Hugging Face directory, hub id or .gguf")
+    parser.add_argument("--adapter", help="directory of peft; without --model on the base it names")
     parser.add_argument("--chat", action="store_true", help="wrap each prompt as a user message")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
@@ -28,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
     )
+    refuse_if(not (args.model or args.adapter), "--model", "give a model, or --adapter")
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("prompts", "give a text, or lines on standard input")
@@ -37,18 +47,31 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def adapter_of(folder: str, model: str | None) -> Any:
+    """The adapters in a directory of peft. model: what they sit on; None: the base it names."""
+    from gearshift.engine.models import lora
+
+    path, settings = Path(folder).expanduser(), LoraConfig(base=model)
+    refuse_if(not lora.is_adapter(folder), "--adapter", f"no {lora.CONFIG}", value=repr(folder))
+    base = lora.base_of(path, settings)
+    return lora.Lora(settings=settings, base=base, revision=None, task="CAUSAL_LM", folder=path)
+
+
 def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConfig) -> list[str]:
     """One decoded response per prompt."""
     import torch
 
     from gearshift.engine.data.prompts import PromptEncoder
+    from gearshift.engine.gearbox.adapters import fold
+    from gearshift.engine.models import lora
     from gearshift.engine.models.load import load_config, load_model, load_tokenizer
     from gearshift.engine.rollout.context import positions
     from gearshift.engine.rollout.responses import choose_engine, end_token_ids, sequence_seed
 
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = ModelConfig(path=args.model)
+    adapter = args.adapter and adapter_of(args.adapter, args.model)
+    config = ModelConfig(path=adapter.base if adapter else args.model)
     bf16 = {"enabled": device.type == "cuda"}
     tokenizer, limit = load_tokenizer(config), positions(load_config(config, "policy"))
     if args.chat and not tokenizer.chat_template:
@@ -60,7 +83,11 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
         problem = f"a prompt has {len(tokens)} tokens and the model {limit} positions"
         long = limit is not None and len(tokens) + args.max_new_tokens > limit
         refuse_if(long, "--max-new-tokens", problem, "lower it", args.max_new_tokens)
-    model = load_model(config, "policy", {"zero_optimization": {"stage": 0}, "bf16": bf16})
+    settings = {"zero_optimization": {"stage": 0}, "bf16": bf16}
+    model = load_model(config, "policy", settings)
+    if adapter:
+        lora.adapt(model, adapter, settings, seed=0)
+        fold(model)
     ends = end_token_ids(tokenizer, model)
     engine = choose_engine(model, "auto")(
         model.to(device), RolloutConfig(), eos_token_ids=ends, pad_token_id=ends[0], device=device

@@ -17,11 +17,14 @@ from gearshift.engine.plan.bytes import Zero
 from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 
-# Hidden size, layers, the ending of the DeepSpeed files, and how far actor and critic sleep.
+# Hidden size, layers, the ending of the DeepSpeed files, how far actor and critic sleep, and their
+# adapters' rank.
 CASES = (
-    (128, 4, "zero3", "never"),
-    (192, 4, "zero3_bf16", "exchange"),
-    (256, 6, "zero3_bf16_split", "always"),
+    (128, 4, "zero3", "never", 0),
+    (128, 4, "zero3", "never", 8),
+    (192, 4, "zero1_bf16_split", "always", 16),
+    (192, 4, "zero3_bf16", "exchange", 0),
+    (256, 6, "zero3_bf16_split", "always", 0),
 )
 
 
@@ -30,12 +33,12 @@ def on_two_ranks() -> list[dict]:
     """One object per case of rank 0: planned and measured bytes by phase."""
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        for hidden, layers, precision, sleep in CASES:
+        for hidden, layers, precision, sleep, r in CASES:
             sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "head_dim": 32}
             path = tiny.save_policy(
-                Path(folder, f"model{hidden}"), 2048, num_hidden_layers=layers, **sizes
+                Path(folder, f"model{len(cases)}"), 2048, num_hidden_layers=layers, **sizes
             )
-            cases.append(f"{path}:{precision}:{sleep}")
+            cases.append(f"{path}:{precision}:{sleep}:{r}")
         return on_ranks.lines("plan/memory_on_ranks.py", 2, Path(folder), ",".join(cases))[0]
 
 

@@ -2,6 +2,7 @@
 
 import io
 
+import peft
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -45,6 +46,24 @@ def expected(model, prompt: str, length: int) -> str:
 def test_greedy_responses_are_those_of_transformers(generate, model):
     greedy = ["--temperature", 0, "--max-new-tokens", 12]
     assert generate(*greedy, *PROMPTS) == [f"{p} -> {expected(model, p, 12)}" for p in PROMPTS]
+
+
+def test_an_adapter_of_peft_is_added(generate, model, tmp_path, capsys):
+    """By the base that it names, or the one that is given."""
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    greedy = ["--temperature", 0, "--max-new-tokens", 8]
+    told = [f"{p} -> {expected(tmp_path / 'merged', p, 8)}" for p in PROMPTS]
+    assert told != generate(*greedy, *PROMPTS)
+    assert generate("--adapter", tmp_path / "adapter", *greedy, *PROMPTS) == told
+    arguments = ["generate", "--adapter", str(tmp_path / "adapter"), *map(str, greedy), *PROMPTS]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == told
+    assert cli.main(["generate", "--adapter", str(model), "w4"]) == 2
+    assert "no adapter_config.json" in capsys.readouterr().err
 
 
 def test_prompts_from_standard_input(generate, monkeypatch):

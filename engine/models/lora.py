@@ -1,0 +1,316 @@
+"""Low-rank adapters of a role: where they start, on which layers they sit, and their directories.
+
+A directory of peft holds adapter_config.json and adapter_model.safetensors. The layers are peft's,
+put into the Hugging Face module itself (inject_adapter_in_model): its class, its paths and its
+forward stay, so heads, packing and the gearbox see the model that they know; peft's own PeftModel
+would wrap it. Weights that train whole beside the adapters (a critic's value head, modules_to_save)
+keep their places, too, where peft would train copies.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from gearshift.engine.config.errors import ConfigError, refuse_if, said
+from gearshift.engine.config.schema import LoraConfig
+from gearshift.engine.gearbox.adapters import STARTED, TRAINED
+from gearshift.engine.models.load import dtype_of, partitioner
+from gearshift.engine.zero.layers import decoder_layers
+from gearshift.engine.zero.layout import whole_shape, write_whole
+
+logger = logging.getLogger("gearshift")
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of a tensor's name in a directory of peft
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts; nobody adapts them
+# Of adapter_config.json: what would compute something else than W x + s B (A x).
+_OTHER_KINDS = (
+    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
+    "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
+    "monteclora_config", "kasa_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapters of one role. folder: of peft, that they start from; None: they start at zero.
+
+    task: as peft calls what the model does. keeps_start: their first state stays beside them,
+    frozen, for the reference.
+    """
+
+    settings: LoraConfig
+    base: str
+    revision: str | None
+    task: str
+    folder: Path | None = None
+    keeps_start: bool = False
+
+    @property
+    def whole(self) -> list[str]:
+        """Modules that train whole."""
+        own = ["score"] if self.task != "CAUSAL_LM" else []
+        named = self.settings.modules_to_save
+        if self.folder is not None:
+            named = named or read_config(self.folder).get("modules_to_save") or []
+        return own + [name for name in named if name not in own]
+
+
+def is_adapter(path: str | None) -> bool:
+    """Whether it is a directory of peft."""
+    return path is not None and (Path(path).expanduser() / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json; raises ConfigError where its adapters are not of the kind that is known
+    here."""
+    file = folder / CONFIG
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        kind = found.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError("path", f"not JSON: {said(error)}", value=repr(str(file))) from None
+    other = next((key for key in _OTHER_KINDS if found.get(key)), None)
+    if found.get("bias", "none") != "none":
+        other = "bias"
+    refuse_if(
+        kind != "LORA" or other,
+        "path",
+        f"its adapters are not plain LoRA ({f'{other}={found.get(other)}' if other else kind})",
+        "merge it into its base by peft first, and give the merged model",
+        repr(str(folder)),
+    )
+    return found
+
+
+def base_of(folder: Path, settings: LoraConfig) -> str:
+    """The model under the adapters of a directory: the one it names, or that of lora.base."""
+    named = settings.base or read_config(folder).get("base_model_name_or_path")
+    problem = f"{folder / CONFIG} names no base model"
+    refuse_if(not named, "lora.base", problem, "name it here", "null")
+    return str(named)
+
+
+def adapt(module: PreTrainedModel, lora: Lora, ds_config: dict, seed: int) -> None:
+    """Gives a loaded module its adapters, partitioned where ZeRO-3 is asked."""
+    inject(module, lora)
+    fill(module, lora, partitioner(ds_config, dtype_of(ds_config), None), seed)
+
+
+def inject(module: nn.Module, lora: Lora) -> None:
+    """Puts the adapters' layers into the module, without values, and freezes all else.
+
+    The module's own weights may be partitioned or on meta. Raises ConfigError.
+    """
+    config = _peft_config(module, lora)
+    peft = _peft()
+    try:
+        peft.inject_adapter_in_model(config, module, TRAINED, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigError("lora.targets", said(error), value=lora.settings.targets) from None
+    inside = {id(layer) for layer in _linear_layers(module)}
+    for name, layer in _adapted(module):
+        if id(layer.base_layer) not in inside:
+            problem = f"{name} is no linear layer inside the decoder layers"
+            raise ConfigError("lora.targets", problem, "leave it out")
+        if lora.keeps_start:
+            _add_start(layer)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(f".{TRAINED}." in name)
+    for name in lora.whole:
+        for parameter in _whole_module(module, name):
+            parameter.requires_grad_(True)
+    config.modules_to_save = lora.whole or None
+    if lora.settings.targets == "auto" and lora.folder is None:
+        _tell_experts(module, lora)
+
+
+def fill(module: nn.Module, lora: Lora, partition: Callable, seed: int) -> None:
+    """Gives injected adapters their values, in the dtype of the model, and partitions them.
+
+    They are drawn alike on every rank, whatever the number of ranks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stored = _stored(module, lora) if lora.folder else {}
+    for name, layer in _adapted(module):
+        dtype = layer.base_layer.weight.dtype
+        a, b = (stored.get(f"{name}.{kind}.weight") for kind in ("lora_A", "lora_B"))
+        if a is None or b is None:
+            a = _drawn(*layer.lora_A[TRAINED].weight.shape, lora.settings.init, generator)
+            b = torch.zeros(layer.lora_B[TRAINED].weight.shape)
+        values = {"lora_A": a, "lora_B": b}
+        for kind, value in values.items():
+            for adapter, holder in getattr(layer, kind).items():
+                made = nn.Parameter(value.to(dtype, copy=True), requires_grad=adapter == TRAINED)
+                partition(made)
+                holder.weight = made
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        problem = "adapters need the package peft"
+        raise ConfigError("lora", problem, "install it: pip install '.[lora]'") from None
+    return peft
+
+
+def _peft_config(module: nn.Module, lora: Lora) -> Any:
+    """peft's LoraConfig, which also becomes adapter_config.json."""
+    peft, settings = _peft(), lora.settings
+    if lora.folder is not None:
+        stored = read_config(lora.folder)
+        known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+        kept = {key: value for key, value in stored.items() if key in known}
+        kept |= {"modules_to_save": None, "lora_dropout": settings.dropout}
+        kept |= {"inference_mode": False, "init_lora_weights": True}
+        refuse_if(
+            settings.r not in (0, stored["r"]),
+            "lora.r",
+            f"the adapters in path have rank {stored['r']}",
+            "leave it out",
+            settings.r,
+        )
+    else:
+        kept = {
+            "r": settings.r,
+            "lora_alpha": settings.alpha,
+            "use_rslora": settings.rslora,
+            "lora_dropout": settings.dropout,
+            "target_modules": _targets(module, settings.targets),
+            "fan_in_fan_out": any(isinstance(part, Conv1D) for part in _linear_layers(module)),
+        }
+    kept |= {"base_model_name_or_path": lora.base, "revision": lora.revision}
+    return peft.LoraConfig(**kept | {"task_type": lora.task})
+
+
+def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Inside the decoder layers."""
+    for layer in decoder_layers(module):
+        yield from (part for part in layer.modules() if isinstance(part, (nn.Linear, Conv1D)))
+
+
+def _targets(module: nn.Module, wanted: list[str] | str) -> list[str]:
+    """Names as peft matches them, by their ends; whole paths where those would match more."""
+    names = {id(part): name for name, part in module.named_modules()}
+    linear = [names[id(layer)] for layer in _linear_layers(module)]
+    if wanted == "auto":
+        chosen = [name for name in linear if name.split(".")[-1] not in _ROUTERS]
+    else:
+        chosen = [name for name in linear if any(_ends(name, target) for target in wanted)]
+        for target in wanted:
+            known = sorted({name.split(".")[-1] for name in linear})
+            refuse_if(
+                not any(_ends(name, target) for name in chosen),
+                "lora.targets",
+                f"no linear layer inside the decoder layers has the name {target}",
+                f"there are {', '.join(known)}",
+                wanted,
+            )
+    refuse_if(not chosen, "lora.targets", "the model has no linear layers to adapt", value=wanted)
+    ends = sorted({name.split(".")[-1] for name in chosen})
+    matched = {name for name in names.values() if any(_ends(name, end) for end in ends)}
+    return ends if matched == set(chosen) else sorted(chosen)
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _whole_module(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of the modules of this name."""
+    found = [part for path, part in module.named_modules() if _ends(path, name)]
+    parameters = [p for part in found for p in part.parameters()]
+    key = "lora.modules_to_save"
+    refuse_if(not parameters, key, f"the model has no weights in a module {name}", value=name)
+    twice = [p for p in module.named_parameters(remove_duplicate=False) if p[1] is parameters[0]]
+    refuse_if(len(twice) > 1, key, "its weights are those of another module, too", value=name)
+    return parameters
+
+
+def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, layer in module.named_modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
+            yield name, layer
+
+
+def _add_start(layer: Any) -> None:
+    """A second, frozen adapter of the same shape."""
+    for kind in (layer.lora_A, layer.lora_B):
+        rows, columns = kind[TRAINED].weight.shape
+        kind[STARTED] = nn.Linear(columns, rows, bias=False, device="meta")
+    layer.lora_dropout[STARTED] = nn.Identity()
+    layer.scaling[STARTED] = layer.scaling[TRAINED]
+
+
+def _drawn(r: int, width: int, init: str, generator: torch.Generator) -> Tensor:
+    """[r, width] float32: A at the start."""
+    if init == "gaussian":
+        return torch.randn(r, width, generator=generator) / r
+    bound = 1 / math.sqrt(width)  # Kaiming-uniform with a = sqrt(5), as nn.Linear
+    return torch.empty(r, width).uniform_(-bound, bound, generator=generator)
+
+
+def _stored(module: nn.Module, lora: Lora) -> dict[str, Tensor]:
+    """The tensors of a directory of peft by their names in the module, which must be those of its
+    adapters; modules that train whole are filled on the way."""
+    assert lora.folder is not None
+    file = lora.folder / WEIGHTS
+    refuse_if(not file.is_file(), "path", f"no {WEIGHTS}", value=repr(str(lora.folder)))
+    try:
+        with safe_open(file, "pt") as opened:
+            found = {key.removeprefix(PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        problem = f"{WEIGHTS} is cut off or broken ({error})"
+        raise ConfigError("path", problem, value=repr(str(lora.folder))) from None
+    wanted = {
+        f"{name}.{kind}.weight": tuple(getattr(layer, kind)[TRAINED].weight.shape)
+        for name, layer in _adapted(module)
+        for kind in ("lora_A", "lora_B")
+    }
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and ".lora_" not in name:
+            wanted[name] = tuple(whole_shape(parameter))
+    differ = [k for k in wanted.keys() | found.keys() if _shape(found, k) != wanted.get(k)]
+    if differ:
+        name = sorted(differ)[0]
+        raise ConfigError(
+            "path",
+            f"{name} is {_shape(found, name) or 'absent'} in {WEIGHTS} and "
+            f"{wanted.get(name) or 'absent'} in a model of {lora.base}",
+            "give the base that it was trained on in lora.base",
+            repr(str(lora.folder)),
+        )
+    for name, parameter in module.named_parameters():
+        if name in found:
+            write_whole(parameter, found[name])
+    return found
+
+
+def _shape(found: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(found[name].shape) if name in found else None
+
+
+def _tell_experts(module: nn.Module, lora: Lora) -> None:
+    """Experts whose weights are stacked in one tensor are no linear layers."""
+    stacked = [name for name, p in module.named_parameters() if len(whole_shape(p)) == 3]
+    if stacked:
+        ends = sorted({name.rsplit(".", 1)[-1] for name in stacked})
+        logger.warning(
+            "%s: lora.targets=auto leaves out its experts, whose weights are stacked (%s in %d "
+            "modules)",
+            lora.base,
+            ", ".join(ends),
+            len({name.rsplit(".", 1)[0] for name in stacked}),
+        )

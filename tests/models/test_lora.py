@@ -1,0 +1,292 @@
+"""Adapters of a role: which layers have them, what they compute, and their directories."""
+
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+from gearshift.engine import assemble
+from gearshift.engine.checkpoint.export import export_role
+from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.schema import LoraConfig, ModelConfig
+from gearshift.engine.gearbox.adapters import adapters, fold, playing
+from gearshift.engine.metrics import StepMetrics
+from gearshift.engine.models import lora
+from gearshift.engine.models.cast import cast, within_actor
+from gearshift.engine.models.load import prepare
+from gearshift.engine.objective import token_weights
+from tests.tiny import models as tiny
+from tests.tiny import run as tiny_run
+
+WHOLE = {"zero_optimization": {"stage": 0}}
+SHAPE = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+FAMILIES = {
+    "llama": ({}, ATTENTION | MLP),
+    "qwen2": ({}, ATTENTION | MLP),
+    "gemma2": ({"query_pre_attn_scalar": 4}, ATTENTION | MLP),
+    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2}, ATTENTION),
+    "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
+             {"c_attn", "c_proj", "c_fc"}),
+}  # fmt: skip
+
+
+def policy(family: str):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family][0])
+    module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return prepare(module, ModelConfig(path="x", attn="eager"), "policy")
+
+
+def adapted(family: str, **settings) -> lora.Lora:
+    return lora.Lora(
+        settings=LoraConfig(r=4, **settings), base="x", revision=None, task="CAUSAL_LM"
+    )
+
+
+def spread(module) -> None:
+    """Adapters as training leaves them: B is not 0."""
+    torch.manual_seed(1)
+    for adapter in adapters(module):
+        torch.nn.init.normal_(adapter.b, std=0.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_is_the_base_to_the_bit_and_folded_is_on(family, caplog):
+    module, ids = policy(family), torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        before = module(ids).logits
+    names = dict(module.named_parameters()).keys()
+    made = adapted(family, rslora=family == "llama")
+    lora.adapt(module, made, WHOLE, seed=3)
+    assert {a.name.split(".")[-1] for a in adapters(module)} == FAMILIES[family][1]
+    assert all((".lora_" in n) == p.requires_grad for n, p in module.named_parameters())
+    assert ("experts" in caplog.text) == (family == "mixtral")
+    spread(module)
+    with torch.no_grad():
+        on = module(ids).logits
+        with playing(module, None):
+            assert torch.equal(module(ids).logits, before)
+        assert (on - before).abs().max() > 1e-2
+        fold(module)
+        assert dict(module.named_parameters()).keys() == names
+        torch.testing.assert_close(module(ids).logits, on, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["wq"]}, r"lora.targets=\['wq'\]: .* has the name wq; there are down_proj"),
+        (
+            {"targets": ["lm_head"]},
+            "inside the decoder layers has the name lm_head",
+        ),
+        ({"modules_to_save": ["head"]}, "lora.modules_to_save=head: the model has no weights"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        lora.inject(policy("llama"), adapted("llama", **settings))
+
+
+def test_without_peft_it_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"^lora: adapters need the package peft; install it"):
+        lora.inject(policy("llama"), adapted("llama"))
+
+
+def test_modules_to_save_train_whole_and_are_no_reference(models):
+    config = with_lora(tiny_run.config(models), modules_to_save=["lm_head"])
+    assert within_actor(config) is None and "reference" in cast(config)
+    trainer = tiny_run.trainer(config)
+    before = trainer.actor.lm.lm_head.weight.detach().clone()
+    trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert not torch.equal(trainer.actor.lm.lm_head.weight, before)
+    tied = with_lora(tiny_run.config(models, model="tied"), modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match="its weights are those of another module"):
+        tiny_run.trainer(tied)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    with tiny_run.alone():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tiny_run.write_models(tmp_path_factory.mktemp("models"))
+
+
+def with_lora(config, critic: bool = True, **settings):
+    own = LoraConfig(**{"r": 4, "alpha": 8.0} | settings)
+    config = replace(config, actor=replace(config.actor, lora=own))
+    return (
+        replace(config, critic=replace(config.critic, lora=LoraConfig(r=2))) if critic else config
+    )
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_only_adapters_and_the_value_head_train(models, zero):
+    config = with_lora(tiny_run.config(models, zero, lr=1e-2))
+    trainer = tiny_run.trainer(config)
+    roles = {"actor": trainer.actor.lm, "critic": trainer.critic.model}
+    state = {role: whole(module) for role, module in roles.items()}
+    trainer.step(tiny_run.prompts(config.ppo, 0))
+    assert not trainer.guards.drain()
+    for role, module in roles.items():
+        after = whole(module)
+        changed = {n for n, value in after.items() if not torch.equal(value, state[role][n])}
+        trained = {n for n, p in module.named_parameters() if p.requires_grad}
+        assert changed == trained
+        heads = {n for n in trained if ".lora_" not in n}
+        assert heads == ({"score.weight", "score.bias"} & trained if role == "critic" else set())
+        assert all(p.grad is None for n, p in module.named_parameters() if n not in trained)
+
+
+def whole(module) -> dict:
+    found = {}
+    for name, p in module.named_parameters():
+        part = getattr(p, "ds_tensor", p)
+        found[name] = part.detach().clone()
+    return found
+
+
+def test_the_reference_is_the_base_to_the_bit(models):
+    """As the model of its own that it is without adapters; also once they have trained."""
+    config = with_lora(tiny_run.config(models, lr=1e-2), critic=False)
+    trainer, plain = tiny_run.trainer(config), tiny_run.trainer(tiny_run.config(models))
+    assert type(trainer.roles.reference).__name__ == "ActorsStart"
+    told = assemble.told(SimpleNamespace(config=config))
+    assert told == ["reference: the actor with its adapters off, at no memory of its own"]
+    for step in range(2):
+        _, rows = trainer.step(tiny_run.prompts(config.ppo, step))
+    expected = plain.actor.logprobs(rows)
+    assert torch.equal(trainer.roles.reference.logprobs(rows), expected)
+    assert torch.equal(plain.roles.reference.logprobs(rows), expected)
+    assert (trainer.actor.logprobs(rows) - expected).abs().max() > 0.05
+    assert torch.equal(trainer.roles.reference.logprobs(rows), expected)
+
+
+def test_gradients_are_those_of_a_float64_model(models):
+    """Of A and B, at full rank, by the plain model's forward with weights W + s B A."""
+    config = with_lora(tiny_run.config(models), critic=False, r=16, alpha=8.0)
+    trainer = tiny_run.trainer(config)
+    actor = trainer.actor
+    spread(actor.lm)
+    rollout = actor.generate(tiny_run.prompts(trainer.ppo, 0), config.sampling)
+    rows = trainer.make_experience(rollout, StepMetrics(torch.device("cpu")))
+    rows = replace(rows, logprobs=rows.logprobs + 0.1 * torch.randn(rows.logprobs.shape))
+    live = rows.response_mask
+    weights = token_weights(live, "seq_sum", 1, live.sum())
+    actor.backward(actor.loss(rows, weights)[0], last=False)
+
+    plain = AutoModelForCausalLM.from_pretrained(models / "policy").double()
+    leaves, merged = [], {n: p.detach() for n, p in plain.named_parameters()}
+    for adapter in adapters(actor.lm):
+        a, b = (t.detach().double().requires_grad_() for t in (adapter.a, adapter.b))
+        leaves += [(a, adapter.a.grad), (b, adapter.b.grad)]
+        merged[f"{adapter.name}.weight"] = merged[f"{adapter.name}.weight"] + 0.5 * b @ a
+    loss = 0.0
+    for row in range(len(rows)):
+        ids = torch.cat(
+            [rows.prompt_ids[row][rows.prompt_mask[row]], rows.response_ids[row][live[row]]]
+        )
+        count = int(live[row].sum())
+        table = functional_call(plain, merged, (ids[None],)).logits.log_softmax(-1)
+        logp = table[0, -count - 1 : -1].gather(1, ids[-count:, None])[:, 0]
+        old, gain = rows.logprobs[row, :count].double(), rows.advantages[row, :count].double()
+        ratio = (logp - old).exp()
+        surrogate = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
+        loss = loss - (weights[row, :count].double() * surrogate).sum()
+    loss.backward()
+    for leaf, found in leaves:
+        torch.testing.assert_close(found.double(), leaf.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
+    """Merged and beside its base a model computes the same; the adapters are a start."""
+    config = with_lora(tiny_run.config(models, "zero3", lr=1e-2))
+    trainer = tiny_run.trainer(config)
+    _, rows = trainer.step(tiny_run.prompts(config.ppo, 0))
+    for role, module in (("actor", trainer.actor.lm), ("critic", trainer.critic.model)):
+        out = export_role(module, trainer.actor.tokenizer, tmp_path / role)
+        assert [path.name for path in out] == [role, f"{role}_adapter"]
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        for auto, role, labels in (
+            (AutoModelForCausalLM, "actor", {}),
+            (AutoModelForTokenClassification, "critic", {"num_labels": 1}),
+        ):
+            base = auto.from_pretrained(models / "policy", **labels)
+            beside = peft.PeftModel.from_pretrained(base, tmp_path / f"{role}_adapter").eval()
+            merged = auto.from_pretrained(tmp_path / role).eval()
+            torch.testing.assert_close(beside(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+    start = tmp_path / "actor_adapter"
+    again = replace(
+        config,
+        actor=replace(config.actor, path=str(start), lora=LoraConfig()),
+        critic=replace(config.critic, path=str(tmp_path / "critic_adapter"), lora=LoraConfig()),
+    )
+    assert within_actor(again) == "start"
+    other = tiny_run.trainer(again)
+    expected = trainer.actor.logprobs(rows)
+    assert torch.equal(other.actor.logprobs(rows), expected)
+    assert torch.equal(other.critic.values(rows)[0], trainer.critic.values(rows)[0])
+    other.step(tiny_run.prompts(config.ppo, 1))
+    assert torch.equal(other.roles.reference.logprobs(rows), expected)
+    assert not torch.equal(other.actor.logprobs(rows), expected)
+    named = replace(again, reference=replace(again.reference, path=str(models / "policy")))
+    assert within_actor(named) == "base"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"use_dora": True}, r"not plain LoRA \(use_dora=True\)"),
+        ({"peft_type": "VERA"}, r"not plain LoRA \(VERA\)"),
+        ({"base_model_name_or_path": None}, "actor.lora.base=null: .* names no base model"),
+        ({"r": 2}, "is .* in adapter_model.safetensors and"),
+    ],
+)
+def test_directories_that_do_not_fit_are_refused(models, tmp_path, change, key):
+    module = policy("llama")
+    lora.adapt(module, adapted("llama"), WHOLE, seed=0)
+    module.config.vocab_size = tiny_run.VOCABULARY
+    export_role(module, tiny.tokenizer(tiny_run.VOCABULARY), tmp_path / "x")
+    folder = tmp_path / "x_adapter"
+    stored = json.loads((folder / lora.CONFIG).read_text())
+    stored |= {"base_model_name_or_path": str(models / "policy")} | change
+    (folder / lora.CONFIG).write_text(json.dumps(stored))
+    config = tiny_run.config(models)
+    with pytest.raises(ConfigError, match=key):
+        tiny_run.trainer(replace(config, actor=replace(config.actor, path=str(folder))))
+
+
+def test_the_start_is_drawn_alike_and_is_kaiming_s(models):
+    first, second = policy("llama"), policy("llama")
+    for module in (first, second):
+        torch.manual_seed(id(module) % 1000)
+        lora.adapt(module, adapted("llama"), WHOLE, seed=5)
+    for one, two in zip(adapters(first), adapters(second), strict=True):
+        assert torch.equal(one.a, two.a) and not one.b.any()
+        bound = one.a.shape[1] ** -0.5
+        assert 0.8 * bound < one.a.abs().max() <= bound
