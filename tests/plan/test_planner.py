@@ -22,7 +22,6 @@ from tests.tiny import on_ranks
 CASES = (
     (128, 4, "zero3", "never", 0),
     (128, 4, "zero3", "never", 8),
-    (192, 4, "zero1_bf16_split", "always", 16),
     (192, 4, "zero3_bf16", "exchange", 0),
     (256, 6, "zero3_bf16_split", "always", 0),
 )
