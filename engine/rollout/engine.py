@@ -25,7 +25,7 @@ from gearshift.engine.attention.cache import (
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.graphs import DecodeGraphs, Drawn, addresses, cannot_capture
-from gearshift.engine.rollout.linear import fast_linear
+from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 from gearshift.engine.rollout.scheduler import Prefix, Scheduler, Sequence
@@ -101,7 +101,7 @@ class RolloutEngine:
         request.check_context(self.module)
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: dict[int, Completion] = {}
-        with paged.attending(self.module), fast_linear():
+        with paged.attending(self.module), generation_linear(self.module):
             self._drop_stale_graphs()
             scheduler = self._schedule(request)
             while not scheduler.done:

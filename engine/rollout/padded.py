@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gearshift.engine.attention.packed import LAYER_TYPES, padded
 from gearshift.engine.attention.paged import accepts, evaluating
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
-from gearshift.engine.rollout.linear import fast_linear
+from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 
 
@@ -46,7 +46,7 @@ def hf_generate(
         lengths = [len(prompt) for prompt in prompts]
         groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))}
     made: dict[int, Completion] = {}
-    with evaluating(module), padded(module), fast_linear():
+    with evaluating(module), padded(module), generation_linear(module):
         for group_rows in groups.values():
             for start in range(0, len(group_rows), max_sequences):
                 rows = group_rows[start : start + max_sequences]
