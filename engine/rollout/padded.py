@@ -63,12 +63,18 @@ class PaddedEngine:
         self.module, self.config, self.setup = module, config, setup
 
     def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], *, progress=None
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        limits: list[int] | None = None,
+        progress=None,
     ) -> list[Completion]:
         """As RolloutEngine.generate; progress is told once, at the end."""
         slots = self.config.max_sequences
         completions = hf_generate(
-            self.module, prompts, sampling, seeds, max_sequences=slots, **self.setup
+            self.module, prompts, sampling, seeds, limits=limits, max_sequences=slots, **self.setup
         )
         if progress:
             progress(len(prompts), len(prompts))
@@ -102,6 +108,7 @@ def _complete(
             [request.seeds[rows[i]] for i in live],
             [len(logprobs[i]) for i in live],
             group,
+            ending.bans,
         )
         following = torch.full((len(rows), 1), pad_token_id)
         for i, token, logprob in zip(live, token_ids, drawn, strict=True):
