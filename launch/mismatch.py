@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", type=int, default=64, help="longest prompt; the shortest is an eighth of it")
     add("--new", type=int, default=64, help="longest response")
     add("--json", type=Path, help="also write the figures to this file")
-    parser.set_defaults(ragged=True)
+    parser.set_defaults(ragged=True, shortest=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
     dtype = getattr(torch, args.dtype)
     if args.model:
-        return load(args.model, dtype).to(device).eval()
+        return load(args.model, dtype, device).eval()
     from transformers import AutoModelForCausalLM
 
     config = published(args.shape)

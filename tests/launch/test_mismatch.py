@@ -16,8 +16,8 @@ from tests.tiny import rollout as tiny
 CPU = torch.device("cpu")
 
 
-def figures(model, dtype: str, vocabulary: int = 131) -> dict:
-    args = argparse.Namespace(dtype=dtype, batch=5, prompt=12, new=14, ragged=True)
+def figures(model, dtype: str) -> dict:
+    args = argparse.Namespace(dtype=dtype, batch=5, prompt=12, new=14, ragged=True, shortest=0)
     torch.manual_seed(0)
     return mismatch.compare(*mismatch.read(args, model.to(getattr(torch, dtype)), CPU))
 
@@ -41,7 +41,7 @@ def test_in_bf16_only_hidden_states_differ(family):
     nats = {name: value["mean"] for name, value in found["logprobs"].items()}
     assert nats["of it by the head"] < 1e-5
     whole, hidden = nats["generation - training"], nats["of it by hidden states"]
-    assert whole == pytest.approx(hidden, rel=1e-2)
+    assert whole == pytest.approx(hidden, rel=1e-2, abs=1e-5)
 
 
 def test_a_head_that_rounds_is_seen(monkeypatch):
@@ -49,7 +49,7 @@ def test_a_head_that_rounds_is_seen(monkeypatch):
 
     monkeypatch.setattr(linear, "_is_half", lambda module: False)
     found = figures(tiny.build("Llama", initializer_range=0.1), "bfloat16")
-    assert found["logprobs"]["of it by the head"]["mean"] > 1e-3
+    assert found["logprobs"]["of it by the head"]["mean"] > 3e-4
 
 
 def test_a_layer_that_differs_is_seen():
