@@ -83,11 +83,7 @@ def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
         return load(args.model, dtype, device).eval()
     from transformers import AutoModelForCausalLM
 
-    config = published(args.shape)
-    config.vocab_size = args.vocab or config.vocab_size
-    if args.layers:
-        config.num_hidden_layers = args.layers
-        config.layer_types = config.layer_types[: args.layers]
+    config = published(args.shape, layers=args.layers, vocabulary=args.vocab)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

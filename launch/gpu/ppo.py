@@ -171,10 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="after --: --section.key VALUE")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = published(args.shape)
-    config.vocab_size = args.vocab or config.vocab_size
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
-    config.layer_types = config.layer_types and config.layer_types[: config.num_hidden_layers]
+    config = published(args.shape, layers=args.layers, vocabulary=args.vocab)
     with tempfile.TemporaryDirectory() as home:
         folder, started = Path(home), time.monotonic()
         words = write_job(folder, config, args.rows, args.prompt, device)

@@ -16,7 +16,7 @@ from tests.tiny import models as tiny
 
 @pytest.fixture
 def shape(monkeypatch):
-    monkeypatch.setattr(gpu_ppo, "published", lambda name: tiny.llama_config(4096))
+    monkeypatch.setattr(gpu_ppo, "published", lambda name, **_: tiny.llama_config(4096))
     for name, value in tiny_job.environment().items():
         monkeypatch.setenv(name, value)
 
@@ -77,7 +77,7 @@ def stub(tmp_path, monkeypatch):
         return gpu_ppo.main(["--limit-s", "4", "--json", str(tmp_path / "ppo.json")])
 
     monkeypatch.setattr(gpu_ppo, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_ppo, "published", lambda name: tiny.llama_config(4096))
+    monkeypatch.setattr(gpu_ppo, "published", lambda name, **_: tiny.llama_config(4096))
     monkeypatch.setattr(gpu_ppo, "write_job", lambda folder, *_: ["--run.dir", str(folder / "run")])
     return run
 
