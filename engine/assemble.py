@@ -78,6 +78,7 @@ def draw_up(config: Config) -> Blueprint:
     for part in readers:
         _check_context(config, part)
     _check_cache(config, actor)
+    _check_suppressed(config, actor)
     for part in (actor, *judges):
         _ = part.tokenizer  # it can be read
     for part in readers:
@@ -289,6 +290,14 @@ def _check_context(config: Config, part: Part) -> None:
         problem = f"{both} exceed the {part.name}'s context of {limit}{why}"
         other = f", or give another {part.key}.path" if part.name == "critic" else ""
         raise ConfigError("", problem, f"lower either{other}")
+
+
+def _check_suppressed(config: Config, actor: Part) -> None:
+    """Raises ConfigError for a token id that the actor does not have."""
+    rows = actor.hf_config.get_text_config().vocab_size
+    foreign = [i for i in config.sampling.suppress_tokens if not 0 <= i < rows]
+    problem = f"the actor has token ids from 0 to {rows - 1}"
+    refuse_if(foreign, "sampling.suppress_tokens", problem, value=foreign)
 
 
 def _check_cache(config: Config, actor: Part) -> None:

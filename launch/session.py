@@ -21,7 +21,7 @@ from gearshift.engine.checkpoint.state import tokenizer_print
 from gearshift.engine.cluster import claim, distributed, watchdog
 from gearshift.engine.cluster.interrupt import agree_on_deadline, parse_deadline
 from gearshift.engine.config import load as config_load
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
 from gearshift.engine.data.heldout import HeldOut, read_held_out
@@ -70,6 +70,9 @@ class Session:
         config = self._plan(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
+        key, columns = config.sampling.limit_key, self.streams["prompts"].columns
+        problem = f"no dataset has this column; there are {', '.join(columns)}"
+        refuse_if(key is not None and key not in columns, "sampling.limit_key", problem, value=key)
         held_out = self._read_held_out()
         about = resume.identity(
             asdict(self.resolved.config),

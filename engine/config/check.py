@@ -158,6 +158,12 @@ def _warnings(config: Config) -> list[str]:
             "eval.sampling.temperature=0: the samples of a prompt are all alike, so pass_at and "
             "samples_per_prompt only take time"
         )
+    if sampling.suppress_tokens or sampling.min_new_tokens:
+        found.append(
+            f"sampling.suppress_tokens={sampling.suppress_tokens}, sampling.min_new_tokens="
+            f"{sampling.min_new_tokens}: what may not be drawn is left out of the sampled policy, "
+            "but ratios and KL are of the full one"
+        )
     if config.pretrain.sources and not ppo.ptx_coef:
         found.append("pretrain.sources: not read, because ppo.ptx_coef=0")
     if ppo.vf_coef != 1 and ppo.update == "separate":

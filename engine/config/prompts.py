@@ -5,6 +5,7 @@ schema.py has the others, and hands these on.
 
 from typing import Literal
 
+from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.keys import Flag, Number, Options, Parts, Whole, knob, section
 
 
@@ -68,3 +69,12 @@ class SamplingConfig:
     top_k: Whole = knob(0, "0: off. Training wants 0: a truncated policy biases the ratio", ge=0)
     top_p: Number = knob(1.0, "1: off. Training wants 1, as above", gt=0, le=1)
     stop: list[str] = knob([], "strings that end a response; kept in it")
+    min_new_tokens: Whole = knob(0, "tokens before which nothing ends a response", ge=0)
+    suppress_tokens: list[Whole] = knob([], "token ids that are never drawn")
+    limit_key: str | None = knob(
+        None, "dataset column of a prompt's own longest response, below max_new_tokens"
+    )
+
+    def __post_init__(self):
+        problem, least = f"more than max_new_tokens={self.max_new_tokens}", self.min_new_tokens
+        refuse_if(least > self.max_new_tokens, "min_new_tokens", problem, value=least)

@@ -254,9 +254,12 @@ class EvalConfig:
             refuse_if(not 1 <= k <= self.samples, "pass_at", f"{k} {problem}", value=self.pass_at)
 
     def sampling_of(self, training: SamplingConfig) -> SamplingConfig:
-        """What evaluation samples with, in a run that trains with `training`."""
+        """What evaluation samples with, in a run that trains with `training`. Held-out prompts have
+        no longest responses of their own."""
         own = {key: value for key, value in vars(self.sampling).items() if value is not None}
-        return replace(training, **own)
+        longest = own.get("max_new_tokens", training.max_new_tokens)
+        least = min(training.min_new_tokens, longest)
+        return replace(training, limit_key=None, min_new_tokens=least, **own)
 
 
 @section

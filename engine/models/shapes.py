@@ -37,8 +37,9 @@ _TIED = (
 )  # word embeddings serve as the head
 
 
-def published(name: str) -> Any:
-    """The transformers configuration of a published architecture."""
+def published(name: str, *, layers: int = 0, vocabulary: int = 0) -> Any:
+    """The transformers configuration of a published architecture; other numbers than 0 are taken in
+    place of its own."""
     from transformers import AutoConfig
 
     if name not in _PUBLISHED:
@@ -46,15 +47,15 @@ def published(name: str) -> Any:
         hint = f"did you mean {near[0]}? " if near else ""
         fix = f"{hint}there are {', '.join(_PUBLISHED)}"
         raise ConfigError("path", "unknown", fix, value=f"{PREFIX}{name}")
-    family, layers, hidden, heads, kv_heads, mlp, vocabulary = _PUBLISHED[name]
+    family, own_layers, hidden, heads, kv_heads, mlp, own_vocabulary = _PUBLISHED[name]
     return AutoConfig.for_model(
         family,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or own_layers,
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=mlp,
-        vocab_size=vocabulary,
+        vocab_size=vocabulary or own_vocabulary,
         max_position_embeddings=32768,
         tie_word_embeddings=name in _TIED,
     )

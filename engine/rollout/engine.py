@@ -6,7 +6,6 @@ not on the batch it shares, the block size, preemption or the number of ranks (u
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,14 @@ from gearshift.engine.attention.cache import (
 )
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
-from gearshift.engine.rollout.graphs import DecodeGraphs, Drawn, addresses, cannot_capture
-from gearshift.engine.rollout.linear import fast_linear
+from gearshift.engine.rollout.burst import Burst, Ended
+from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
+from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 from gearshift.engine.rollout.scheduler import Prefix, Scheduler, Sequence
 
 GB = 1e9
-Ended = tuple[Sequence, bool]  # whether an end token or stop string ended it, else its limit
 # Longer chunks of prompts leave the CPU's caches, and decoding rows wait for them: 2 % slower.
 CPU_BATCH_TOKENS = 512
 
@@ -101,7 +100,7 @@ class RolloutEngine:
         request.check_context(self.module)
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: dict[int, Completion] = {}
-        with paged.attending(self.module), fast_linear():
+        with paged.attending(self.module), generation_linear(self.module):
             self._drop_stale_graphs()
             scheduler = self._schedule(request)
             while not scheduler.done:
@@ -235,67 +234,19 @@ class RolloutEngine:
         inputs, drawing = pack(batch, scheduler.table, self.config.block_size), batch.drawing
         seeds, positions = [s.seed for s in drawing], [len(s.logprobs) for s in drawing]
         if self._use_graphs and not batch.prefill:
-            graphs = self._graphs_for(sampling, scheduler.table)
+            graphs = self._graphs_for(sampling, ending, scheduler.table)
             graphs.load(inputs, seeds, positions)
-            yield from self._decode(drawing, scheduler, graphs, ending)
+            yield from Burst(drawing, scheduler, graphs, ending).run()
             return
         logits = self._forward(inputs)
-        drawn = draw(logits, sampling, seeds, positions, self.group) if seeds else ([], [])
+        drawn = (
+            draw(logits, sampling, seeds, positions, self.group, ending.bans) if seeds else ([], [])
+        )
         for sequence in batch.decode:
             scheduler.computed(sequence, 1)
         for sequence, count in batch.prefill:
             scheduler.computed(sequence, count)
         yield from self._append(zip(drawing, *drawn, strict=True), scheduler, ending)
-
-    def _decode(
-        self,
-        rows: list[Sequence],
-        scheduler: Scheduler,
-        graphs: DecodeGraphs,
-        ending: Ending,
-    ) -> Iterator[Ended]:
-        """Steps of the same rows. The device works on the next step while the host reads one, so a
-        sequence that ended is noticed a step late, and what it drew then is dropped."""
-        flying: Drawn | None = graphs.launch()
-        live = [True] * len(rows)
-        while flying:
-            following = [
-                here and s.row >= 0 and len(s.logprobs) + 1 < s.limit
-                for s, here in zip(rows, live, strict=True)
-            ]
-            goes_on = self._extend(rows, live, following, scheduler, graphs)
-            launched = graphs.launch() if goes_on else None
-            drawn = zip(rows, live, *flying.read(), strict=True)
-            kept = [(s, token, value) for s, here, token, value in drawn if here and s.row >= 0]
-            for sequence, _, _ in kept:
-                scheduler.computed(sequence, 1)
-            yield from self._append(kept, scheduler, ending)
-            flying, live = launched, following
-            beat()
-
-    def _extend(
-        self,
-        rows: list[Sequence],
-        live: list[bool],
-        following: list[bool],
-        scheduler: Scheduler,
-        graphs: DecodeGraphs,
-    ) -> bool:
-        """Has places for one more token of the rows `following`; False where another plan is due.
-
-        live: the rows of the step before.
-        """
-        going = list(compress(rows, following))
-        if not going or scheduler.idle_places or not graphs.holds(len(going)):
-            return False
-        free = scheduler.pool.free
-        if not all(scheduler.reserve_ahead(sequence) for sequence in going):
-            return False
-        if scheduler.pool.free != free or following != live:
-            tables = scheduler.table[[max(s.row, 0) for s in rows]]
-            tables[[not here for here in following]] = self._cache.dummy_block
-            graphs.move(tables)
-        return True
 
     def _append(
         self, drawn: Iterable[tuple[Sequence, int, float]], scheduler: Scheduler, ending: Ending
@@ -309,10 +260,12 @@ class RolloutEngine:
                 scheduler.finish(sequence)
                 yield sequence, over
 
-    def _graphs_for(self, sampling: SamplingConfig, table: np.ndarray) -> DecodeGraphs:
+    def _graphs_for(
+        self, sampling: SamplingConfig, ending: Ending, table: np.ndarray
+    ) -> DecodeGraphs:
         rows, width = table.shape
         if self._graphs is None or not self._graphs.fits(sampling, rows, width):
-            shape = dict(rows=rows, width=width, coarse=not self._keeps)
+            shape = dict(rows=rows, width=width, coarse=not self._keeps, bans=ending.bans)
             self._graphs = DecodeGraphs(self.module, self._cache, sampling, self.group, **shape)
         return self._graphs
 

@@ -26,7 +26,7 @@ from gearshift.engine.attention.packed import moving_rope
 from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.packing import Inputs
-from gearshift.engine.rollout.sampling import draw_packed
+from gearshift.engine.rollout.sampling import Bans, draw_packed
 
 STEP = 16  # rows between buckets above 16: at most 15 padding rows, one graph per 16 rows
 # Graphs that live for one generation are made anew every step, some tenths of a second each: up to
@@ -95,7 +95,9 @@ class DecodeGraphs:
         rows: int,
         width: int,
         coarse: bool = False,
+        bans: Bans | None = None,
     ):
+        self.bans = bans
         self.module, self.cache, self.sampling, self.group = module, cache, sampling, group
         self.rows, self.width = rows, -(-width // WIDTH) * WIDTH
         self.weights, self.capture_seconds = addresses(module), 0.0
@@ -206,7 +208,7 @@ class DecodeGraphs:
                 input_ids=token_ids[None], position_ids=places[None], use_cache=False
             )
         logits = output.logits[0]
-        packed = draw_packed(logits, self.sampling, seeds, draws, self.group)
+        packed = draw_packed(logits, self.sampling, seeds, draws, self.group, self.bans)
         self._numbers[0, :bucket] = packed[0].clamp(0, logits.shape[-1] - 1)
         self._numbers[1:4, :bucket] += 1
         return packed
@@ -219,9 +221,9 @@ class Drawn:
     host: Tensor  # [2, rows], see draw_packed
     event: Any  # a torch.cuda.Event, None where the device is the host
 
-    def read(self) -> tuple[list[int], list[float]]:
-        """Waits for them; valid until two launches later."""
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Waits for them: int64 [rows], valid until two launches later, and float32 [rows]."""
         if self.event:
             self.event.synchronize()
-        token_ids, bits = self.host
-        return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
+        token_ids, bits = self.host.numpy()
+        return token_ids, bits.astype(np.int32).view(np.float32)

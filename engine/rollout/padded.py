@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gearshift.engine.attention.packed import LAYER_TYPES, padded
 from gearshift.engine.attention.paged import accepts, evaluating
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
-from gearshift.engine.rollout.linear import fast_linear
+from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
 
 
@@ -46,7 +46,7 @@ def hf_generate(
         lengths = [len(prompt) for prompt in prompts]
         groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))}
     made: dict[int, Completion] = {}
-    with evaluating(module), padded(module), fast_linear():
+    with evaluating(module), padded(module), generation_linear(module):
         for group_rows in groups.values():
             for start in range(0, len(group_rows), max_sequences):
                 rows = group_rows[start : start + max_sequences]
@@ -63,12 +63,18 @@ class PaddedEngine:
         self.module, self.config, self.setup = module, config, setup
 
     def generate(
-        self, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], *, progress=None
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingConfig,
+        seeds: list[int],
+        *,
+        limits: list[int] | None = None,
+        progress=None,
     ) -> list[Completion]:
         """As RolloutEngine.generate; progress is told once, at the end."""
         slots = self.config.max_sequences
         completions = hf_generate(
-            self.module, prompts, sampling, seeds, max_sequences=slots, **self.setup
+            self.module, prompts, sampling, seeds, limits=limits, max_sequences=slots, **self.setup
         )
         if progress:
             progress(len(prompts), len(prompts))
@@ -102,6 +108,7 @@ def _complete(
             [request.seeds[rows[i]] for i in live],
             [len(logprobs[i]) for i in live],
             group,
+            ending.bans,
         )
         following = torch.full((len(rows), 1), pad_token_id)
         for i, token, logprob in zip(live, token_ids, drawn, strict=True):

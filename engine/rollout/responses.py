@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gearshift.engine.attention import paged
 from gearshift.engine.batch import PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.padded import PaddedEngine
@@ -79,16 +80,30 @@ def generate_responses(
         for row, live in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
     ]
     seeds = [sequence_seed(seed, row) for row in prompts.row_ids.tolist()]
-    shares = distributed.all_gather_objects((ids, seeds), group) if group else [(ids, seeds)]
+    mine = ids, seeds, limits_of(prompts, sampling)
+    shares = distributed.all_gather_objects(mine, group) if group else [mine]
     completions = engine.generate(
         [row for share in shares for row in share[0]],
         sampling,
         [seed for share in shares for seed in share[1]],
+        limits=[limit for share in shares for limit in share[2]] or None,
         progress=progress,
     )
     before = dist.get_rank(group) if group else 0
     first = sum(len(share[0]) for share in shares[:before])
     return as_rollout(prompts, completions[first : first + len(ids)])
+
+
+def limits_of(prompts: PromptBatch, sampling: SamplingConfig) -> list[int]:
+    """The longest response of each row, from the column sampling.limit_key; empty without one."""
+    if sampling.limit_key is None:
+        return []
+    found = prompts.columns[sampling.limit_key]
+    for value in found:
+        wrong = not isinstance(value, int) or isinstance(value, bool) or value < 1
+        problem = f"a prompt has {value!r} in this column, which is no whole number above 0"
+        refuse_if(wrong, "sampling.limit_key", problem, value=sampling.limit_key)
+    return [min(limit, sampling.max_new_tokens) for limit in found]
 
 
 def as_rollout(prompts: PromptBatch, completions: list[Completion]) -> Rollout:

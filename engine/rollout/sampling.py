@@ -10,6 +10,8 @@ from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.context import positions
 from gearshift.kernels import ops
 
+_BANNED = -1e30  # a logit: its probability is 0, and a row of others stays finite
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
@@ -58,28 +60,70 @@ class Request:
                 )
 
 
+class Bans:
+    """Tokens that may not be drawn: some never, end tokens not before a response is long enough.
+
+    The log-prob of what is drawn stays that of the distribution over all tokens, as with top-k.
+    """
+
+    def __init__(self, sampling: SamplingConfig, eos_token_ids: list[int]):
+        self._never, self._ends = sampling.suppress_tokens, eos_token_ids
+        self._least, self._temperature = sampling.min_new_tokens, sampling.temperature or 1.0
+        self._masks: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, eos_token_ids: list[int]) -> "Bans | None":
+        """None where every token may be drawn."""
+        some = sampling.suppress_tokens or sampling.min_new_tokens
+        return cls(sampling, eos_token_ids) if some else None
+
+    def apply(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 logits [S, V] of which only the allowed ones can be drawn, and [S] what to add to
+        the log-prob of a token drawn from them. positions [S]: tokens that each row has drawn.
+
+        Reads nothing on the host, and makes its masks in its first call: a CUDA graph can hold it.
+        """
+        if self._masks is None:
+            self._masks = self._mask(self._never, logits), self._mask(self._ends, logits)
+        never, ends = self._masks
+        banned = never | (positions[:, None] < self._least) & ends
+        logits = logits.float()
+        allowed = logits.masked_fill(banned, _BANNED)
+        mass = [(x / self._temperature).logsumexp(-1) for x in (allowed, logits)]
+        return allowed, mass[0] - mass[1]
+
+    @staticmethod
+    def _mask(token_ids: list[int], logits: Tensor) -> Tensor:
+        known = [i for i in token_ids if 0 <= i < logits.shape[-1]]
+        mask = torch.zeros(logits.shape[-1], dtype=torch.bool)
+        mask[known] = True
+        return mask.to(logits.device)
+
+
 class Ending:
     """Decides when a response is over.
 
     stop strings are searched in the decoded last tokens, as many as the longest one has bytes:
-    every token stands for at least one.
+    every token stands for at least one. bans: what may not be drawn before.
     """
 
     def __init__(self, sampling: SamplingConfig, eos_token_ids: list[int], tokenizer=None):
         if sampling.stop and tokenizer is None:
             raise ValueError(f"sampling.stop={sampling.stop}: stop strings need a tokenizer")
-        self._eos, self._stop, self._tokenizer = frozenset(eos_token_ids), sampling.stop, tokenizer
+        self.eos, self.stops, self._tokenizer = eos_token_ids, sampling.stop, tokenizer
+        self.bans, self._least = Bans.of(sampling, eos_token_ids), sampling.min_new_tokens
         self._tail = 4 + max((len(text.encode()) for text in sampling.stop), default=0)
 
     def reached(self, tokens: list[int], length: int) -> bool:
         """Whether the last of `tokens` ends the response, which is the last `length` of them."""
-        if tokens[-1] in self._eos:
+        if tokens[-1] in self.eos:
             return True
-        if not self._stop:
+        length -= self._least
+        if not self.stops or length < 1:
             return False
         tail = tokens[-min(self._tail, length) :]
         text = self._tokenizer.decode(tail, skip_special_tokens=False)
-        return any(stop in text for stop in self._stop)
+        return any(stop in text for stop in self.stops)
 
 
 def draw(
@@ -88,10 +132,11 @@ def draw(
     seeds: list[int],
     positions: list[int],
     group: dist.ProcessGroup | None = None,
+    bans: Bans | None = None,
 ) -> tuple[list[int], list[float]]:
     """Token ids and log-probs, one per row of logits [S, V]; see draw_packed."""
     seed, position = (torch.tensor(numbers, device=logits.device) for numbers in (seeds, positions))
-    token_ids, bits = draw_packed(logits, sampling, seed, position, group).cpu()
+    token_ids, bits = draw_packed(logits, sampling, seed, position, group, bans).cpu()
     return token_ids.tolist(), bits.to(torch.int32).view(torch.float32).tolist()
 
 
@@ -101,6 +146,7 @@ def draw_packed(
     seeds: Tensor,
     positions: Tensor,
     group: dist.ProcessGroup | None,
+    bans: Bans | None = None,
 ) -> Tensor:
     """Samples one token per row of logits [S, V]; the same on every rank of `group`.
 
@@ -111,14 +157,16 @@ def draw_packed(
     alone = group is None or dist.get_world_size(group) == 1
     packed = torch.empty(2, len(seeds), dtype=torch.int64, device=logits.device)
     if alone or dist.get_rank(group) == 0:
+        allowed, less = bans.apply(logits, positions) if bans else (logits, None)
         token_ids, logprobs = ops.sample_tokens(
-            logits,
+            allowed,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             seeds=seeds,
             positions=positions,
         )
+        logprobs = logprobs if less is None else logprobs + less
         packed[0], packed[1] = token_ids, logprobs.view(torch.int32)
     if not alone:
         dist.broadcast(packed, dist.get_global_rank(group, 0), group=group)

@@ -115,14 +115,12 @@ class Scheduler:
         self._admit(budget, decode, prefill)
         return Batch(decode=decode, prefill=prefill, copies=self._copies)
 
-    def reserve_ahead(self, sequence: Sequence) -> bool:
-        """A place for the token that is being drawn; False where nobody's block is free."""
-        if len(sequence.tokens) < len(sequence.blocks) * self.block_size:
-            return True
-        if self.pool.free:
-            self._extend(sequence, [self.pool.take()])
-            return True
-        return False
+    def extend(self, sequence: Sequence) -> bool:
+        """One more block for the tokens to come; False where none is free."""
+        if not self.pool.free:
+            return False
+        self._extend(sequence, [self.pool.take()])
+        return True
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """Notes that `count` further tokens of the sequence are in the cache."""

@@ -146,6 +146,17 @@ class Head:
             yield rows, self.weight[rows].to(self.gemm_dtype)
 
 
+@torch.no_grad()
+def fp32_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits [N, V] of hidden [N, H], all at once, by the product that chunks of a loss have."""
+    head = Head.build(hidden, weight, bias, LogitMap.of(1.0, None, 1.0), None, "auto")
+    out = torch.empty(len(hidden), len(weight), dtype=torch.float32, device=hidden.device)
+    head.logits_into(head.operand(hidden), out)
+    return out
+
+
 class HeadGradients:
     """Gradients of hidden, weight and bias, formed chunk by chunk; None for those not wanted.
 

@@ -19,7 +19,9 @@ from torch import nn
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.rollout import engine as rollout_engine
+from gearshift.engine.rollout.burst import Burst
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.rollout.sampling import Completion
 from gearshift.launch.bench import ranks, workload
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.workload import Timing, Workload
@@ -86,7 +88,8 @@ def main(args: argparse.Namespace) -> int:
     model = workload.load(args.model, getattr(torch, args.dtype), device).eval()
     work = workload.make_workload(args, model.config.get_text_config().vocab_size)
     engine = workload.make_engine(model, RolloutConfig(max_sequences=args.slots), device)
-    sides = {"gearshift": lambda: workload.engine_run(engine, work)}
+    made: list[Completion] = []
+    sides = {"gearshift": lambda: made.__setitem__(slice(None), workload.engine_run(engine, work))}
     if "hf" in args.peers:
         sides["transformers generate"] = lambda: workload.generate_run(model, work)
     if "batch" in args.peers:
@@ -94,9 +97,25 @@ def main(args: argparse.Namespace) -> int:
     timings = workload.measure(sides, args.repeats)
     figures = measure_engine(engine, work)
     show(work, timings, figures)
+    counts = token_counts(work, made)
+    print("tokens: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     engine_figures = {"threads": torch.get_num_threads(), "engine": asdict(figures)}
+    engine_figures["token_counts"] = counts
     write_json(args.json, workload.figures_of(args, work, timings) | engine_figures)
     return 0
+
+
+def token_counts(work: Workload, made: list[Completion]) -> dict[str, int]:
+    """What was really read and written."""
+    prompts, responses = [*map(len, work.prompts)], [len(one.token_ids) for one in made]
+    return {
+        "rows": len(prompts),
+        "shortest prompt": min(prompts),
+        "longest prompt": max(prompts),
+        "shortest response": min(responses),
+        "longest response": max(responses),
+        "all": sum(prompts) + sum(responses),
+    }
 
 
 def measure_engine(engine: RolloutEngine, work: Workload) -> EngineFigures:
@@ -140,11 +159,16 @@ def timed_rounds(engine: RolloutEngine, work: Workload) -> list[Round]:
     plans: list[bool] = []
     inside: list[float] = []
     play, append, pack = engine._round, engine._append, rollout_engine.pack
+    take = Burst.take
 
     def counted(tokens, *rest):
         tokens = list(tokens)
         drawn.append(len(tokens))
         return append(tokens, *rest)
+
+    def counted_step(burst, token_ids, *rest):
+        drawn.append(burst.drawing)
+        return take(burst, token_ids, *rest)
 
     def planned(batch, *rest):
         plans.append(bool(batch.prefill))
@@ -170,6 +194,7 @@ def timed_rounds(engine: RolloutEngine, work: Workload) -> list[Round]:
             stack.callback(after.remove)
         stack.enter_context(mock.patch.object(engine, "_round", timed))
         stack.enter_context(mock.patch.object(engine, "_append", counted))
+        stack.enter_context(mock.patch.object(Burst, "take", counted_step))
         stack.enter_context(mock.patch.object(rollout_engine, "pack", planned))
         workload.engine_run(engine, work)
     return rounds

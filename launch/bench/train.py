@@ -233,13 +233,7 @@ def build(args: argparse.Namespace, device: torch.device, attn: str, liger: str)
 
 
 def _shape(args: argparse.Namespace) -> Any:
-    config = published(args.shape)
-    config.vocab_size = args.vocab or config.vocab_size
-    if args.layers:
-        config.num_hidden_layers = args.layers
-        types = getattr(config, "layer_types", None)
-        config.layer_types = types and types[: args.layers]
-    return config
+    return published(args.shape, layers=args.layers, vocabulary=args.vocab)
 
 
 def role_loss(role: Any, micro: Experience, weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gearshift.engine.config import assets
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.models.shapes import PREFIX, published
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.rollout.sampling import Completion
 from gearshift.launch.bench.record import machine
 from gearshift.launch.bench.table import show
 
@@ -106,9 +107,11 @@ def make_engine(
     return RolloutEngine(model, config, **ends, group=group, device=device)
 
 
-def engine_run(engine: RolloutEngine, work: Workload) -> None:
+def engine_run(engine: RolloutEngine, work: Workload) -> list[Completion]:
     sampling = SamplingConfig(max_new_tokens=max(work.limits))
-    engine.generate(work.prompts, sampling, list(range(len(work.prompts))), limits=work.limits)
+    return engine.generate(
+        work.prompts, sampling, list(range(len(work.prompts))), limits=work.limits
+    )
 
 
 class RowLimits(transformers.StoppingCriteria):

@@ -14,6 +14,7 @@ PARTS = {
     "step": ("gearshift.launch.bench.step", "time and memory of one PPO step, by phase"),
     "train": ("gearshift.launch.bench.train", "forward and backward of one role, by token"),
     "generation": ("gearshift.launch.bench.generation", "tokens per second of the rollout engine"),
+    "mismatch": ("gearshift.launch.mismatch", "log-probs of generation and training, by layer"),
     "checkpoint": ("gearshift.launch.bench.checkpoint", "seconds and bytes of a checkpoint"),
     "shift": ("gearshift.launch.bench.shift", "bytes and seconds of a change of gear"),
     "kernels": ("gearshift.launch.bench.ops.run", "the fused kernels against plain PyTorch"),

@@ -1,6 +1,7 @@
 """One command for an hour on a GPU: are the kernels right there, and how fast is what we built?
 
   PYTHON=python3 make gpu-check                          everything
+  PYTHON=python3 make gpu-check PART=first               what says most, in six minutes
   python3 launch/gpu/check.py --part kernels-speed --wheels DIR --out docs/results
 
 Needs torch, triton and this repository, which need not be installed. Every job runs in a process of
@@ -22,13 +23,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("engine", "kernels", "launch", "ds_configs")
-PARTS = ("kernels-correct", "kernels-speed", "generation", "shift", "ppo")
+PARTS = ("first", "ragged", "kernels-correct", "kernels-speed", "generation", "shift", "ppo")
 SPEED_SHAPES = ("llama3-8b", "qwen2.5-7b", "qwen2.5-0.5b")
 BATCHES = (64, 512)
-# Responses of a PPO step of four 7B models, and steps: 512 take 145 s by the plan, and two such
-# steps beside writing and loading the models would not fit the limit.
-PPO_STEPS = {64: 2, 512: 1}
+# Responses of a PPO step of four 7B models, steps, and seconds: 512 take longer than other jobs.
+PPO_STEPS = {64: (2, 240), 512: (1, 470)}
+LIMIT_S = 240
 TAIL_LINES = 40  # of a job's output, repeated on the terminal
+_WORKER = ("-m", "gearshift.launch.gpu.parts")
+_BENCH = ("-m", "gearshift.launch.cli", "bench")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,42 +46,71 @@ class Job:
     needs: tuple[str, ...] = ()
 
 
-def jobs_of(part: str, gpus: int) -> list[Job]:
-    """The jobs of one part, or of all, most important first: the hour may end early."""
-    bench = ("-m", "gearshift.launch.cli", "bench")
-    jobs = [
-        Job(
+def jobs_of(part: str, gpus: int, *, tiny: bool = False) -> list[Job]:
+    """The jobs of one part, the job of that name, or all but those of `first`, which are others in
+    brief. Most important first: the hour may end early. tiny: `first` at sizes of a CPU."""
+    model = "--hidden 4096 --layers 8 --vocab 128256"
+    every = [
+        _job("ragged", "ragged", LIMIT_S, *_WORKER, "ragged", needs=("transformers",)),
+        _job(
             "kernels-correct",
             "kernels-correct",
-            (
-                "-m",
-                "gearshift.launch.gpu.parts",
-                "correctness",
-                "--json",
-                "{out}/kernels-correct.json",
-            ),
-            470,
-            ("triton",),
-        )
+            LIMIT_S,
+            *_WORKER,
+            "correctness",
+            needs=("triton",),
+        ),
+        *(_speed("kernels-speed", shape, LIMIT_S, "--peers") for shape in SPEED_SHAPES),
+        *(_generation("generation", batch, LIMIT_S, "--peers hf") for batch in BATCHES),
+        _job(
+            *("shift", "shift", LIMIT_S, *_BENCH, "shift", "--ranks", str(gpus), *model.split()),
+            needs=("deepspeed", "transformers"),
+        ),
+        *(_ppo("ppo", rows, limit, steps) for rows, (steps, limit) in PPO_STEPS.items()),
     ]
-    for shape in SPEED_SHAPES:
-        name = f"kernels-speed-{shape}"
-        words = (*bench, "kernels", "--shape", shape, "--peers", "--json", f"{{out}}/{name}.json")
-        jobs.append(Job("kernels-speed", name, words, 460, ("triton",)))
-    for batch in BATCHES:
-        name = f"generation-{batch}"
-        sizes = f"--batch {batch} --slots {batch} --prompt 256 --shortest 256 --new 512"
-        words = (*bench, "generation", "--model", "shape:qwen2.5-7b", "--dtype", "bfloat16")
-        words += (*sizes.split(), "--peers", "hf", "--json", f"{{out}}/{name}.json")
-        jobs.append(Job("generation", name, words, 420, ("transformers", "yaml")))
-    model = ("--hidden", "4096", "--layers", "8", "--vocab", "128256")
-    words = (*bench, "shift", "--ranks", str(gpus), *model, "--json", "{out}/shift.json")
-    jobs.append(Job("shift", "shift", words, 420, ("deepspeed", "transformers")))
-    for rows, steps in PPO_STEPS.items():
-        words = ("-m", "gearshift.launch.gpu.ppo", "--rows", str(rows), "--steps", str(steps))
-        words += ("--limit-s", "440", "--json", f"{{out}}/ppo-{rows}.json")
-        jobs.append(Job("ppo", f"ppo-{rows}", words, 470, ("deepspeed", "transformers")))
-    return [job for job in jobs if part in ("all", job.part)]
+    first = _first(tiny)
+    chosen = [job for job in [*every, *first] if part in (job.part, job.name)]
+    return every if part == "all" else chosen
+
+
+def _first(tiny: bool) -> list[Job]:
+    """Six minutes that say most: right, how fast, a whole step. A CPU gets four times as long."""
+    longer = 4 if tiny else 1
+    small = "--shape qwen2.5-0.5b --layers 2 --vocab 4096 --prompt 8 --new 6" if tiny else ""
+    own = "--model shape:smollm2-135m --prompt 8 --shortest 8 --new 6" if tiny else ""
+    return [
+        _job("first", "ragged", 30 * longer, *_WORKER, "ragged", needs=("transformers",)),
+        _speed("first", "tiny" if tiny else "qwen2.5-7b", 50 * longer),
+        _ppo("first", 4 if tiny else 64, 190 * longer, 1, small),
+        *(
+            _generation("first", batch, 45 * longer, f"--repeats 1 {own}")
+            for batch in ((4,) if tiny else (64, 256))
+        ),
+    ]
+
+
+def _job(part: str, name: str, limit_s: int, *words: str, needs: tuple[str, ...]) -> Job:
+    """Its results go to a file of its name."""
+    name = f"first-{name}" if part == "first" else name
+    return Job(part, name, (*words, "--json", f"{{out}}/{name}.json"), limit_s, needs)
+
+
+def _speed(part: str, shape: str, limit_s: int, *more: str) -> Job:
+    words = (*_BENCH, "kernels", "--shape", shape, *more)
+    return _job(part, f"kernels-speed-{shape}", limit_s, *words, needs=("triton",))
+
+
+def _generation(part: str, batch: int, limit_s: int, more: str) -> Job:
+    words = f"--batch {batch} --slots {batch} --prompt 256 --shortest 256 --new 512"
+    words += f" --model shape:qwen2.5-7b --dtype bfloat16 {more}"  # the last of a kind counts
+    words_of = (*_BENCH, "generation", *words.split())
+    return _job(part, f"generation-{batch}", limit_s, *words_of, needs=("transformers", "yaml"))
+
+
+def _ppo(part: str, rows: int, limit_s: int, steps: int, more: str = "") -> Job:
+    words = f"--rows {rows} --steps {steps} --limit-s {limit_s - 20} {more}".split()
+    needs = ("deepspeed", "transformers")
+    return _job(part, f"ppo-{rows}", limit_s, "-m", "gearshift.launch.gpu.ppo", *words, needs=needs)
 
 
 def bootstrap(folder: Path, wheels: Path | None = None) -> dict[str, str]:
@@ -180,13 +212,17 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
     return [line.rstrip() for line in plain_lines(columns, rows)]
 
 
-def why_not() -> str | None:
-    """Why this machine cannot run the check; None if it can."""
+def why_not(part: str, tiny: bool) -> str | None:
+    """Why this machine cannot run the part; None if it can."""
+    if not jobs_of(part, gpus=1, tiny=tiny):
+        return f"--part {part}: there are all, {', '.join(PARTS)}, and the names of jobs"
+    if tiny and part != "first":
+        return f"--tiny: only part first has such a form, not {part}"
     if importlib.util.find_spec("torch") is None:
         return f"torch is not installed for {sys.executable}; set PYTHON to one that has it"
     import torch
 
-    if not torch.cuda.is_available():
+    if not (tiny or torch.cuda.is_available()):
         return f"no CUDA device (torch {torch.__version__}); nothing was checked"
     return None
 
@@ -194,11 +230,12 @@ def why_not() -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser("gpu-check", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("all", *PARTS), default="all")
+    parser.add_argument("--part", default="all", help=f"all, {', '.join(PARTS)}, or a job's name")
+    parser.add_argument("--tiny", action="store_true", help="part first on a CPU, at its sizes")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install beside, offline")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     args = parser.parse_args(argv)
-    problem = why_not()
+    problem = why_not(args.part, args.tiny)
     if problem:
         print(f"gpu-check: {problem}", file=sys.stderr)
         return 2
@@ -212,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"gpu-check: {error}", file=sys.stderr)
             return 2
-        jobs = jobs_of(args.part, torch.cuda.device_count())
+        jobs = jobs_of(args.part, torch.cuda.device_count(), tiny=args.tiny)
         results = run_jobs(jobs, out, environment, Path(folder))
         print("\n".join(["", *summary(results)]))
     return int(any(result["status"] in ("failed", "timed out") for result in results))

@@ -1,4 +1,4 @@
-"""The job of check.py that no bench does: correctness at real sizes."""
+"""The jobs of check.py that no bench does: correctness at real sizes, and ragged gradients."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gearshift.engine.cluster import distributed
 from gearshift.kernels.checks.case import Case, Size, verify
 from gearshift.kernels.checks.self_check import CASES, SMALL
 from gearshift.launch.bench.ops.case import attempt
@@ -114,11 +115,78 @@ def _print_checks(rows: list[dict[str, Any]]) -> None:
             print(f"{row['label']} {row['case']} {row['dtype']} {row['backend']}: {row['problem']}")
 
 
+RAGGED = {
+    "cuda": ((192, 704, 768, 1024), torch.bfloat16, 0.05),
+    "cpu": ((192,), torch.float32, 1e-4),
+}
+RAGGED_ROWS = 8
+_SMALL_MODEL = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512}
+_SMALL_MODEL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SMALL_MODEL |= {"max_position_embeddings": 1024}
+
+
+def ragged(device: torch.device, file: Path) -> int:
+    """Gradients of ragged rows, padded and end to end; 1 where any is wrong. On Hopper GPUs cuDNN
+    attention gave NaN at lengths of 128 k + 64 (cluster/distributed.py)."""
+    lengths, dtype, most = RAGGED[device.type]
+    rows = [
+        {"length": length, "packed": packs, "error": gradient_error(device, dtype, length, packs)}
+        for length in lengths
+        for packs in (False, True)
+    ]
+    wrong = [row for row in rows if not row["error"] < most]
+    for row in rows:
+        way = "end to end" if row["packed"] else "padded"
+        verdict = "WRONG" if row in wrong else "right"
+        print(f"{row['length']:5} tokens, {way:10}  error {row['error']:.1e}  {verdict}")
+    write_json(file, {"machine": machine(device), "dtype": str(dtype), "most": most, "rows": rows})
+    return int(bool(wrong))
+
+
+def gradient_error(device: torch.device, dtype: torch.dtype, length: int, packs: bool) -> float:
+    """The largest of any parameter, relative to its norm in float32; NaN where one is."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from gearshift.engine.attention import packed
+
+    distributed.forbid_cudnn_attention()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("qwen2", **_SMALL_MODEL)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+        truth = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    truth.load_state_dict(model.state_dict())
+    if packs:
+        packed.adopt(model)
+    ids = torch.randint(config.vocab_size, (RAGGED_ROWS, length), device=device)
+    mask = torch.ones(RAGGED_ROWS, length, dtype=torch.bool, device=device)
+    for row in range(RAGGED_ROWS):
+        mask[row, : 7 * row] = False
+        mask[row, length - 3 * row :] = False
+    mask[0] = True
+    found, expected = (_gradients(m, ids, mask) for m in (model, truth))
+    assert found.keys() == expected.keys()
+    errors = [(found[n] - expected[n]).norm() / expected[n].norm() for n in found]
+    return float(torch.stack(errors).amax())  # NaN stays
+
+
+def _gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a loss over live positions only."""
+    from gearshift.engine.attention import packed
+    from gearshift.engine.models.reading import hidden_states, lay_out
+
+    reading, places = lay_out(ids, mask, packs=packed.packs(model))
+    hidden_states(model, reading)[places[mask]].float().pow(2).mean().backward()
+    return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_parts", description=__doc__)
-    parser.add_argument("job", choices=("correctness",))
+    parser.add_argument("job", choices=("correctness", "ragged"))
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
+    if args.job == "ragged":
+        return ragged(torch.device("cuda" if torch.cuda.is_available() else "cpu"), args.json)
     device = torch.device("cuda")
     memory = torch.cuda.get_device_properties(device).total_memory
     return correctness(list(checks(memory)), device, args.json)

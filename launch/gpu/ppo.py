@@ -142,9 +142,26 @@ def show(steps: list[dict[str, float]]) -> None:
     print("\n".join(plain_lines(["phase", "", "s", "GB"], rows)))
 
 
+def token_counts(steps: list[dict[str, float]], rows: int) -> list[dict[str, float]]:
+    """What each step really read and wrote."""
+    return [
+        {
+            "step": step["step"],
+            "rows": rows,
+            "mean prompt": (step["tokens"] - step["generated_tokens"]) / rows,
+            "mean response": step["generated_tokens"] / rows,
+            "longest response": step["response_length/max"],
+            "tokens": step["tokens"],
+        }
+        for step in steps
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("gpu_ppo", description=__doc__)
     parser.add_argument("--shape", default="qwen2.5-7b", help="a published architecture")
+    parser.add_argument("--layers", type=int, default=0, help="of them; 0: all")
+    parser.add_argument("--vocab", type=int, default=0, help="its vocabulary; 0: the shape's")
     parser.add_argument("--rows", type=int, default=64, help="responses per PPO step")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--new", type=int, default=512, help="tokens")
@@ -154,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="after --: --section.key VALUE")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = published(args.shape)
+    config = published(args.shape, layers=args.layers, vocabulary=args.vocab)
     with tempfile.TemporaryDirectory() as home:
         folder, started = Path(home), time.monotonic()
         words = write_job(folder, config, args.rows, args.prompt, device)
@@ -166,6 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         steps, timed_out = train(folder, [*words, *args.overrides], left)
     check_work(steps, args.rows, args.prompt)
     show(steps)
+    counts = token_counts(steps, args.rows)
+    lines = [[f"{value:g}" for value in row.values()] for row in counts]
+    print("\n".join(plain_lines(list(counts[0]), lines, 0)))
     work = {
         "shape": args.shape,
         "layers": config.num_hidden_layers,
@@ -173,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         "prompt": args.prompt,
         "new": args.new,
         "timed_out": timed_out,
+        "token_counts": counts,
     }
     report = {"machine": machine(device), **work, "recipe": RECIPE.name, "steps": steps}
     write_json(args.json, report)

@@ -1,6 +1,8 @@
 """The GPU check's PPO step of four models, here with a shape that a CPU can train."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.tiny import models as tiny
 
 @pytest.fixture
 def shape(monkeypatch):
-    monkeypatch.setattr(gpu_ppo, "published", lambda name: tiny.llama_config(4096))
+    monkeypatch.setattr(gpu_ppo, "published", lambda name, **_: tiny.llama_config(4096))
     for name, value in tiny_job.environment().items():
         monkeypatch.setenv(name, value)
 
@@ -55,7 +57,12 @@ time.sleep({rest})
 sys.exit({status})
 """
 FIGURES = {"step": 1, "timing_s/step": 2.5, "memory_gb/generate": 7.0, "generated_tokens": 9.0}
-FIGURES |= {"tokens": 64 * 256 + 9.0, "timing_s/update_actor": 1.0, "timing_s/update_critic": 1.0}
+FIGURES |= {
+    "response_length/max": 9.0,
+    "tokens": 64 * 256 + 9.0,
+    "timing_s/update_actor": 1.0,
+    "timing_s/update_critic": 1.0,
+}
 LINE = json.dumps(FIGURES) + "\n"
 
 
@@ -70,7 +77,7 @@ def stub(tmp_path, monkeypatch):
         return gpu_ppo.main(["--limit-s", "4", "--json", str(tmp_path / "ppo.json")])
 
     monkeypatch.setattr(gpu_ppo, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_ppo, "published", lambda name: tiny.llama_config(4096))
+    monkeypatch.setattr(gpu_ppo, "published", lambda name, **_: tiny.llama_config(4096))
     monkeypatch.setattr(gpu_ppo, "write_job", lambda folder, *_: ["--run.dir", str(folder / "run")])
     return run
 
@@ -117,3 +124,43 @@ def test_the_gpu_check_asks_for_as_many_steps_as_its_limit_holds():
     jobs = {job.name: job for job in gpu_check.jobs_of("ppo", gpus=1)}
     asked = {name: job.words[job.words.index("--steps") + 1] for name, job in jobs.items()}
     assert asked == {"ppo-64": "2", "ppo-512": "1"}
+    for job in jobs.values():
+        assert int(job.words[job.words.index("--limit-s") + 1]) < job.limit_s
+
+
+def test_the_first_part_takes_six_minutes_and_others_four_each():
+    first = gpu_check.jobs_of("first", gpus=1)
+    assert sum(job.limit_s for job in first) <= 360
+    names = ["ragged", "kernels-speed-qwen2.5-7b", "ppo-64", "generation-64", "generation-256"]
+    assert [job.name for job in first] == [f"first-{name}" for name in names]
+    every = gpu_check.jobs_of("all", gpus=1)
+    assert {job.name for job in every if job.limit_s > 240} == {"ppo-512"}
+    assert [job.name for job in gpu_check.jobs_of("generation-64", gpus=1)] == ["generation-64"]
+
+
+def test_an_unknown_part_and_a_tiny_form_that_is_not_there_are_told(tmp_path, capsys):
+    assert gpu_check.main(["--part", "frist", "--out", str(tmp_path / "out")]) == 2
+    assert "--part frist: there are all, first" in capsys.readouterr().err
+    assert gpu_check.main(["--part", "shift", "--tiny", "--out", str(tmp_path / "out")]) == 2
+    assert "--tiny: only part first has such a form" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny form is a CPU's")
+def test_the_first_part_in_its_tiny_form(tmp_path):
+    """All its jobs at sizes of a CPU, by the command a GPU machine runs."""
+    words = [gpu_check.__file__, "--part", "first", "--tiny", "--out", str(tmp_path)]
+    environment = tiny_job.environment(PYTHONPATH="")
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    ppo = json.loads((tmp_path / "first-ppo-4.json").read_text())
+    (row,) = ppo["token_counts"]
+    assert (row["mean prompt"], row["longest response"], row["rows"]) == (8, 6, 4)
+    generated = json.loads((tmp_path / "first-generation-4.json").read_text())
+    assert generated["token_counts"]["all"] == 4 * (8 + 6)
+    ragged = json.loads((tmp_path / "first-ragged.json").read_text())
+    assert [row["packed"] for row in ragged["rows"]] == [False, True]
+    assert json.loads((tmp_path / "first-kernels-speed-tiny.json").read_text())["seed"] >= 0

@@ -82,6 +82,12 @@ def reward(folder: Path, body: str) -> str:
         (["--rewards", "[]"], "rewards=[]: at least one is needed, as --rewards.0.function"),
         (["--data.sources", "[]"], "data.sources=[]: at least one is needed, as --data.sources"),
         (["--ppo.minibatch_size", "3"], "ppo.minibatch_size=3: must divide prompts_per_step"),
+        (
+            ["--sampling.min_new_tokens", "9"],
+            "sampling.min_new_tokens=9: more than max_new_tokens=6",
+        ),
+        (["--sampling.suppress_tokens", "[3, 16]"], "sampling.suppress_tokens=[16]: the actor has"),
+        (["--sampling.limit_key", "most"], "sampling.limit_key=most: no dataset has this column"),
         (["--sampling.temperature", "0"], "sampling.temperature=0: greedy ... above 0"),
         (["--ppo.kl_estimator", "k3"], "kl_estimator=k3 ... use k1, or kl_in=loss"),
         (["--ppo.kl_in", "loss"], "ppo.kl_estimator=k1 ... use k2 or k3"),

@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
-from gearshift.engine.rollout.padded import hf_generate
+from gearshift.engine.rollout.padded import PaddedEngine, hf_generate
+from gearshift.engine.rollout.sampling import Ending
 from gearshift.kernels import ops
 from tests.tiny.on_ranks import free_port
 from tests.tiny.rollout import build, forced_logits, make_prompts
@@ -320,3 +321,57 @@ def test_a_real_model_speaks_as_its_own_forward_does():
         assert logits.argmax(-1).tolist() == completion.token_ids
         logprobs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), logprobs, atol=1e-4, rtol=0)
+
+
+# What may not be drawn
+
+
+def padded_engine(model):
+    return PaddedEngine(model, RolloutConfig(), eos_token_ids=EOS, pad_token_id=0)
+
+
+@pytest.mark.parametrize("engine_of", [make_engine, padded_engine])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_suppressed_tokens_are_never_drawn(model, engine_of, temperature):
+    """Log-probs stay those of all tokens, which the training path computes."""
+    sampling = SamplingConfig(max_new_tokens=16, temperature=temperature)
+    free = engine_of(model).generate(PROMPTS, sampling, SEEDS)
+    drawn = sorted({token for c in free for token in c.token_ids} - set(EOS))[::2]
+    assert len(drawn) > 3
+    settings = {**vars(sampling), "suppress_tokens": drawn}
+    completions = engine_of(model).generate(PROMPTS, SamplingConfig(**settings), SEEDS)
+    assert not {token for c in completions for token in c.token_ids} & set(drawn)
+    for prompt, made in zip(PROMPTS[:4], completions, strict=False):
+        logits = forced_logits(model, prompt, made.token_ids) / (temperature or 1.0)
+        truth = logits.log_softmax(-1).gather(1, torch.tensor(made.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(made.logprobs), truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine_of", [make_engine, padded_engine])
+def test_nothing_ends_before_its_least_length(model, engine_of):
+    free = engine_of(model).generate(PROMPTS, SAMPLING, SEEDS)
+    assert min(len(c.token_ids) for c in free) < 9
+    least = SamplingConfig(max_new_tokens=24, min_new_tokens=9)
+    completions = engine_of(model).generate(PROMPTS, least, SEEDS)
+    assert all(len(c.token_ids) >= 10 for c in completions)
+    assert any(c.finished for c in completions), "later, it may"
+
+
+def test_graphs_hold_bans(model):
+    """The steps of captured graphs, run eagerly: the same tokens."""
+    sampling = SamplingConfig(max_new_tokens=20, min_new_tokens=6, suppress_tokens=[3, 50, 77])
+    expected = make_engine(model).generate(PROMPTS, sampling, SEEDS)
+    engine = make_engine(model)
+    engine._use_graphs = True
+    assert_same(engine.generate(PROMPTS, sampling, SEEDS), expected)
+
+
+def test_a_stop_string_counts_only_after_the_least_length():
+    class Letters:
+        def decode(self, ids, **_):
+            return "".join(chr(97 + i) for i in ids)
+
+    ending = Ending(SamplingConfig(stop=["ab"], min_new_tokens=3), [25], Letters())
+    row = [0, 1, 5, 5, 0, 1]  # "abffab"
+    assert [ending.reached(row[:n], n) for n in range(1, 7)] == [False] * 5 + [True]
+    assert ending.reached([4, 25], 2), "an end token that was drawn ends it"

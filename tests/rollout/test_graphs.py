@@ -44,6 +44,35 @@ def test_padded_steps_draw_the_same_tokens(family):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+class Letters:
+    """A tokenizer whose text is one letter a token."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + i % 5) for i in ids)
+
+
+@pytest.mark.parametrize("stop", [[], ["abc", "dd"]], ids=["by length", "by stop strings"])
+def test_a_long_burst_gives_what_single_steps_give(stop):
+    """Longer than what a burst keeps at first; rows end apart, and some wait for a place."""
+    model, own = build("Llama", num_hidden_layers=2), {"eos_token_ids": [-1], "pad_token_id": 0}
+    sampling = SamplingConfig(max_new_tokens=100, stop=stop)
+    limits = [100, 99, 70, 3, 1, 80, 66, 65, 64, 2, 90, 100]
+    engines = [
+        RolloutEngine(
+            model, RolloutConfig(block_size=4, max_sequences=n), tokenizer=Letters(), **own
+        )
+        for n in (12, 12, 5)
+    ]
+    for engine in engines[1:]:
+        engine._use_graphs = True
+    expected, *found = (e.generate(PROMPTS, sampling, SEEDS, limits=limits) for e in engines)
+    assert any(c.finished for c in expected) == bool(stop)
+    for completions in found:
+        assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
+        assert [c.finished for c in completions] == [c.finished for c in expected]
+        assert [len(c.logprobs) for c in completions] == [len(c.token_ids) for c in completions]
+
+
 def test_other_settings_or_longer_sequences_need_other_graphs():
     model = build("Llama", num_hidden_layers=2)
     config = RolloutConfig(block_size=4, max_sequences=4)

@@ -161,3 +161,28 @@ def test_a_model_without_paged_attention_falls_back_and_says_so(caplog):
     assert "generating with a padded batch" in caplog.text
     with pytest.raises(ValueError, match="rollout.engine=paged: .*; use rollout.engine: hf"):
         choose_engine(lm, "paged")
+
+
+@pytest.mark.parametrize("kind", [RolloutEngine, PaddedEngine])
+def test_a_prompt_may_have_its_own_longest_response(lm, kind):
+    engine = kind(lm, RolloutConfig(), eos_token_ids=[2], pad_token_id=0)
+    batch = prompts([[4, 5], [8], [9, 10], [6]])
+    batch.columns["most"] = [1, 3, 50, 6]
+    free = SamplingConfig(max_new_tokens=6, min_new_tokens=6)
+    own = SamplingConfig(max_new_tokens=6, min_new_tokens=6, limit_key="most")
+    whole, cut = (generate_responses(engine, batch, s, 0, None) for s in (free, own))
+    assert whole.lengths.tolist() == [6] * 4 and cut.lengths.tolist() == [1, 3, 6, 6]
+    assert not cut.finished.any()
+    for i, length in enumerate([1, 3, 6, 6]):
+        assert torch.equal(cut.response_ids[i, :length], whole.response_ids[i, :length])
+
+
+@pytest.mark.parametrize("value", [0, 2.5, "3", None, True])
+def test_a_longest_response_that_is_no_number_is_told(lm, value):
+    batch = prompts([[4, 5]])
+    batch.columns["most"] = [value]
+    engine = PaddedEngine(lm, RolloutConfig(), eos_token_ids=[2], pad_token_id=0)
+    with pytest.raises(
+        ValueError, match="sampling.limit_key=most: a prompt has .* no whole number"
+    ):
+        generate_responses(engine, batch, SamplingConfig(limit_key="most"), 0, None)

@@ -240,8 +240,8 @@ def test_wheels_are_checked_before_anything_runs(tmp_path):
 
 def test_parts_of_the_gpu_check():
     jobs = gpu_check.jobs_of("all", gpus=2)
-    assert {job.part for job in jobs} == set(gpu_check.PARTS)
-    assert jobs[0].name == "kernels-correct"
+    assert {job.part for job in jobs} == set(gpu_check.PARTS) - {"first"}
+    assert [job.name for job in jobs[:2]] == ["ragged", "kernels-correct"]
     assert len({job.name for job in jobs}) == len(jobs)
     assert all(job.limit_s < 480 and "{out}" in " ".join(job.words) for job in jobs)
     speed = gpu_check.jobs_of("kernels-speed", gpus=1)
