@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "*.liger",
     "*.deepspeed",
     "*.gradient_checkpointing",
+    "*.lora.generate",
     "*.sleep",
     "*.batch_size",
     "data.bad_rows",

@@ -193,7 +193,8 @@ def _peft_config(module: nn.Module, lora: Lora) -> Any:
             "fan_in_fan_out": any(isinstance(part, Conv1D) for part in _linear_layers(module)),
         }
     kept |= {"base_model_name_or_path": lora.base, "revision": lora.revision}
-    return peft.LoraConfig(**kept | {"task_type": lora.task})
+    by_row = type(module).__name__.endswith("ForSequenceClassification")  # see load.auto_class
+    return peft.LoraConfig(**kept | {"task_type": "SEQ_CLS" if by_row else lora.task})
 
 
 def _linear_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
+from gearshift.engine.models.cast import within_actor
 from gearshift.engine.phase import Phase, update_of
 from gearshift.engine.plan.bytes import state_elements
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware
@@ -44,11 +45,12 @@ def mfu(plan: Plan, figures: dict[str, float]) -> float | None:
     if plan.hardware.name not in GPUS:
         return None
     work = _work(plan, figures)
+    played = 3 if within_actor(plan.config) else 2  # generated, scored, and as the reference
     useful = sum(
         useful_flops(
             role.shape,
             replace(work, epochs=plan.config.ppo.passes(role.name)[0]),
-            scored=2 if role.name == "actor" else 1,  # generated, and scored
+            scored=played if role.name == "actor" else 1,
             trained=f"timing_s/update_{role.name}" in figures,
         )
         for role in plan.roles
@@ -91,12 +93,15 @@ def needs(plan: Plan, figures: dict[str, float]) -> dict[str, Need]:
         found[{"actor": Phase.LOGPROBS, "critic": Phase.VALUES}.get(role.name, judged)] += once
         if role.name == "actor":
             found[Phase.GENERATE] += Need(once.flops, _decoding(plan, role, work, figures))
+            if within_actor(plan.config):
+                found[Phase.REFERENCE] += once
         if role.trained:
             update = Phase.UPDATE_ACTOR if ppo.update == "joint" else update_of(role.name)
             states = ADAM_BYTES * state_elements(shape, role.zero, world)
             moved = ppo.updates(role.name) * states if role.zero.optimizer == "gpu" else 0.0
             epochs = ppo.passes(role.name)[0]
-            found[update] += Need(3 * epochs * once.flops, 2 * epochs * weights + moved)
+            passes = epochs * (3 if shape.whole else 2)
+            found[update] += Need(passes * once.flops, 2 * epochs * weights + moved)
     return found
 
 
