@@ -331,24 +331,32 @@ def report_streams(metrics: StepMetrics, moved: dict[str, dict[str, float]]) -> 
 
 
 def report_policy(
-    metrics: StepMetrics, micro: Experience, stats: dict[str, Tensor], *, first: bool
+    metrics: StepMetrics,
+    micro: Experience,
+    stats: dict[str, Tensor],
+    weights: Tensor,
+    *,
+    first: bool,
 ) -> Tensor:
     """Figures of one actor micro-batch; stats are [N], of its live tokens.
 
+    weights: [B, R], of the policy's loss. A token of weight 0, which a correction leaves out, has
+    no log-prob in `stats` and counts in no figure.
     first: nothing has been updated since the rollout, so every ratio should be 1.
     Returns [sum of the tokens' KL(pi_old || pi), tokens] in float64.
     """
+    counted = weights[micro.response_mask] != 0
     log_ratio = (stats["logprobs"] - micro.logprobs[micro.response_mask]).clamp(-20, 20)
     ratio = log_ratio.exp()
     kl = (ratio - 1 - log_ratio).double()  # k3 on samples of pi_old
-    metrics.add_mean("policy/approxkl_avg", kl)
-    metrics.add_mean("policy/clipfrac_avg", stats["clipped"])
-    metrics.add_mean("policy/entropy_avg", stats["entropy"])
-    metrics.add_mean("val/ratio", ratio)
-    metrics.add_variance("val/ratio_var", ratio)
+    metrics.add_mean("policy/approxkl_avg", kl, counted)
+    metrics.add_mean("policy/clipfrac_avg", stats["clipped"], counted)
+    metrics.add_mean("policy/entropy_avg", stats["entropy"], counted)
+    metrics.add_mean("val/ratio", ratio, counted)
+    metrics.add_variance("val/ratio_var", ratio, counted)
     if first:
-        metrics.add_max("rollout/ratio_first_max", (ratio - 1).abs())
-    return torch.stack([kl.sum(), kl.new_tensor(kl.numel())])
+        metrics.add_max("rollout/ratio_first_max", (ratio - 1).abs(), counted)
+    return torch.stack([kl[counted].sum(), counted.sum().double()])
 
 
 def report_loss(metrics: StepMetrics, name: str, part: Tensor, pieces: int) -> None:

@@ -225,10 +225,11 @@ class PPOTrainer:
             last = i == len(pieces) - 1
             weights = token_weights(micro.response_mask, ppo.loss_aggregation, rows, tokens)
             if actor:
-                loss, stats = actor.loss(micro, self._policy_weights(micro, weights, rows))
+                policy_weights = self._policy_weights(micro, weights, rows)
+                loss, stats = actor.loss(micro, policy_weights)
                 actor.backward(loss, last=last and not ppo.ptx_coef)
                 seen["actor"].append(Piece(micro, loss.detach(), stats["logprobs"]))
-                drift += report_policy(metrics, micro, stats, first=first)
+                drift += report_policy(metrics, micro, stats, policy_weights, first=first)
                 report_loss(metrics, "loss/policy_avg", loss, len(pieces))
             if critic:
                 loss, stats = critic.loss(micro, weights)
@@ -307,4 +308,4 @@ class PPOTrainer:
         if self.ppo.target_kl is None:
             return False
         kl, tokens = distributed.global_sum(drift).tolist()
-        return kl / tokens > self.ppo.target_kl
+        return tokens > 0 and kl / tokens > self.ppo.target_kl

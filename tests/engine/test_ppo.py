@@ -351,6 +351,23 @@ def test_the_gradient_is_that_of_the_formula(models, changes):
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("rule", "left_out"),
+    [({"rollout_is_low": 1.0}, "is_masked"), ({"rollout_seq_low": 2.0}, "seq_masked")],
+)
+def test_what_a_correction_leaves_out_counts_in_no_figure(models, rule, left_out):
+    """Such tokens have no log-prob in the update; without any there is no drift to stop at."""
+    config = tiny_run.config(models, epochs=1, minibatch_size=8, target_kl=0.1, **rule)
+    trainer = tiny_run.trainer(config)
+    figures, _ = trainer.step(tiny_run.prompts(config.ppo, 0))
+    share = figures[f"rollout/{left_out}"]
+    assert share == 1 if "rollout_seq_low" in rule else 0 < share < 1
+    assert figures["rollout/ratio_first_max"] < 1e-3
+    if share < 1:
+        assert abs(figures["policy/approxkl_avg"]) < 1e-6
+        assert figures["policy/entropy_avg"] > 1
+
+
 @pytest.mark.parametrize("estimator", ["rloo", "grpo", "reinforce_pp"])
 def test_estimators_without_a_critic(models, estimator):
     trainer, experience = make(models, estimator=estimator, samples_per_prompt=2, kl_coef=0.1)
