@@ -1,6 +1,6 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.errors import ConfigError, refuse_if
-from gearshift.engine.config.schema import Config
+from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.gearbox.adapters import STARTED
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import Part, cast, within_actor
@@ -115,13 +115,29 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
 
 
 def told(blueprint: Blueprint) -> list[str]:
-    """A line on who plays the reference, where that is no model of its own."""
+    """A line on who plays the reference, where that is no model of its own, and one for each key of
+    lora that was set in vain."""
     said = {
         "base": "reference: the actor with its adapters off, at no memory of its own",
         "start": "reference: the actor with a frozen copy of the adapters that it starts from",
     }
     played = within_actor(blueprint.config)
-    return [said[played]] if played else []
+    idle = [
+        line for role in ("actor", "critic") for line in _idle_lora_keys(blueprint.config, role)
+    ]
+    return idle + ([said[played]] if played else [])
+
+
+def _idle_lora_keys(config: Config, role: str) -> list[str]:
+    section, plain = getattr(config, role), LoraConfig()
+    idle, why = ["base"], f"{role}.path is no directory of adapters"
+    if lora.is_adapter(section.path):
+        idle, why = ["alpha", "rslora", "targets", "init"], f"those in {role}.path have their own"
+    elif not section.lora.r:
+        idle, why = [field.name for field in fields(plain)], f"{role}.lora.r=0: every weight trains"
+    values = {key: getattr(section.lora, key) for key in idle}
+    changed = {key: value for key, value in values.items() if value != getattr(plain, key)}
+    return [f"{role}.lora.{key}={value}: has no effect; {why}" for key, value in changed.items()]
 
 
 def bases(blueprint: Blueprint) -> dict[str, str]:

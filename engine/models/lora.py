@@ -220,7 +220,8 @@ def _targets(module: nn.Module, wanted: list[str] | str) -> list[str]:
                 f"there are {', '.join(known)}",
                 wanted,
             )
-    refuse_if(not chosen, "lora.targets", "the model has no linear layers to adapt", value=wanted)
+    problem = "the model has no linear layers to adapt" if wanted else "names no layer"
+    refuse_if(not chosen, "lora.targets", problem, "" if wanted else "use auto, or names", wanted)
     ends = sorted({name.split(".")[-1] for name in chosen})
     matched = {name for name in names.values() if any(_ends(name, end) for end in ends)}
     return ends if matched == set(chosen) else sorted(chosen)
@@ -235,9 +236,12 @@ def _whole_module(module: nn.Module, name: str) -> list[nn.Parameter]:
     found = [part for path, part in module.named_modules() if _ends(path, name)]
     parameters = [p for part in found for p in part.parameters()]
     key = "lora.modules_to_save"
-    refuse_if(not parameters, key, f"the model has no weights in a module {name}", value=name)
+    missing = not name or not parameters  # the empty name is the whole model's
+    refuse_if(missing, key, f"the model has no weights in a module {name}", value=repr(name))
+    both = any(hasattr(layer, "lora_A") for part in found for layer in part.modules())
+    refuse_if(both, key, "it has adapters", "leave it out here or in lora.targets", repr(name))
     twice = [p for p in module.named_parameters(remove_duplicate=False) if p[1] is parameters[0]]
-    refuse_if(len(twice) > 1, key, "its weights are those of another module, too", value=name)
+    refuse_if(len(twice) > 1, key, "its weights are those of another module, too", value=repr(name))
     return parameters
 
 

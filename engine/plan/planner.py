@@ -57,7 +57,8 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     # Made once of each text: a module takes seconds to make, and advice plans many times.
     key = part.hf_config.to_json_string(use_diff=False), part.kind, str(part.lora)
     if key not in _SHAPES:
-        _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora)
+        with part.errors():
+            _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora)
     shape = _SHAPES[key]
     if part.trained:
         states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)

@@ -21,6 +21,8 @@ from gearshift.engine.models import lora
 from gearshift.engine.models.cast import cast, within_actor
 from gearshift.engine.models.load import prepare
 from gearshift.engine.objective import token_weights
+from gearshift.engine.plan import planner
+from gearshift.engine.plan.hardware import GPUS, Hardware
 from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 
@@ -99,12 +101,42 @@ def test_off_is_the_base_to_the_bit_and_folded_is_on(family, caplog):
             {"targets": ["lm_head"]},
             "inside the decoder layers has the name lm_head",
         ),
-        ({"modules_to_save": ["head"]}, "lora.modules_to_save=head: the model has no weights"),
+        ({"targets": []}, r"lora.targets=\[\]: names no layer; use auto, or names"),
+        ({"modules_to_save": ["head"]}, "lora.modules_to_save='head': the model has no weights"),
+        ({"modules_to_save": [""]}, "lora.modules_to_save='': the model has no weights"),
+        ({"modules_to_save": ["q_proj"]}, "lora.modules_to_save='q_proj': it has adapters"),
+        ({"modules_to_save": ["mlp"]}, "lora.modules_to_save='mlp': it has adapters"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         lora.inject(policy("llama"), adapted("llama", **settings))
+
+
+def test_a_start_names_the_role_whose_layers_are_not_there(models):
+    """Planning builds the adapters first."""
+    config = with_lora(tiny_run.config(models), critic=False, targets=["wq"])
+    place = Hardware(gpu=GPUS["h100"], name="x", gpus_per_node=1, nodes=1, host_bytes=64e9)
+    with pytest.raises(ConfigError, match=r"^actor.lora.targets=\['wq'\]: "):
+        planner.plan(config, cast(config), place)
+
+
+def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
+    (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    config = tiny_run.config(models)
+    for path, settings, expected in (
+        (None, {"alpha": 8.0}, "actor.lora.alpha=8.0: has no effect; actor.lora.r=0: every"),
+        (None, {"r": 4, "base": "x"}, "actor.lora.base=x: has no effect; actor.path is no"),
+        (tmp_path, {"alpha": 8.0, "base": "x"}, "actor.lora.alpha=8.0: has no effect; those in"),
+        (None, {"r": 4, "alpha": 8.0}, None),
+        (None, {}, None),
+    ):
+        own = replace(
+            config.actor, path=str(path or config.actor.path), lora=LoraConfig(**settings)
+        )
+        said = assemble.told(SimpleNamespace(config=replace(config, actor=own)))
+        found = [line for line in said if "no effect" in line]
+        assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
 
 
 def test_without_peft_it_is_one_line(monkeypatch):
