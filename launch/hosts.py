@@ -1,5 +1,6 @@
 """The hosts of a launch: read from a hostfile, looked at over ssh, and left empty."""
 
+import os
 import re
 import socket
 import subprocess
@@ -15,6 +16,10 @@ SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 SSH += ("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3")
 LAUNCH = "GEARSHIFT_LAUNCH"  # in the environment of every process of a launch: its name
 _SILENT = 255  # ssh's own exit status
+# What ranks of other hosts are given of this environment; deepspeed passes PYTHON* itself. What
+# says TOKEN or KEY is not: the command line of ssh is read by everybody.
+EXPORTS = ("GEARSHIFT_", "HF_", "WANDB_", "NCCL_", "GLOO_", "TRITON_", "TORCH_", "OMP_", "DS_")
+_SECRET = re.compile("TOKEN|KEY")
 
 
 def read(hostfile: str) -> dict[str, int]:
@@ -38,6 +43,17 @@ def read(hostfile: str) -> dict[str, int]:
     return hosts
 
 
+def exports() -> dict[str, str]:
+    """What ranks of other hosts are given of this environment."""
+    passed = {key: value for key, value in os.environ.items() if key.startswith(EXPORTS)}
+    return {key: value for key, value in passed.items() if value and not _SECRET.search(key)}
+
+
+def told(hosts: Mapping[str, int]) -> str:
+    """The hosts in the order of their ranks, as rendezvous.HOSTS has them."""
+    return ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+
+
 def ssh(host: str, command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Runs a shell command there; a status of 255 is ssh's own."""
     words = ["ssh", *SSH, host, command]
@@ -52,10 +68,16 @@ def ssh(host: str, command: str, timeout: float = 60) -> subprocess.CompletedPro
 def on_all(
     hosts: Mapping[str, int], command: str, timeout: float = 60
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    with ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        return dict(
-            zip(hosts, pool.map(lambda host: ssh(host, command, timeout), hosts), strict=True)
-        )
+    return each(dict.fromkeys(hosts, command), timeout)
+
+
+def each(
+    commands: Mapping[str, str], timeout: float
+) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Runs a shell command on each host, all at once: ranks wait for each other."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        answers = pool.map(lambda item: ssh(*item, timeout), commands.items())
+        return dict(zip(commands, answers, strict=True))
 
 
 def look(hosts: Mapping[str, int], folder: Path) -> None:

@@ -26,10 +26,6 @@ from gearshift.engine.config.errors import refuse_if
 from gearshift.launch import hosts as machines
 from gearshift.launch.commands import demo
 
-# What ranks of other hosts are given of this environment; deepspeed passes PYTHON* itself. What
-# says TOKEN or KEY is not: the command line of ssh is read by everybody.
-EXPORTS = ("GEARSHIFT_", "HF_", "WANDB_", "NCCL_", "GLOO_", "TRITON_", "TORCH_", "OMP_", "DS_")
-_SECRET = re.compile("TOKEN|KEY")
 _OUTCOMES = {"finished": 0, "stopped": 3}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _POLL_S = 0.5
@@ -119,7 +115,7 @@ class Attempt:
         self._without_ssh = False
         own = {machines.LAUNCH: self.name}
         if hosts:
-            own[HOSTS] = ",".join(f"{host}:{slots}" for host, slots in hosts.items())
+            own[HOSTS] = machines.told(hosts)
             job = [*self._on_hosts(own), *self._quoted(job)]
             own = {"DS_ENV_FILE": str(self.logs / "environment")}
             own["PDSH_SSH_ARGS_APPEND"] = " ".join(machines.SSH)
@@ -132,8 +128,7 @@ class Attempt:
         """The launch line for a hostfile; writes that, and what ranks get of the environment."""
         written = "".join(f"{host} slots={slots}\n" for host, slots in self.hosts.items())
         (self.logs / "hostfile").write_text(written)
-        passed = {k: v for k, v in os.environ.items() if k.startswith(EXPORTS)}
-        passed = {k: v for k, v in passed.items() if v and not _SECRET.search(k)} | own
+        passed = machines.exports() | own
         for key, value in passed.items():
             refuse_if(re.search(r'["$`\\\n]', value), key, "ssh cannot pass it", value=repr(value))
         lines = "".join(f"{key}={value}\n" for key, value in passed.items())

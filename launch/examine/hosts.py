@@ -1,4 +1,4 @@
-"""What `gearshift doctor --hostfile` looks at: every host by itself, and what must be the same."""
+"""What `gearshift doctor --hostfile` looks at: each host, what must be the same, the network."""
 
 import json
 import shlex
@@ -12,11 +12,12 @@ from uuid import uuid4
 
 import torch
 
-from gearshift.engine.config.schema import Config
+from gearshift.engine.config.schema import Config, RunConfig
 from gearshift.engine.log.run_log import nearest_existing
 from gearshift.launch import alike
 from gearshift.launch import hosts as machines
-from gearshift.launch.examine.machine import Finding
+from gearshift.launch.examine import network
+from gearshift.launch.examine.machine import Finding, free
 
 _MOST_SECONDS = 600  # a first import of the libraries on a busy network disk
 _CLOCK_S = 2.0  # run.save_by and the order of logs want no better
@@ -25,7 +26,9 @@ _CLOCK_S = 2.0  # run.save_by and the order of logs want no better
 def facts(config: Config | None) -> dict[str, Any]:
     """What a host says of itself; `examine` compares it."""
     same = alike.programs() | (alike.settings(config) if config else {})
-    return {"same": same, "gpus": torch.cuda.device_count(), "time": time.time()}
+    place = Path(config.run.dir if config else ".")
+    gpus = torch.cuda.device_count()
+    return {"same": same, "gpus": gpus, "free": free(place), "time": time.time()}
 
 
 def examine(hostfile: str, config: Config | None, words: list[str]) -> Iterator[Finding]:
@@ -39,7 +42,7 @@ def examine(hostfile: str, config: Config | None, words: list[str]) -> Iterator[
     command = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(words)}"
     begun = time.time()
     answers = machines.on_all(hosts, command, _MOST_SECONDS)
-    first: dict[str, Any] | None = None
+    spoke: dict[str, Any] = {}
     for host, answer in answers.items():
         try:
             told = json.loads(answer.stdout.splitlines()[-1])
@@ -48,8 +51,12 @@ def examine(hostfile: str, config: Config | None, words: list[str]) -> Iterator[
             yield Finding(host, "bad", f"said {said}", f"ssh {host} '{command}'")
             continue
         yield from _alone(host, hosts[host], told, (begun, time.time()))
-        first = first or told | {"host": host}
-        yield _beside(first, host, told)
+        spoke[host] = told
+        first = next(iter(spoke))
+        yield _beside(spoke[first] | {"host": first}, host, told)
+        yield Finding(f"{host}: free", "ok", told["free"])
+    if len(spoke) == len(hosts):
+        yield from network.examine(hosts, (config.run if config else RunConfig()).start_timeout_s)
 
 
 def _alone(

@@ -26,6 +26,8 @@ from gearshift.launch.commands.demo import free_port
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
 _SHM_GB = 1.0  # NCCL keeps a few MB per pair of ranks there; a container's default is 64 MB
+_MEMORY_FREE = 0.7  # of a host's memory; what is more is another program's
+_CACHE_GB = 1.0  # compiled kernels and operators of one run are some 100 MB
 _NETWORK_DISKS = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "cifs", "ceph", "fuse.sshfs"}
 
 
@@ -62,11 +64,22 @@ def _version(wanted: Requirement) -> Finding:
     return Finding(wanted.name, "bad", f"{found}, needs {wanted}", f"pip install '{wanted}'")
 
 
+def free(place: Path) -> str:
+    """Memory, and the disk that holds `place`."""
+    place = nearest_existing(place).absolute()
+    disk = shutil.disk_usage(place).free / GB
+    return f"{psutil.virtual_memory().available / GB:.1f} GB of memory, {disk:.1f} GB at {place}"
+
+
 def devices() -> Iterator[Finding]:
     """GPUs that torch can use, and what is there without it."""
-    memory = f"{psutil.virtual_memory().total / GB:.0f} GB"
+    memory = psutil.virtual_memory()
     cores = len(os.sched_getaffinity(0))
-    yield Finding("host", "ok", f"{cores} cores, {memory} of memory")
+    text = f"{cores} cores, {memory.total / GB:.0f} GB of memory, {memory.available / GB:.0f} free"
+    yield Finding("host", "ok", text)
+    if memory.available < _MEMORY_FREE * memory.total:
+        fix = "`ps -e --sort=-rss -o rss,pid,user,args | head` shows whose; end what is left over"
+        yield Finding("memory", "warn", f"{text}; a plan counts on all of it", fix)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
@@ -186,12 +199,16 @@ def caches() -> Iterator[Finding]:
     places = {"TRITON_CACHE_DIR": "~/.triton", "TORCH_EXTENSIONS_DIR": "~/.cache/torch_extensions"}
     for variable, usual in places.items():
         folder = Path(os.environ.get(variable, usual)).expanduser()
-        kind = filesystem(folder)
+        kind, space = filesystem(folder), shutil.disk_usage(nearest_existing(folder)).free / GB
+        if space < _CACHE_GB:
+            fix = f"free some, or export {variable} to a folder on another local disk"
+            yield Finding("cache", "bad", f"{folder} has {space:.2f} GB free", fix)
+            continue
         if kind in _NETWORK_DISKS:
             text = f"{folder} is on {kind}"
             yield Finding("cache", "warn", text, f"export {variable} to a folder on a local disk")
         else:
-            yield Finding("cache", "ok", f"{folder} ({kind})")
+            yield Finding("cache", "ok", f"{folder} ({kind}, {space:.0f} GB free)")
 
 
 def filesystem(path: Path) -> str:

@@ -30,8 +30,8 @@ def start(job: Path, log: Path, *overrides: object) -> subprocess.Popen:
     )
 
 
-def await_steps(run: Path, count: int) -> None:
-    metrics, deadline = run / "metrics.jsonl", time.monotonic() + PATIENCE_S
+def await_steps(run: Path, count: int, patience_s: float = PATIENCE_S) -> None:
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + patience_s
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
         assert time.monotonic() < deadline, "the run does not get ahead"
         time.sleep(0.1)

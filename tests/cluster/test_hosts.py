@@ -158,6 +158,43 @@ def test_hosts_with_another_configuration(hosts, tmp_path):
     assert len(said) == 1 and not list((tmp_path / "run").glob("*.yaml"))
 
 
+def doctor(hosts: Hosts, folder: Path, **environment: str) -> tuple[int, dict[str, dict]]:
+    """`gearshift doctor` on n0, for two ranks on each host: status, findings by name."""
+    hostfile = folder / "hosts"
+    hostfile.write_text("n0 slots=2\nn1 slots=2\n")
+    job = tiny_job.write(folder)
+    words = ["doctor", "--json", "--hostfile", hostfile, "--config", job]
+    done = subprocess.run(
+        ["bash", BUILD, "run", "0", GEARSHIFT, *words],
+        env=hosts.env | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_S,
+    )
+    assert not hosts.processes(1, "gearshift.launch.examine.network"), "orphans"
+    assert done.stdout.startswith("["), done.stderr
+    return done.returncode, {found["name"]: found for found in json.loads(done.stdout)}
+
+
+def test_doctor_measures_each_host_and_each_pair(hosts, tmp_path):
+    status, seen = doctor(hosts, tmp_path)
+    assert status == 0, seen
+    assert seen["ports"]["text"].startswith("all ranks of all hosts met at 10.77.0.1, port ")
+    rates = r"all-reduce ([\d.e+-]+) GB/s, all-gather ([\d.e+-]+) GB/s"
+    for place in ("n0", "n1", "n0 - n1"):
+        measured = re.match(rates, seen[f"{place}: gloo"]["text"])
+        assert measured and all(float(rate) > 0 for rate in measured.groups())
+    assert "GB of memory" in seen["n1: free"]["text"]
+
+
+@pytest.mark.slow
+def test_doctor_where_hosts_cannot_connect(hosts, tmp_path):
+    status, seen = doctor(hosts, tmp_path, GLOO_SOCKET_IFNAME="nowhere")
+    assert status == 1 and seen["network"]["level"] == "bad"
+    assert "nowhere" in seen["network"]["text"] and "GLOO_SOCKET_IFNAME" in seen["network"]["fix"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ("kill", "stop", "cut"))
 def test_a_fault_of_the_other_host(hosts, tmp_path, fault):

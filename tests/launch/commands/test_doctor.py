@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import socket
 import time
@@ -16,6 +17,7 @@ from gearshift.engine.config import deepspeed as ds_config
 from gearshift.launch import cli
 from gearshift.launch.examine import hosts as doctor_hosts
 from gearshift.launch.examine import machine as doctor_checks
+from gearshift.launch.examine import network
 from tests.tiny import job as tiny_job
 
 Usage = namedtuple("Usage", "total used free")
@@ -48,8 +50,9 @@ def test_a_working_machine_and_job_are_green(job, capsys):
 
 
 def test_lines_for_people_have_the_fix_below(capsys, monkeypatch):
-    small = Usage(64 << 20, 0, 64 << 20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    sizes = {Path("/dev/shm"): Usage(64 << 20, 0, 64 << 20)}
+    ample = Usage(1 << 40, 0, 1 << 40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: sizes.get(path, ample))
     assert cli.main(["doctor"]) == 1
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("BAD  /dev/shm: 0.07 GB"))
@@ -166,6 +169,7 @@ def test_a_wrong_key_is_a_mistake(job, capsys):
 def test_hosts_are_examined_and_compared(job, tmp_path, monkeypatch, capsys):
     """n0 is this machine; n1 differs in all that is compared."""
     own = {"same": {"torch": "2.13"}, "gpus": 2, "time": time.time(), "findings": []}
+    own["free"] = "3.0 GB of memory"
     red = {"name": "nvcc", "level": "bad", "text": "missing", "fix": "install it"}
     other = own | {"same": {"torch": "2.10"}, "gpus": 1, "time": time.time() - 60}
     told = {"n0": own, "n1": other | {"findings": [red]}, "n2": None}
@@ -190,7 +194,8 @@ def test_hosts_are_examined_and_compared(job, tmp_path, monkeypatch, capsys):
     assert seen["n1: slots"]["fix"] == "write n1 slots=1"
     assert seen["n1: clock"]["text"] == "60 s from ours"
     assert seen["n1: torch"]["text"] == "n0 has 2.13, n1 has 2.10"
-    assert seen["n2"]["text"] == "said no torch"
+    assert seen["n1: free"]["text"] == "3.0 GB of memory"
+    assert seen["n2"]["text"] == "said no torch"  # and no ranks are started
     assert list(tmp_path.rglob(".gearshift-*")) == []
 
 
@@ -199,3 +204,49 @@ def test_what_a_host_says_of_itself(job, capsys):
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"sampling.max_new_tokens", "torch", "gearshift/engine/ppo.py"} <= set(told["same"])
     assert {entry["name"] for entry in told["findings"]} >= {"port", "run folder"}
+    assert re.fullmatch(r"[\d.]+ GB of memory, [\d.]+ GB at \S+", told["free"])
+
+
+def test_memory_that_others_have(monkeypatch):
+    memory = namedtuple("memory", "total available")(100 * 10**9, 60 * 10**9)
+    monkeypatch.setattr(doctor_checks.psutil, "virtual_memory", lambda: memory)
+    finding = found(doctor_checks.devices, "memory")
+    assert finding.level == "warn" and "100 GB of memory, 60 free" in finding.text and finding.fix
+
+
+def test_a_full_disk_of_a_cache(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 << 30, 0, 1000))
+    finding = found(doctor_checks.caches, "cache")
+    assert finding.level == "bad" and "export TRITON_CACHE_DIR" in finding.fix
+
+
+@pytest.mark.parametrize("hosts", range(2, 8))
+def test_each_pair_of_hosts_is_measured_once_and_none_is_in_two_at_a_time(hosts):
+    rounds = list(network.rounds(hosts))
+    pairs = [pair for pairs in rounds for pair in pairs]
+    assert sorted(pairs) == [(a, b) for a in range(hosts) for b in range(a + 1, hosts)]
+    for pairs in rounds:
+        places = [place for pair in pairs for place in pair]
+        assert len(set(places)) == len(places)
+
+
+def test_a_link_far_below_the_others_is_yellow():
+    rates = [(f"n{a} - n{b}", "nccl", "all-reduce", 40.0) for a, b in ((0, 1), (1, 2), (0, 3))]
+    rates += [("n0 - n2", "nccl", "all-reduce", 9.0), ("n0", "nccl", "all-reduce", 300.0)]
+    rates += [("n0 - n1", "gloo", "all-reduce", 1.0), ("n0 - n1", "nccl", "all-gather", 38.0)]
+    seen = {finding.name: finding for finding in network.judged(rates)}
+    slow = seen.pop("n0 - n2: nccl")
+    assert slow.level == "warn" and slow.fix
+    assert slow.text == "all-reduce 9 GB/s; elsewhere all-reduce 40"
+    assert {finding.level for finding in seen.values()} == {"ok"}
+    assert seen["n0 - n1: nccl"].text == "all-reduce 40 GB/s, all-gather 38 GB/s"
+
+
+def test_ranks_that_do_not_meet_are_red_with_what_they_said():
+    told = "gearshift: error: MASTER_ADDR=n0: no answer to n1 on port 1; see what rank 0 printed\n"
+    finding = network._failed(["Traceback\nOSError: broken\n", f"warning\n{told}"])
+    assert finding.text == "MASTER_ADDR=n0: no answer to n1 on port 1"
+    assert finding.fix == "see what rank 0 printed"
+    finding = network._failed(["Traceback\nRuntimeError: no interface\n", ""])
+    assert finding.level == "bad" and finding.text == "RuntimeError: no interface"
+    assert "open all ports" in finding.fix
