@@ -314,6 +314,8 @@ def _check_suppressed(config: Config, actor: Part) -> None:
     foreign = [i for i in config.sampling.suppress_tokens if not 0 <= i < rows]
     problem = f"the actor has token ids from 0 to {rows - 1}"
     refuse_if(foreign, "sampling.suppress_tokens", problem, value=foreign)
+    none_left = len(set(config.sampling.suppress_tokens)) == rows
+    refuse_if(none_left, "sampling.suppress_tokens", "names every token that the actor has")
 
 
 def _check_cache(config: Config, actor: Part) -> None:

@@ -19,13 +19,16 @@ def settle(resolved: Resolved) -> Resolved:
     """The configuration with what the task decides, whatever it said before.
 
     A policy that stays is its own reference, unless another is named: there is no KL, and no
-    reference is loaded. Nor is it evaluated.
+    reference is loaded. Nor is it evaluated. Prompts whose samples score alike teach a critic as
+    much as any, so none are replaced.
     """
     config = resolved.config
     forced: dict[str, Any] = {"lam_critic": 1.0, "kl_controller": "fixed", "ptx_coef": 0.0}
+    forced |= {"dynamic_sampling": 0, "dynamic_sampling_by": None}
     if config.reference.path is None:
         forced["kl_coef"] = 0.0
-    origin = resolved.origin | {f"ppo.{key}": ORIGIN for key in forced}
+    decided = [*(f"ppo.{key}" for key in forced), "eval.sources", "eval.best_by"]
+    origin = resolved.origin | dict.fromkeys(decided, ORIGIN)
     evaluation = replace(config.eval, sources=[], best_by=None)
     return Resolved(replace(config, ppo=replace(config.ppo, **forced), eval=evaluation), origin)
 

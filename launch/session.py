@@ -33,6 +33,7 @@ from gearshift.engine.log.trackers import check_trackers
 from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
+from gearshift.engine.rollout.responses import limit_in
 from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch import alike, profiler
 from gearshift.launch.bench.table import plain_lines
@@ -70,9 +71,7 @@ class Session:
         config = self._plan(config)
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
-        key, columns = config.sampling.limit_key, self.streams["prompts"].columns
-        problem = f"no dataset has this column; there are {', '.join(columns)}"
-        refuse_if(key is not None and key not in columns, "sampling.limit_key", problem, value=key)
+        self._check_limits(config.sampling.limit_key)
         held_out = self._read_held_out()
         about = resume.identity(
             asdict(self.resolved.config),
@@ -281,6 +280,15 @@ class Session:
                 config.pretrain, blueprint.tokenizer, config.run.seed, *place
             )
         return streams
+
+    def _check_limits(self, key: str | None) -> None:
+        """Raises ConfigError for a column of limits, by row, that responses cannot be cut by."""
+        if key is None:
+            return
+        prompts = self.streams["prompts"]
+        problem = f"no dataset has this column; there are {', '.join(prompts.columns)}"
+        refuse_if(key not in prompts.columns, "sampling.limit_key", problem, value=key)
+        prompts.look(lambda row: limit_in(row.get(key), key))
 
     def _read_held_out(self) -> list[HeldOut]:
         """Raises ConfigError for a row or a column that evaluation cannot use."""

@@ -200,6 +200,7 @@ class EvalSourceConfig(SourceConfig):
     name: str | None = knob(None, "names the figures eval/<name>/*; null: the path's last part")
     rows: Whole = knob(0, "the first so many prompts; 0: all of them", ge=0)
     weight: Number = knob(1.0, "not read: every prompt is evaluated", gt=0)
+    weight_key: str | None = knob(None, "null: for data.sources alone")
 
     @property
     def label(self) -> str:

@@ -67,7 +67,10 @@ class Walk:
         key, path = self.source.weight_key, self.source.path
         if key is None:
             return
-        refuse_if(not self.shuffle, "weight_key", "needs data.shuffle", value=key)
+        named, columns = f"data.sources.{self.index}.weight_key", columns_of(self.rows)
+        refuse_if(not self.shuffle, named, "needs data.shuffle", value=key)
+        problem, fix = f"no such column in {path}", f"its columns are {', '.join(columns)}"
+        refuse_if(key not in columns, named, problem, fix, key)
         weights = []
         for number in map(int, self.numbers):
             weight: Any = self.rows[number].get(key)

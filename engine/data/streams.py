@@ -4,7 +4,7 @@ Every rank walks the same global order of rows and keeps its share, so no rank t
 a position is a few integers. Prompt p of a step belongs to rank p mod world size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -157,6 +157,16 @@ class PromptStream:
         row_ids = [base + k * count + p for k in range(samples) for p in range(rank, count, world)]
         self.step += 1
         return as_batch(mine, row_ids, self.columns, self.tokenizer)
+
+    def look(self, read: Callable[[Row], Any]) -> None:
+        """Has `read` see every row that takes part; ConfigError names file and row of one that it
+        refuses."""
+        for walk in self.mixture.walks:
+            for number in map(int, walk.numbers):
+                try:
+                    read(walk.rows[number])
+                except ConfigError as error:
+                    raise error.at(f"{walk.source.path}, row {number}") from None
 
     def redraw(self, slots: Sequence[int], attempt: int) -> Redrawn:
         """The next prompts for `slots` of the last batch, the same on every rank: prompts of a step

@@ -48,6 +48,7 @@ def regex(*, pattern: str, match: Literal["full", "search"] = "full") -> Reward:
     Python's syntax; (?s) at its start lets a dot match line breaks, too.
     """
     refuse_if(match not in ("full", "search"), "match", "expected full or search", value=match)
+    refuse_if(type(pattern) is not str, "pattern", "must be text, in quotes", value=repr(pattern))
     try:
         compiled = re.compile(pattern)
     except re.error as error:
@@ -59,20 +60,25 @@ def regex(*, pattern: str, match: Literal["full", "search"] = "full") -> Reward:
 def json_schema(*, schema: dict | str | None = None) -> Reward:
     """1 where the whole response is JSON that fits `schema`, a schema or a file; else 0.
 
-    Without a schema any JSON will do.
+    Without a schema any JSON will do. A $ref leads to a place in the schema or to a published one
+    of JSON Schema itself; nothing is read from the network.
     """
     fits: Callable[[Any], bool] = lambda value: True
     if schema is not None:
         _require("jsonschema", "json")
         from jsonschema import SchemaError, validators
+        from jsonschema_specifications import REGISTRY
 
         rules = _read_schema(schema) if isinstance(schema, str) else schema
+        wrong = not isinstance(rules, dict | bool)
+        refuse_if(wrong, "schema", "must be a schema or a file of one", value=repr(schema))
         kind = validators.validator_for(rules)
         try:
             kind.check_schema(rules)
         except SchemaError as error:
             raise ConfigError("schema", f"no JSON schema: {said(error)}") from None
-        fits = kind(rules).is_valid
+        _check_references(rules)
+        fits = kind(rules, registry=REGISTRY).is_valid
 
     def right(text: str) -> bool:
         try:
@@ -136,6 +142,33 @@ def _read_schema(path: str) -> Any:
         return json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError("schema", f"no JSON file: {said(error)}", value=repr(path)) from None
+
+
+def _check_references(rules: dict | bool) -> None:
+    """Raises ConfigError for a $ref that leads nowhere: else the first response that needs it
+    would end the run."""
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    named = rules.get("$schema", "") if isinstance(rules, dict) else ""
+    kind = specification_with(named, default=DRAFT202012)
+
+    def look(part: Any, resolver: Any) -> None:
+        if isinstance(part, dict):
+            resolver = resolver.in_subresource(kind.create_resource(part))
+            target = part.get("$ref")
+            if isinstance(target, str):
+                resolver.lookup(target)
+        inside = part.values() if isinstance(part, dict) else part
+        for each in inside if isinstance(part, dict | list) else ():
+            look(each, resolver)
+
+    whole = kind.create_resource(rules)
+    try:
+        look(rules, REGISTRY.resolver_with_root(whole))
+    except Unresolvable as error:
+        raise ConfigError("schema", f"its $ref {error.ref} leads nowhere") from None
 
 
 def _no_json(word: str) -> None:

@@ -99,11 +99,20 @@ def limits_of(prompts: PromptBatch, sampling: SamplingConfig) -> list[int]:
     if sampling.limit_key is None:
         return []
     found = prompts.columns[sampling.limit_key]
-    for value in found:
-        wrong = not isinstance(value, int) or isinstance(value, bool) or value < 1
-        problem = f"a prompt has {value!r} in this column, which is no whole number above 0"
-        refuse_if(wrong, "sampling.limit_key", problem, value=sampling.limit_key)
-    return [min(limit, sampling.max_new_tokens) for limit in found]
+    limits = (limit_in(value, sampling.limit_key) for value in found)
+    return [min(limit, sampling.max_new_tokens) for limit in limits]
+
+
+def limit_in(value: Any, key: str) -> int:
+    """The longest response that a cell of the column `key` allows; a csv's cells are text.
+
+    Raises ConfigError for what is no whole number above 0.
+    """
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    wrong = type(number) is not int or number < 1
+    problem = f"a prompt has {value!r} in this column, which is no whole number above 0"
+    refuse_if(wrong, "sampling.limit_key", problem, value=key)
+    return number
 
 
 def as_rollout(prompts: PromptBatch, completions: list[Completion]) -> Rollout:

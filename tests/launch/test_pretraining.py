@@ -42,11 +42,14 @@ def test_patience_goes_on_where_it_was():
 
 def test_what_the_task_decides():
     given = ["--ppo.kl_controller", "adaptive", "--ppo.lam_critic", "0.9"]
+    given += ["--eval.sources.0.path", "test.jsonl", "--eval.best_by", "eval/test/scores"]
+    given += ["--ppo.dynamic_sampling", "2", "--ppo.samples_per_prompt", "2"]
     settled = pretraining.settle(config_load.load(None, given))
     ppo = settled.config.ppo
     assert (ppo.lam_critic, ppo.kl_coef, ppo.kl_controller) == (1.0, 0.0, "fixed")
     assert settled.origin["ppo.lam_critic"] == "run.task=critic"
-    assert config_load.dump(settled).count("# run.task=critic") == 4
+    assert config_load.dump(settled).count("# run.task=critic") == 8
+    assert (ppo.dynamic_sampling, settled.config.eval.sources) == (0, [])
     other = pretraining.settle(config_load.load(None, ["--reference.path", "x"]))
     assert other.config.ppo.kl_coef == 0.05
 

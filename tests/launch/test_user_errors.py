@@ -87,6 +87,19 @@ def reward(folder: Path, body: str) -> str:
             "sampling.min_new_tokens=9: more than max_new_tokens=6",
         ),
         (["--sampling.suppress_tokens", "[3, 16]"], "sampling.suppress_tokens=[16]: the actor has"),
+        (
+            ["--sampling.limit_key", "prompt"],
+            "prompts.jsonl, row 0: sampling.limit_key=prompt: a prompt has 'w4 w5' in this column",
+        ),
+        (
+            ["--data.sources.0.weight_key", "share"],
+            "data.sources.0.weight_key=share: no such column in",
+        ),
+        (
+            ["--eval.sources.0.path", "a.jsonl", "--eval.sources.0.weight_key", "w"],
+            "eval.sources.0.weight_key=w: rows of data.sources alone have it",
+        ),
+        (["--sampling.suppress_tokens", str([*range(16)])], "names every token that the actor has"),
         (["--sampling.limit_key", "most"], "sampling.limit_key=most: no dataset has this column"),
         (["--sampling.temperature", "0"], "sampling.temperature=0: greedy ... above 0"),
         (["--ppo.kl_estimator", "k3"], "kl_estimator=k3 ... use k1, or kl_in=loss"),

@@ -131,6 +131,10 @@ def test_overlong_punishment_is_the_paper_s(count):
         ("overlong", {"max_tokens": 4.5, "buffer": 2}, "max_tokens=4.5: must be a whole number"),
         ("length", {"tokens": 0}, "tokens=0: must be a whole number, 1 or more"),
         ("json_schema", {"schema": {"type": "nothing"}}, "schema: no JSON schema: 'nothing'"),
+        ("json_schema", {"schema": 3}, "schema=3: must be a schema or a file"),
+        ("json_schema", {"schema": {"items": {"$ref": "#/a"}}}, "its $ref /a leads nowhere"),
+        ("json_schema", {"schema": {"$ref": "http://a.b/c"}}, "its $ref http://a.b/c leads"),
+        ("regex", {"pattern": 3}, "pattern=3: must be text, in quotes"),
         ("json_schema", {"schema": "no.json"}, "schema='no.json': no JSON file: "),
     ],
 )

@@ -16,6 +16,7 @@ from gearshift.engine.rollout.responses import (
     choose_engine,
     end_token_ids,
     generate_responses,
+    limit_in,
     sequence_seed,
 )
 from gearshift.engine.rollout.sampling import Completion
@@ -177,7 +178,7 @@ def test_a_prompt_may_have_its_own_longest_response(lm, kind):
         assert torch.equal(cut.response_ids[i, :length], whole.response_ids[i, :length])
 
 
-@pytest.mark.parametrize("value", [0, 2.5, "3", None, True])
+@pytest.mark.parametrize("value", [0, 2.5, "0", "some", None, True])
 def test_a_longest_response_that_is_no_number_is_told(lm, value):
     batch = prompts([[4, 5]])
     batch.columns["most"] = [value]
@@ -186,3 +187,7 @@ def test_a_longest_response_that_is_no_number_is_told(lm, value):
         ValueError, match="sampling.limit_key=most: a prompt has .* no whole number"
     ):
         generate_responses(engine, batch, SamplingConfig(limit_key="most"), 0, None)
+
+
+def test_a_longest_response_may_be_a_cell_of_a_csv():
+    assert limit_in("3", "most") == limit_in(3, "most") == 3
