@@ -122,7 +122,7 @@ def test_a_start_names_the_role_whose_layers_are_not_there(models):
 
 
 def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
-    (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    (tmp_path / lora.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
     config = tiny_run.config(models)
     for path, settings, expected in (
         (None, {"alpha": 8.0}, "actor.lora.alpha=8.0: has no effect; actor.lora.r=0: every"),
@@ -297,6 +297,13 @@ def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
         ({"peft_type": "VERA"}, r"not plain LoRA \(VERA\)"),
         ({"base_model_name_or_path": None}, "actor.lora.base=null: .* names no base model"),
         ({"r": 2}, "is .* in adapter_model.safetensors and"),
+        (
+            {"r": None},
+            "actor.path=.*: r is None in adapter_config.json; it must be a number above 0",
+        ),
+        ({"r": "4"}, "r is '4' in adapter_config.json"),
+        ({"lora_alpha": None}, "lora_alpha is None in adapter_config.json"),
+        ({"base_model_name_or_path": "/gone"}, "actor.lora.base='/gone': no such directory"),
     ],
 )
 def test_directories_that_do_not_fit_are_refused(models, tmp_path, change, key):
