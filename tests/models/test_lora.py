@@ -218,6 +218,22 @@ def test_the_reference_is_the_base_to_the_bit(models):
     assert torch.equal(trainer.roles.reference.logprobs(rows), expected)
 
 
+def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again(models):
+    learned = {}
+    for rate, again in ((0.0, False), (0.5, False), (0.5, True)):
+        config = with_lora(tiny_run.config(models, lr=1e-2), critic=False, dropout=rate)
+        actor = replace(config.actor, gradient_checkpointing=again)
+        trainer = tiny_run.trainer(replace(config, actor=actor))
+        torch.manual_seed(7)
+        _, rows = trainer.step(tiny_run.prompts(config.ppo, 0))
+        learned[rate, again] = torch.cat(
+            [a.b.detach().flatten() for a in adapters(trainer.actor.lm)]
+        )
+        assert torch.equal(trainer.actor.logprobs(rows), trainer.actor.logprobs(rows))
+    assert (learned[0.5, False] - learned[0.0, False]).abs().max() > 1e-3
+    assert torch.equal(learned[0.5, True], learned[0.5, False])
+
+
 def test_gradients_are_those_of_a_float64_model(models):
     """Of A and B, at full rank, by the plain model's forward with weights W + s B A."""
     config = with_lora(tiny_run.config(models), critic=False, r=16, alpha=8.0)
