@@ -143,10 +143,13 @@ class Part:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Loaders name the field of a model's section; this adds which section."""
+        """Loaders name the field of a model's section; this adds which section. A path that is not
+        the directory of adapters is that of their base."""
         try:
             yield
         except ConfigError as error:
+            if error.key == "path" and self.adapter and str(self.adapter) not in str(error.value):
+                error = ConfigError("lora.base", error.problem, error.fix, error.value)
             own = hasattr(self.section, error.key.split(".")[0])
             raise (error.under(self.key) if own else error) from None
 

@@ -91,6 +91,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         "merge it into its base by peft first, and give the merged model",
         repr(str(folder)),
     )
+    for key, kind in (("r", int), ("lora_alpha", (int, float))):
+        value = found.get(key)
+        usable = isinstance(value, kind) and not isinstance(value, bool) and value > 0
+        problem = f"{key} is {value!r} in {CONFIG}; it must be a number above 0"
+        refuse_if(not usable, "path", problem, value=repr(str(folder)))
     return found
 
 

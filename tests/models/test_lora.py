@@ -122,7 +122,7 @@ def test_a_start_names_the_role_whose_layers_are_not_there(models):
 
 
 def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
-    (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+    (tmp_path / lora.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
     config = tiny_run.config(models)
     for path, settings, expected in (
         (None, {"alpha": 8.0}, "actor.lora.alpha=8.0: has no effect; actor.lora.r=0: every"),
@@ -218,6 +218,22 @@ def test_the_reference_is_the_base_to_the_bit(models):
     assert torch.equal(trainer.roles.reference.logprobs(rows), expected)
 
 
+def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again(models):
+    learned = {}
+    for rate, again in ((0.0, False), (0.5, False), (0.5, True)):
+        config = with_lora(tiny_run.config(models, lr=1e-2), critic=False, dropout=rate)
+        actor = replace(config.actor, gradient_checkpointing=again)
+        trainer = tiny_run.trainer(replace(config, actor=actor))
+        torch.manual_seed(7)
+        _, rows = trainer.step(tiny_run.prompts(config.ppo, 0))
+        learned[rate, again] = torch.cat(
+            [a.b.detach().flatten() for a in adapters(trainer.actor.lm)]
+        )
+        assert torch.equal(trainer.actor.logprobs(rows), trainer.actor.logprobs(rows))
+    assert (learned[0.5, False] - learned[0.0, False]).abs().max() > 1e-3
+    assert torch.equal(learned[0.5, True], learned[0.5, False])
+
+
 def test_gradients_are_those_of_a_float64_model(models):
     """Of A and B, at full rank, by the plain model's forward with weights W + s B A."""
     config = with_lora(tiny_run.config(models), critic=False, r=16, alpha=8.0)
@@ -297,6 +313,13 @@ def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
         ({"peft_type": "VERA"}, r"not plain LoRA \(VERA\)"),
         ({"base_model_name_or_path": None}, "actor.lora.base=null: .* names no base model"),
         ({"r": 2}, "is .* in adapter_model.safetensors and"),
+        (
+            {"r": None},
+            "actor.path=.*: r is None in adapter_config.json; it must be a number above 0",
+        ),
+        ({"r": "4"}, "r is '4' in adapter_config.json"),
+        ({"lora_alpha": None}, "lora_alpha is None in adapter_config.json"),
+        ({"base_model_name_or_path": "/gone"}, "actor.lora.base='/gone': no such directory"),
     ],
 )
 def test_directories_that_do_not_fit_are_refused(models, tmp_path, change, key):
