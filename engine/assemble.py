@@ -129,7 +129,8 @@ def told(blueprint: Blueprint) -> list[str]:
 
 
 def _idle_lora_keys(config: Config, role: str) -> list[str]:
-    section, plain = getattr(config, role), LoraConfig()
+    section = getattr(config, role)
+    plain = LoraConfig()  # type: ignore[call-arg]  # every key has a default
     idle, why = ["base"], f"{role}.path is no directory of adapters"
     if lora.is_adapter(section.path):
         idle, why = ["alpha", "rslora", "targets", "init"], f"those in {role}.path have their own"
