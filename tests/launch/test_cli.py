@@ -114,5 +114,5 @@ def test_exit_status_of_a_process():
     assert done.returncode == 2
     assert done.stderr == (
         "gearshift: error: smolm2: no such asset; did you mean smollm2? "
-        "There are smollm2, movie-prompts, imdb\n"
+        "There are smollm2, movie-prompts, gsm8k, imdb\n"
     )
