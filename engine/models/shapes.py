@@ -181,12 +181,13 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
         lora.inject(module, adapters)
     named = list(module.named_parameters())
     kv_heads, head_dim = kv_shape(text)
+    mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(
         numels=tuple(p.numel() for _, p in named),
         trained=tuple(p.numel() for _, p in named if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        mlp=mlp if isinstance(mlp, int) else max(mlp),  # Gemma 3n: one of each layer
         heads=text.num_attention_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

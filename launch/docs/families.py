@@ -75,10 +75,11 @@ def step(folder: str, zero: str, tp: int, estimator: str) -> int:
     Path("reward.py").write_text(REWARD)
     texts = [" ".join(f"w{3 + (7 * i + j) % 61}" for j in range(2 + 3 * i)) for i in range(4)]
     Path("prompts.jsonl").write_text("".join(f'{{"prompt": "{text}"}}\n' for text in texts))
+    named = {"tokenizer": "../tokenizer"}  # beside the model, its type would decide how it is read
     settings = {
         "run": {"dir": "run", "steps": 1, "threads": 1, "hang_timeout_s": 0, "export": False},
-        "actor": {"path": "../policy", "deepspeed": f"trained_{zero}.json"},
-        "critic": {"deepspeed": f"trained_{zero}.json"},
+        "actor": {"path": "../policy", "deepspeed": f"trained_{zero}.json"} | named,
+        "critic": {"deepspeed": f"trained_{zero}.json"} | named,
         "reference": {"deepspeed": "frozen_zero3.json"},
         "rewards": [{"name": "different", "function": "reward.py:score"}],
         "data": {"sources": [{"path": "prompts.jsonl"}], "max_prompt_tokens": 12},

@@ -110,7 +110,7 @@ def _size(name: str, value: Any) -> Any:
 
 
 def make(family: str) -> int:
-    """Writes policy/, a tiny random checkpoint with its tokenizer, into the current folder."""
+    """Writes policy/, a tiny random checkpoint, and tokenizer/ into the current folder."""
     config = CONFIG_MAPPING[family](**shrunk(CONFIG_MAPPING[family], EXCEPTIONS.get(family)))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
@@ -121,7 +121,7 @@ def make(family: str) -> int:
         elif parameter.ndim > 1 and spread < 0.15:
             parameter.data *= 0.15 / spread
     model.save_pretrained("policy")
-    tokenizer().save_pretrained("policy")
+    tokenizer().save_pretrained("tokenizer")
     return 0
 
 
