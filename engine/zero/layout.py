@@ -132,7 +132,8 @@ def relink(zero: Any) -> None:
     """Tells DeepSpeed that masters or moments have moved: stages 1 and 2 keep views of them."""
     if not hasattr(zero, "_hp_optimizer_states_linked"):
         return
-    zero._link_all_hp_params()
+    with torch.enable_grad():  # as its own: autograd refuses views made without, once it gathers
+        zero._link_all_hp_params()
     if zero._hp_optimizer_states_linked:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()

@@ -88,8 +88,8 @@ def test_the_update_is_far_larger_than_the_tolerance(models, two_ranks):
     start = tiny_run.trainer(tiny_run.config(models)).actor.lm.state_dict()
     for case, result in two_ranks.items():
         if case != "tied":
-            least = 500 if case == "dr_grpo" else 1000  # its corrections leave rows out
-            assert largest_difference(start, result["weights"]["actor"]) > least * SAME
+            # A case that updates the critic more often takes one step of the actor's: the least.
+            assert largest_difference(start, result["weights"]["actor"]) > 500 * SAME
 
 
 def test_one_rank_under_zero3(models):
