@@ -28,8 +28,6 @@ USAGE = "usage: deepspeed launch/train.py --config FILE [--section.key value ...
 # Seconds that a rank other than 0 waits before it prints an error: most errors are seen by all
 # ranks, and the launcher ends the others once the first has left.
 _WAIT_FOR_OTHERS_S = 10
-# What gloo and NCCL say of a rank that has left.
-_PEER_LEFT = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         watchdog.leave(failing=True)
         return 1
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in _PEER_LEFT):
+        if not distributed.peer_left(error):
             raise
         missing = watchdog.blame()
         if missing:

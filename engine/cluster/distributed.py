@@ -31,6 +31,8 @@ _NODE_SIZES = {
 }
 # How long ranks wait for the slowest where one has hours of work: the watchdog finds the stuck.
 _LONGEST_WAIT = timedelta(days=1)
+# What gloo and NCCL say of a rank that has left.
+_PEER_LEFT = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 _SAME_RANKS = "start the same number of ranks on every node"
 
 
@@ -222,6 +224,11 @@ def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> Se
     gathered = [None] * size
     dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def peer_left(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return any(sign in str(error) for sign in _PEER_LEFT)
 
 
 def barrier() -> None:

@@ -198,8 +198,8 @@ def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
     try:
         return engine.together([call])[0] if hasattr(engine, "together") else call()
     except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "peer" in str(error):
-            raise  # a rank that has left is no fault of the model's
+        if isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error):
+            raise  # no fault of the model's
         model = engine.module.model
         raise ValueError(
             f"path={model.name_or_path!r}: {type(model).__name__} fails on a few tokens "
