@@ -13,7 +13,7 @@ from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.gearbox.adapters import STARTED
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import Part, cast, within_actor
-from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_model, location, room_for
 from gearshift.engine.models.shapes import PREFIX, kv_bytes_per_token, kv_shape
 from gearshift.engine.rewards.text import check_system_turn, same_tokenizer
@@ -132,7 +132,7 @@ def _idle_lora_keys(config: Config, role: str) -> list[str]:
     section = getattr(config, role)
     plain = LoraConfig()  # type: ignore[call-arg]  # every key has a default
     idle, why = ["base"], f"{role}.path is no directory of adapters"
-    if lora.is_adapter(section.path):
+    if is_adapter(section.path):
         idle, why = ["alpha", "rslora", "targets", "init"], f"those in {role}.path have their own"
     elif not section.lora.r:
         idle, why = [field.name for field in fields(plain)], f"{role}.lora.r=0: every weight trains"

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class Adapter:
         return Spec.cut(a, 1, spec.intervals), Spec.whole(b)
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that may have adapters."""
+def adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The layers that have adapters, by their paths."""
     for name, layer in module.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             yield name, layer
@@ -73,7 +74,7 @@ def adapters(module: nn.Module) -> list[Adapter]:
             layer.scaling[TRAINED],  # type: ignore[index]
             bool(layer.fan_in_fan_out),
         )
-        for name, layer in _layers(module)
+        for name, layer in adapted_layers(module)
     ]
 
 
@@ -97,7 +98,7 @@ def playing(module: nn.Module, adapter: str | None) -> Iterator[None]:
 
     Not by peft's own switch, which changes what requires a gradient: DeepSpeed has hooks on that.
     """
-    layers = [layer for _, layer in _layers(module)]
+    layers = [layer for _, layer in adapted_layers(module)]
     before = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [adapter] if adapter else []  # type: ignore[assignment]

@@ -15,9 +15,9 @@ from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
-from gearshift.engine.models.files import CheckpointFiles
+from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_tokenizer, location
-from gearshift.engine.models.lora import Lora, base_of, is_adapter
+from gearshift.engine.models.lora import Lora, adapts, base_of
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
@@ -75,7 +75,7 @@ class Part:
     @cached_property
     def lora(self) -> Lora | None:
         """Its adapters; None where it trains whole, or not at all."""
-        if not self.trained or not (self.section.lora.r or self.adapter):
+        if not self.trained or not adapts(self.section):
             return None
         with self.errors():
             return Lora(
@@ -189,14 +189,7 @@ def cast(config: Config) -> dict[str, Part]:
         if reward.kind == "model"
     ]
     played = within_actor(config)
-    actor = Part(
-        name="actor",
-        key="actor",
-        kind="policy",
-        section=config.actor,
-        trained=True,
-        keeps_start=played == "start",
-    )
+    actor = replace(_actor(config), keeps_start=played == "start")
     critic = Part(
         name="critic",
         key="critic",
@@ -222,18 +215,18 @@ def within_actor(config: Config) -> Literal["base", "start"] | None:
     """What of an actor with adapters is the reference: its base, with the adapters off, or a frozen
     copy of the adapters that it started from. None: the reference is a model of its own.
     """
-    actor, reference = config.actor, config.reference
-    started = is_adapter(actor.path)
-    if config.ppo.kl_coef == 0 or not (actor.lora.r or started):
+    actor, reference = _actor(config), config.reference
+    # What trains whole leaves no base behind.
+    if config.ppo.kl_coef == 0 or actor.lora is None or actor.lora.whole:
         return None
-    own = Part(name="actor", key="actor", kind="policy", section=actor, trained=True)
-    lora = own.lora
-    if lora is None or lora.whole:  # what trains whole leaves no base behind
-        return None
-    if reference.path in (None, actor.path):
-        return "start" if started else "base"
-    same = (reference.path, reference.revision) == (own.source.path, own.source.revision)
+    if reference.path in (None, actor.section.path):
+        return "start" if actor.adapter else "base"
+    same = (reference.path, reference.revision) == (actor.source.path, actor.source.revision)
     return "base" if same else None
+
+
+def _actor(config: Config) -> Part:
+    return Part(name="actor", key="actor", kind="policy", section=config.actor, trained=True)
 
 
 def is_decoder(hf_config: Any) -> bool:

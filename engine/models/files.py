@@ -16,6 +16,14 @@ LM_HEADS = ("lm_head.", "embed_out.")
 NESTED = "language_model."  # around the text model of a vision-language checkpoint
 
 
+ADAPTER_CONFIG = "adapter_config.json"  # of a directory of peft
+
+
+def is_adapter(path: str | None) -> bool:
+    """Whether it is a directory of peft."""
+    return path is not None and (Path(path).expanduser() / ADAPTER_CONFIG).is_file()
+
+
 class CheckpointFiles:
     """Names and memory-mapped tensors of a directory or hub id.
 

@@ -37,7 +37,7 @@ from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.models.files import LM_HEADS, CheckpointFiles
+from gearshift.engine.models.files import LM_HEADS, CheckpointFiles, is_adapter
 from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.models.heads import has_score
@@ -79,8 +79,7 @@ def location(config: ModelConfig) -> str:
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
-            adapter = (Path(path) / "adapter_config.json").exists()
-            fix = "actor.path and critic.path take adapters" if adapter else ""
+            fix = "actor.path and critic.path take adapters" if is_adapter(path) else ""
             raise ConfigError("path", "the directory has no config.json", fix, repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError("path", "no such directory", value=repr(path))

@@ -23,15 +23,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gearshift.engine.config.errors import ConfigError, refuse_if, said
-from gearshift.engine.config.schema import LoraConfig
-from gearshift.engine.gearbox.adapters import STARTED, TRAINED
+from gearshift.engine.config.schema import LoraConfig, TrainedConfig
+from gearshift.engine.gearbox.adapters import STARTED, TRAINED, adapted_layers
+from gearshift.engine.models.files import ADAPTER_CONFIG, is_adapter
 from gearshift.engine.models.load import dtype_of, partitioner
 from gearshift.engine.zero.layers import decoder_layers
 from gearshift.engine.zero.layout import whole_shape, write_whole
 
 logger = logging.getLogger("gearshift")
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of a tensor's name in a directory of peft
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts; nobody adapts them
 # Of adapter_config.json: what would compute something else than W x + s B (A x).
@@ -67,15 +68,15 @@ class Lora:
         return own + [name for name in named if name not in own]
 
 
-def is_adapter(path: str | None) -> bool:
-    """Whether it is a directory of peft."""
-    return path is not None and (Path(path).expanduser() / CONFIG).is_file()
+def adapts(section: TrainedConfig) -> bool:
+    """Whether a role is to have adapters: new ones, or those that its path holds."""
+    return bool(section.lora.r or is_adapter(section.path))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json; raises ConfigError where its adapters are not of the kind that is known
     here."""
-    file = folder / CONFIG
+    file = folder / ADAPTER_CONFIG
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kind = found.get("peft_type")
@@ -94,7 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in (("r", int), ("lora_alpha", (int, float))):
         value = found.get(key)
         usable = isinstance(value, kind) and not isinstance(value, bool) and value > 0
-        problem = f"{key} is {value!r} in {CONFIG}; it must be a number above 0"
+        problem = f"{key} is {value!r} in {ADAPTER_CONFIG}; it must be a number above 0"
         refuse_if(not usable, "path", problem, value=repr(str(folder)))
     return found
 
@@ -102,7 +103,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def base_of(folder: Path, settings: LoraConfig) -> str:
     """The model under the adapters of a directory: the one it names, or that of lora.base."""
     named = settings.base or read_config(folder).get("base_model_name_or_path")
-    problem = f"{folder / CONFIG} names no base model"
+    problem = f"{folder / ADAPTER_CONFIG} names no base model"
     refuse_if(not named, "lora.base", problem, "name it here", "null")
     return str(named)
 
@@ -125,7 +126,7 @@ def inject(module: nn.Module, lora: Lora) -> None:
     except ValueError as error:
         raise ConfigError("lora.targets", said(error), value=lora.settings.targets) from None
     inside = {id(layer) for layer in _linear_layers(module)}
-    for name, layer in _adapted(module):
+    for name, layer in adapted_layers(module):
         if id(layer.base_layer) not in inside:
             problem = f"{name} is no linear layer inside the decoder layers"
             raise ConfigError("lora.targets", problem, "leave it out")
@@ -148,7 +149,7 @@ def fill(module: nn.Module, lora: Lora, partition: Callable, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     stored = _stored(module, lora) if lora.folder else {}
-    for name, layer in _adapted(module):
+    for name, layer in adapted_layers(module):
         dtype = layer.base_layer.weight.dtype
         a, b = (stored.get(f"{name}.{kind}.weight") for kind in ("lora_A", "lora_B"))
         if a is None or b is None:
@@ -250,12 +251,6 @@ def _whole_module(module: nn.Module, name: str) -> list[nn.Parameter]:
     return parameters
 
 
-def _adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, layer in module.named_modules():
-        if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
-            yield name, layer
-
-
 def _add_start(layer: Any) -> None:
     """A second, frozen adapter of the same shape."""
     for kind in (layer.lora_A, layer.lora_B):
@@ -287,7 +282,7 @@ def _stored(module: nn.Module, lora: Lora) -> dict[str, Tensor]:
         raise ConfigError("path", problem, value=repr(str(lora.folder))) from None
     wanted = {
         f"{name}.{kind}.weight": tuple(getattr(layer, kind)[TRAINED].weight.shape)
-        for name, layer in _adapted(module)
+        for name, layer in adapted_layers(module)
         for kind in ("lora_A", "lora_B")
     }
     for name, parameter in module.named_parameters():

@@ -50,9 +50,10 @@ def main(args: argparse.Namespace) -> int:
 def adapter_of(folder: str, model: str | None) -> Any:
     """The adapters in a directory of peft. model: what they sit on; None: the base it names."""
     from gearshift.engine.models import lora
+    from gearshift.engine.models.files import ADAPTER_CONFIG, is_adapter
 
     path, settings = Path(folder).expanduser(), LoraConfig(base=model)
-    refuse_if(not lora.is_adapter(folder), "--adapter", f"no {lora.CONFIG}", value=repr(folder))
+    refuse_if(not is_adapter(folder), "--adapter", f"no {ADAPTER_CONFIG}", value=repr(folder))
     base = lora.base_of(path, settings)
     return lora.Lora(settings=settings, base=base, revision=None, task="CAUSAL_LM", folder=path)
 

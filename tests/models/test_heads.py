@@ -13,18 +13,8 @@ from gearshift.engine.models.reading import lay_out, lay_out_rollout
 from gearshift.kernels import ops
 from tests.tiny import models as tiny
 
-SHAPE = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.5,  # logits large enough for caps and scales to matter
-}
+# Logits large enough for caps and scales to matter.
+SHAPE = tiny.SHAPE | {"initializer_range": 0.5}
 FAMILIES = {
     "llama": {},
     "qwen2": {},

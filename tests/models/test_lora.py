@@ -19,6 +19,7 @@ from gearshift.engine.gearbox.adapters import adapters, fold, playing
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import cast, within_actor
+from gearshift.engine.models.files import ADAPTER_CONFIG
 from gearshift.engine.models.load import prepare
 from gearshift.engine.objective import token_weights
 from gearshift.engine.plan import planner
@@ -27,18 +28,7 @@ from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 
 WHOLE = {"zero_optimization": {"stage": 0}}
-SHAPE = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+SHAPE = tiny.SHAPE | {"initializer_range": 0.2}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 FAMILIES = {
@@ -122,7 +112,7 @@ def test_a_start_names_the_role_whose_layers_are_not_there(models):
 
 
 def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
-    (tmp_path / lora.CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    (tmp_path / ADAPTER_CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
     config = tiny_run.config(models)
     for path, settings, expected in (
         (None, {"alpha": 8.0}, "actor.lora.alpha=8.0: has no effect; actor.lora.r=0: every"),
@@ -328,9 +318,9 @@ def test_directories_that_do_not_fit_are_refused(models, tmp_path, change, key):
     module.config.vocab_size = tiny_run.VOCABULARY
     export_role(module, tiny.tokenizer(tiny_run.VOCABULARY), tmp_path / "x")
     folder = tmp_path / "x_adapter"
-    stored = json.loads((folder / lora.CONFIG).read_text())
+    stored = json.loads((folder / ADAPTER_CONFIG).read_text())
     stored |= {"base_model_name_or_path": str(models / "policy")} | change
-    (folder / lora.CONFIG).write_text(json.dumps(stored))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(stored))
     config = tiny_run.config(models)
     with pytest.raises(ConfigError, match=key):
         tiny_run.trainer(replace(config, actor=replace(config.actor, path=str(folder))))

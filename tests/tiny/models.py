@@ -29,22 +29,25 @@ def tokenizer(vocab_size: int = 32, *, pad: str | None = "<pad>") -> PreTrainedT
     )
 
 
+# Of a decoder of two layers with grouped KV heads.
+SHAPE = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
 def llama_config(vocab_size: int = 32, **changes):
-    """A two-layer Llama of 16 hidden units with grouped KV heads."""
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 4,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    return AutoConfig.for_model("llama", **settings | changes)
+    """A Llama of that shape."""
+    own = {"vocab_size": vocab_size, "max_position_embeddings": 128}
+    own |= {"bos_token_id": 1, "eos_token_id": 2}
+    return AutoConfig.for_model("llama", **SHAPE | own | changes)
 
 
 def save_policy(directory: Path, vocab_size: int = 32, seed: int = 0, **changes) -> Path:
