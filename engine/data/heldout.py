@@ -47,10 +47,9 @@ class HeldOut:
         own = list(range(rank, count, world)) or [0]
         counts = torch.arange(-(-count // world)) < len(range(rank, count, world))
         own += [own[-1]] * (len(counts) - len(own))
-        base = _FIRST_ROW + self.index * _ROWS_PER_SET
-        rows = [base + k * count + p for k in range(samples) for p in own]
-        mine = [self.examples[p] for p in own] * samples
-        return as_batch(mine, rows, self.columns, tokenizer), counts
+        mine, base = [self.examples[p] for p in own], _FIRST_ROW + self.index * _ROWS_PER_SET
+        sizes = {"samples": samples, "stride": count, "base": base}
+        return as_batch(mine, own, self.columns, tokenizer, **sizes), counts
 
 
 def read_held_out(config: EvalConfig, data: DataConfig, tokenizer: Any) -> list[HeldOut]:

@@ -37,13 +37,13 @@ class Walk:
         return len(self.numbers)
 
     def sift(self, read: Callable[[Row], Any], *, drop: bool = False) -> None:
-        """Has `read` see every row, before any is drawn. ConfigError, with file and row, where it
-        refuses one; with `drop` such rows take no part, which is said.
+        """Has `read` see every row that takes part, before any is drawn. ConfigError, with file and
+        row, where it refuses one; with `drop` such rows take no part any more, which is said.
 
         A collective: each rank reads its share of the rows, and all learn of every fault.
         """
         own: dict[int, ConfigError] = {}
-        for number in range(distributed.rank(), len(self.rows), distributed.world_size()):
+        for number in map(int, self.numbers[distributed.rank() :: distributed.world_size()]):
             try:
                 read(self.rows[number])
             except ConfigError as error:
@@ -55,12 +55,13 @@ class Walk:
         if faults and not drop:
             raise next(iter(faults.values()))
         if faults:
-            self.numbers = np.delete(self.numbers, list(faults))
+            self.numbers = self.numbers[~np.isin(self.numbers, list(faults))]
             first, of = next(iter(faults.values())), f"of {len(self.rows)} rows"
             refuse_if(not len(self), self.source.path, f"no row is any good, as {first.mistake}")
             logger.warning("%d %s are left out, as %s", len(faults), of, first.mistake)
         self._weigh()
-        self.seek(0, 0)
+        if faults or self.weights is not None:
+            self.seek(0, 0)  # in the order of those that are left
 
     def _weigh(self) -> None:
         """Reads the weights of the rows that take part; ConfigError names a row without one."""

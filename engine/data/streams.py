@@ -106,16 +106,29 @@ def nothing_fits(walk: Walk, limit: int, longer: bool) -> ConfigError:
 
 
 def as_batch(
-    examples: Sequence[Example], row_ids: list[int], columns: list[str], tokenizer: Any
+    examples: Sequence[Example],
+    places: Sequence[int],
+    columns: list[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    stride: int,
+    base: int,
 ) -> PromptBatch:
-    """Examples as one record, each with its row id."""
-    ids, mask = left_padded([example.ids for example in examples], pad_id(tokenizer))
+    """`samples` rows of each example, as one record: row k * n + i is sample k of example i.
+
+    places: the number of each example among `stride` of all ranks; sample k of place p has the row
+    id base + k * stride + p.
+    """
+    every = [*examples] * samples
+    ids, mask = left_padded([example.ids for example in every], pad_id(tokenizer))
+    row_ids = [base + k * stride + place for k in range(samples) for place in places]
     names = [*columns, AS_READ]
     return PromptBatch(
         prompt_ids=ids,
         prompt_mask=mask,
         row_ids=torch.tensor(row_ids),
-        columns={name: [example.columns.get(name) for example in examples] for name in names},
+        columns={name: [example.columns.get(name) for example in every] for name in names},
     )
 
 
@@ -150,23 +163,26 @@ class PromptStream:
 
     def next_batch(self) -> PromptBatch:
         """This rank's rows of the next step."""
-        count, samples = self.batching.prompts_per_step, self.batching.samples_per_prompt
-        rank, world = self.batching.rank, self.batching.world_size
-        mine = [self._draw() for _ in range(count)][rank::world] * samples
-        base = self.step * count * samples
-        row_ids = [base + k * count + p for k in range(samples) for p in range(rank, count, world)]
+        count = self.batching.prompts_per_step
+        places = range(self.batching.rank, count, self.batching.world_size)
+        drawn = [self._draw() for _ in range(count)]
         self.step += 1
-        return as_batch(mine, row_ids, self.columns, self.tokenizer)
+        return self._batch([drawn[place] for place in places], places)
+
+    def _batch(
+        self, examples: Sequence[Example], places: Sequence[int], *, attempt: int = 0
+    ) -> PromptBatch:
+        """Of the step that was begun last; places: in the step."""
+        count, samples = self.batching.prompts_per_step, self.batching.samples_per_prompt
+        base = (self.step - 1) * count * samples + attempt * _ROWS_PER_ATTEMPT
+        sizes = {"samples": samples, "stride": count, "base": base}
+        return as_batch(examples, places, self.columns, self.tokenizer, **sizes)
 
     def look(self, read: Callable[[Row], Any]) -> None:
         """Has `read` see every row that takes part; ConfigError names file and row of one that it
-        refuses."""
+        refuses. A collective."""
         for walk in self.mixture.walks:
-            for number in map(int, walk.numbers):
-                try:
-                    read(walk.rows[number])
-                except ConfigError as error:
-                    raise error.at(f"{walk.source.path}, row {number}") from None
+            walk.sift(read)
 
     def redraw(self, slots: Sequence[int], attempt: int) -> Redrawn:
         """The next prompts for `slots` of the last batch, the same on every rank: prompts of a step
@@ -174,16 +190,13 @@ class PromptStream:
 
         Row ids are those of the slots, moved on by the attempt, so that responses differ.
         """
-        count, samples = self.batching.prompts_per_step, self.batching.samples_per_prompt
         rank, world = self.batching.rank, self.batching.world_size
         drawn = {slot: self._draw() for slot in slots}
         shares = [[slot for slot in slots if slot % world == r] for r in range(world)]
         own = shares[rank]
         filled = own + [(own or list(slots))[-1]] * (max(map(len, shares)) - len(own))
-        base = (self.step - 1) * count * samples + attempt * _ROWS_PER_ATTEMPT
-        row_ids = [base + k * count + slot for k in range(samples) for slot in filled]
-        mine = [drawn[slot] for slot in filled] * samples
-        return Redrawn(as_batch(mine, row_ids, self.columns, self.tokenizer), own)
+        batch = self._batch([drawn[slot] for slot in filled], filled, attempt=attempt)
+        return Redrawn(batch, own)
 
     def rendered_example(self) -> str:
         """The first prompt as the model reads it, special tokens included. Moves nothing."""
