@@ -108,6 +108,13 @@ def _reach(place: str, port: int, timeout_s: float, deadline: float) -> None:
         time.sleep(_POLL_S)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody has at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def machine() -> tuple[str, str]:
     """This machine, and the namespace of its processes: containers of one host may share its name,
     but a process number of one means another process, or none, in the next."""

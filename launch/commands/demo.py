@@ -5,7 +5,6 @@ Further arguments go to the job, as --run.steps 20 --run.seed 1.
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +47,8 @@ def gpu_count() -> int:
 
 def launcher(ranks: int) -> list[str]:
     """`deepspeed` on this machine, on a port that is free; 0 ranks: one per GPU, or one."""
+    from gearshift.engine.cluster.rendezvous import free_port
+
     gpus = gpu_count()
     words = [str(Path(sys.executable).with_name("deepspeed")), "-q"]
     words += ["--master_port", str(free_port())]
@@ -59,9 +60,3 @@ def environment() -> dict[str, str]:
     import torch
 
     return ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}) | os.environ
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

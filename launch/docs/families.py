@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from gearshift.launch.docs.forks import forked
 from gearshift.launch.docs.tiny import make, tokenizer
 
 SECONDS = 150
+MEMORY = 6 << 30  # bytes that a process may have of its own
 REWARD = '''
 import json, os
 
@@ -153,21 +156,34 @@ def told(statuses: list[int], log: str) -> tuple[str, str]:
     return "traceback", mistake or (said or [f"statuses {statuses}"])[-1]
 
 
+def limited(folder: Path, work: Callable[[], int], ranks: int = 1) -> tuple[list[int], str]:
+    """(exit statuses, what was printed) of `work` in `folder`, with limits of time and memory."""
+
+    def here() -> int:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        os.chdir(folder)
+        return work()
+
+    log = folder / "log"
+    log.unlink(missing_ok=True)
+    return forked(SECONDS, here, log, ranks=ranks), log.read_text(errors="replace")
+
+
 def tried(family: str, folder: Path) -> list[str]:
     """A row of the table, without its first cell."""
     return [" ".join(cell.replace("|", "/").split())[:300] for cell in _tried(family, folder)]
 
 
 def _tried(family: str, folder: Path) -> list[str]:
-    statuses, log = forked(SECONDS, lambda: make(family), folder)
+    statuses, log = limited(folder, lambda: make(family))
     name = FAMILIES[family]
     if any(statuses):
         return [name, "not built", "", "", "", "", told(statuses, log)[1]]
     estimator = "gae"
-    outcome, words = told(*forked(SECONDS, lambda: step("one", "zero0", 1, "gae"), folder))
+    outcome, words = told(*limited(folder, lambda: step("one", "zero0", 1, "gae")))
     if outcome == "refused" and re.search("critic|Classification", words):
         estimator = "reinforce_pp"
-        outcome, words = told(*forked(SECONDS, lambda: step("one", "zero0", 1, estimator), folder))
+        outcome, words = told(*limited(folder, lambda: step("one", "zero0", 1, estimator)))
     log = (folder / "log").read_text(errors="replace")
     rows = "padded" if "rows are padded" in log else "packed"
     engine = "padded" if "generating with a padded batch" in log else "paged"
@@ -175,13 +191,13 @@ def _tried(family: str, folder: Path) -> list[str]:
     if outcome != "works":
         return [name, outcome, "", "", "", "", words]
     wrong = faults(folder / "one")
-    if not wrong and any(forked(SECONDS, lambda: judge("one"), folder)[0]):
+    if not wrong and any(limited(folder, lambda: judge("one"))[0]):
         wrong = (folder / "log").read_text().splitlines()[-1]
     tp, words = "2", ""
     for size in (2, 1) if not wrong else ():
         tp = str(size)
         shutil.rmtree(folder / "two", ignore_errors=True)
-        run = forked(SECONDS, lambda: step("two", "zero3", size, estimator), folder, ranks=2)  # noqa: B023
+        run = limited(folder, lambda: step("two", "zero3", size, estimator), ranks=2)  # noqa: B023
         outcome, more = told(*run)
         words = "; ".join(filter(None, [words, more]))
         if outcome != "refused" or "rollout.tp" not in more:

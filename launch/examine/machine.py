@@ -18,10 +18,10 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from gearshift.engine.cluster.rendezvous import free_port
 from gearshift.engine.log.run_log import nearest_existing
 from gearshift.engine.plan.hardware import GB
 from gearshift.kernels.checks.self_check import self_check
-from gearshift.launch.commands.demo import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_PORT = 29500  # of deepspeed and torchrun

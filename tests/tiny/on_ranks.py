@@ -3,13 +3,13 @@
 import atexit
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+from gearshift.engine.cluster import rendezvous
 from tests.tiny import job as tiny_job
 from tests.tiny import run as tiny_run
 
@@ -17,9 +17,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return str(listener.getsockname()[1])
+    return str(rendezvous.free_port())
 
 
 @cache
@@ -43,7 +41,6 @@ def launch(script: str, *arguments: object, ranks: int = 2, timeout: float = 600
             "script": str(TESTS / script),
             "arguments": list(map(str, arguments)),
             "ranks": ranks,
-            "port": free_port(),
             "environment": tiny_job.environment(PYTHONPATH=str(TESTS.parent)),
             "log": log.name,
             "timeout": timeout,
