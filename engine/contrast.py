@@ -80,9 +80,9 @@ def _replaced(
     samples: int,
 ) -> tuple[Rollout, Scores]:
     """places: (group of `rollout`, group of `fresh` that takes its place)."""
-    kept = torch.arange(len(rollout), device=rollout.response_ids.device)
-    index = kept.clone().view(samples, -1)
-    others = (torch.arange(len(fresh), device=index.device) + len(rollout)).view(samples, -1)
+    device, count = rollout.response_ids.device, len(rollout)
+    index = torch.arange(count, device=device).view(samples, -1)
+    others = torch.arange(count, count + len(fresh), device=device).view(samples, -1)
     for old, new in places:
         index[:, old] = others[:, new]
     both = joined(rollout, fresh)

@@ -79,7 +79,6 @@ class Trained:
     def prepare_to_train(self) -> None:
         """Training mode for what computes its layers again, and for dropout, which only adapters
         have (load.prepare); some routers would draw noise in it."""
-        self.engine.train()
         for part in self.engine.module.modules():
             part.training = isinstance(part, (GradientCheckpointingLayer, nn.Dropout))
 

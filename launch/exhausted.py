@@ -5,7 +5,7 @@ import torch
 from gearshift.engine.config.schema import Config
 from gearshift.engine.phase import Phase
 
-_UPDATES = (Phase.UPDATE_ACTOR, Phase.UPDATE_CRITIC, Phase.UPDATE_JOINT)
+_UPDATES = tuple(phase for phase in Phase if phase.trains)
 _SCORING = (Phase.REWARDS, Phase.LOGPROBS, Phase.REFERENCE, Phase.VALUES)
 
 

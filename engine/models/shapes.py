@@ -4,13 +4,12 @@ A module is made on the meta device from its configuration, so every family that
 has exact parameter counts. `shape:NAME` is a published architecture that needs no download.
 """
 
-import difflib
 import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gearshift.engine.config.errors import ConfigError, said
+from gearshift.engine.config.errors import ConfigError, did_you_mean, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.streaming.units import cut, most_at_once
 
@@ -43,9 +42,7 @@ def published(name: str, *, layers: int = 0, vocabulary: int = 0) -> Any:
     from transformers import AutoConfig
 
     if name not in _PUBLISHED:
-        near = difflib.get_close_matches(name, _PUBLISHED, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        fix = f"{hint}there are {', '.join(_PUBLISHED)}"
+        fix = f"{did_you_mean(name, _PUBLISHED)} there are {', '.join(_PUBLISHED)}".lstrip()
         raise ConfigError("path", "unknown", fix, value=f"{PREFIX}{name}")
     family, own_layers, hidden, heads, kv_heads, mlp, own_vocabulary = _PUBLISHED[name]
     return AutoConfig.for_model(

@@ -19,7 +19,7 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, did_you_mean
 from gearshift.engine.config.schema import RewardConfig
 from gearshift.engine.rewards.library import LIBRARY
 from gearshift.engine.rewards.text import Answer, RewardError, TextRows
@@ -179,8 +179,8 @@ def _load(name: str, spec: str, options: dict[str, Any]) -> Callable[..., Any]:
 def _find(name: str, spec: str) -> Callable[..., Any]:
     where, colon, attribute = spec.rpartition(":")
     if not (where and colon and attribute):
-        near = get_close_matches(spec, LIBRARY, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f", or one of {', '.join(LIBRARY)}"
+        guess = did_you_mean(spec, LIBRARY)
+        hint = f"; {guess}" if guess else f", or one of {', '.join(LIBRARY)}"
         raise RewardError(
             f"rewards: {name}: function={spec!r}: write module:function or file.py:function{hint}"
         )

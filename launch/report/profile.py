@@ -14,17 +14,14 @@ def profiles(folder: Path) -> list[dict[str, Any]]:
     return [
         {
             "step": table["step"],
-            "phases": _lines(*profiler.rows(table)),
+            "phases": profiler.rows(table),
             "costs": {
-                f"{phase}: costs on the {kind}": _lines(
-                    profiler.COST_COLUMNS, profiler.cost_rows(table, phase, kind)
+                f"{phase}: costs on the {kind}": (
+                    profiler.COST_COLUMNS,
+                    profiler.cost_rows(table, phase, kind),
                 )
                 for phase, kind in profiler.costly(table)
             },
         }
         for table in tables
     ]
-
-
-def _lines(columns: list[str], rows: list[list[str]]) -> list[list[str]]:
-    return [columns, *rows]
