@@ -45,6 +45,20 @@ PHASES = (
 _LEAST_SHARE = 0.01  # phases below this share of the step are not worth their width
 
 
+@contextmanager
+def stdout_for_the_answer() -> Iterator[None]:
+    """What anything prints inside, C libraries included, goes to stderr."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 class _Rich(RichConsole):
     def on_broken_pipe(self) -> None:  # rich's own ends the process
         self.quiet = True

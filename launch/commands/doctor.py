@@ -7,6 +7,7 @@ Exit status: 0 nothing is red, 1 something is, 2 a mistake.
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.schema import Config
+from gearshift.launch.console import stdout_for_the_answer
 from gearshift.launch.examine.machine import MACHINE, Finding
 from gearshift.launch.train import quiet_libraries
 
@@ -29,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    findings, config = examine(args.config, args.overrides, args.hostfile)
+    machine_reads = args.facts or args.json
+    with stdout_for_the_answer() if machine_reads else nullcontext():
+        findings, config = examine(args.config, args.overrides, args.hostfile)
     if args.facts:
         from gearshift.launch.examine import hosts
 
@@ -47,6 +51,7 @@ def examine(
     """Everything that was looked at. Raises ValueError for a wrong configuration."""
     config = config_load.load(path, overrides).config if path or overrides else None
     if hostfile:
+        quiet_libraries()
         from gearshift.launch.examine import hosts
 
         words = ["--config", path, *overrides] if path else overrides

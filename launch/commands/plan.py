@@ -7,6 +7,7 @@ Exit status: 0 it fits, 3 it does not, 2 a mistake. Seconds are estimates until 
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from gearshift.engine.plan.advice import advise
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.engine.plan.record import PhasePlan, Plan, Role
+from gearshift.launch.console import stdout_for_the_answer
 
 DOES_NOT_FIT = 3
 
@@ -38,7 +40,8 @@ def main(args: argparse.Namespace) -> int:
     place = hardware(args.gpu, args.gpus, args.nodes, args.host_gb)
     if args.config is None and not args.overrides:
         raise ConfigError("--config", "missing", "give a run's YAML")
-    made, advice = planned(args.config, args.overrides, place)
+    with stdout_for_the_answer() if args.json else nullcontext():
+        made, advice = planned(args.config, args.overrides, place)
     if args.json:
         print(json.dumps(as_json(made, advice), indent=2))
     else:

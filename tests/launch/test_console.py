@@ -163,3 +163,20 @@ def test_what_is_said_is_kept_from_the_beginning(tmp_path):
     kept = (tmp_path / "console.log").read_text().splitlines()
     begins = ("before", "step  3/40  score", *["sample 3  score"] * 2, *["sample 4  score"] * 2)
     assert all(line.startswith(start) for line, start in zip(kept, begins, strict=True))
+
+
+def test_what_libraries_print_is_not_part_of_an_answer():
+    """Whoever holds the file: a logger made before, C code, another process."""
+    code = (
+        "import os, sys\n"
+        "held = sys.stdout\n"
+        "from gearshift.launch.console import stdout_for_the_answer\n"
+        "with stdout_for_the_answer():\n"
+        "    print('chatter', file=held)\n"
+        "    os.write(1, b'C chatter')\n"
+        "    os.system('echo child')\n"
+        "print('answer')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "answer\n"
+    assert all(told in done.stderr for told in ("chatter", "C chatter", "child"))
