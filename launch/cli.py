@@ -53,7 +53,16 @@ def help_text() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        status = dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
         return 0
@@ -73,9 +82,8 @@ def run(command: str, argv: list[str]) -> int:
     args = parsed(module, f"gearshift {command}", argv)
     try:
         return module.main(args)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("GEARSHIFT_TRACEBACK"):
             raise

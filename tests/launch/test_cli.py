@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 
@@ -116,3 +117,18 @@ def test_exit_status_of_a_process():
         "gearshift: error: smolm2: no such asset; did you mean smollm2? "
         "There are smollm2, movie-prompts, gsm8k, imdb\n"
     )
+
+
+@pytest.mark.parametrize("buffered", ("", "1"))
+def test_a_reader_that_has_left_is_no_fault(buffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "gearshift.launch.cli", "--help"],
+        env=os.environ | {"PYTHONUNBUFFERED": buffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
