@@ -299,6 +299,14 @@ def report_rollout(
     metrics.add_sum("tokens", lengths + rollout.prompt_mask.sum(1))
 
 
+def report_deferred(metrics: StepMetrics, rollout: Rollout, begun: int, stale_tokens: int) -> None:
+    """rollout/deferred, responses that go on in the next step, and rollout/stale_fraction, the
+    share of this step's response tokens that earlier policies drew."""
+    drawn = rollout.lengths.sum().double()
+    metrics.add_sum("rollout/deferred", torch.full_like(drawn, begun))
+    metrics.add_mean("rollout/stale_fraction", stale_tokens / drawn, drawn)
+
+
 def report_batches(metrics: StepMetrics, micros: Sequence[Experience], budget: Budget) -> None:
     """batch/padding_fraction, the share of what an update's forwards read that is padding, and
     batch/budget_used, the mean share of ppo.micro_batch_tokens that they fill (where only rows are

@@ -23,6 +23,7 @@ from gearshift.engine.metrics import (
     add_throughput,
     report_batches,
     report_correction,
+    report_deferred,
     report_experience,
     report_loss,
     report_policy,
@@ -42,6 +43,7 @@ from gearshift.engine.objective import (
 from gearshift.engine.phase import Phase
 from gearshift.engine.rewards.total import Scores
 from gearshift.engine.roles import Actor, Critic, Roles, Trained, train_budget
+from gearshift.engine.rollout.stragglers import Backlog
 from gearshift.engine.zero.residence import Residence
 
 CHECKED_ROWS = 8  # of a rank's rollout, where the sampler's log-probs are trusted
@@ -57,6 +59,9 @@ class PPOTrainer:
         self.guards = Guards(config, self.actor.tokenizer, self.actor.dtype)
         self.steps_done = 0
         self.redraw: Redraw | None = None  # where other prompts come from, for dynamic sampling
+        self.backlog: Backlog | None = None
+        if share := config.rollout.defer_stragglers:
+            self.backlog = Backlog(self.ppo.rows_per_step // distributed.world_size(), share)
         trained = {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
         sleepers = {name: role.sleeper for name, role in trained.items()}
         self.residence = Residence(sleepers, joint=config.ppo.update == "joint")
@@ -72,9 +77,13 @@ class PPOTrainer:
         metrics.add_value("objective/kl_coef", self.kl.coef)
         with metrics.time("step"):
             with self._phase(metrics, Phase.GENERATE):
-                rollout = self.actor.generate(prompts, self.config.sampling, progress)
+                given = prompts, self.config.sampling, progress
+                rollout = self.actor.generate(*given, self.backlog)
             shift = torch.tensor(self.actor.shift_seconds, device=metrics.device)
             metrics.add_max("timing_s/shift", shift)
+            if self.backlog:
+                deferred = self.backlog.begun, self.backlog.stale_tokens
+                report_deferred(metrics, rollout, *deferred)
             judged = None
             if self.ppo.dynamic_sampling:
                 rollout, judged = self._with_contrast(rollout, metrics)

@@ -20,6 +20,7 @@ from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.deepspeed import offloaded
+from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.schema import Config, PPOConfig, SamplingConfig, TrainedConfig
 from gearshift.engine.data.streams import TextStream
 from gearshift.engine.gearbox.adapters import playing
@@ -36,7 +37,14 @@ from gearshift.engine.models.load import place_buffers
 from gearshift.engine.models.reading import lay_out, lay_out_rollout
 from gearshift.engine.models.scoring import forwards, policy_logprobs, put
 from gearshift.engine.rewards.total import RewardSum
-from gearshift.engine.rollout.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.rollout.padded import PaddedEngine
+from gearshift.engine.rollout.responses import (
+    choose_engine,
+    end_token_ids,
+    generate_deferring,
+    generate_responses,
+)
+from gearshift.engine.rollout.stragglers import Backlog
 from gearshift.engine.streaming.engine import StreamedEngine, Traffic
 from gearshift.engine.zero.layers import fetch_by_layer
 from gearshift.engine.zero.optim import build_optimizer, build_schedule
@@ -137,6 +145,9 @@ class Actor(Trained):
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
         kind = choose_engine(lm, config.rollout.engine)
+        share, problem = config.rollout.defer_stragglers, "this actor generates padded batches"
+        wrong = share and kind is PaddedEngine
+        refuse_if(wrong, "rollout.defer_stragglers", problem, "use 0", share)
         merged = config.actor.lora.generate != "unmerged"
         place = {"device": self.engine.device, "merged": merged}
         self.gearbox = Gearbox(self.engine, lm, config.rollout, **place)
@@ -151,15 +162,23 @@ class Actor(Trained):
         )
         self.idle_seconds = 0.0  # how long this TP group waited for the others, last time
 
-    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, progress=None) -> Rollout:
+    def generate(
+        self,
+        prompts: PromptBatch,
+        sampling: SamplingConfig,
+        progress: Any = None,
+        backlog: Backlog | None = None,
+    ) -> Rollout:
         """One response per row; a row's tokens depend on its row_id, not on its batch or rank.
 
+        With a backlog as many responses, of which some were begun in earlier steps.
         If it fails, training state and memory are as before, and the call can be repeated.
         """
-        seed, group = self.config.run.seed, self.gearbox.tp_group
+        way = generate_deferring if backlog else generate_responses
+        given = prompts, sampling, self.config.run.seed, self.gearbox.tp_group, progress
         with self.gearbox.generation():
             try:
-                rollout = generate_responses(self.sampler, prompts, sampling, seed, group, progress)
+                rollout = way(self.sampler, *given, *([backlog] if backlog else []))
             finally:
                 self.sampler.rest()
         self.idle_seconds = self.gearbox.wait_for_groups()

@@ -34,6 +34,7 @@ from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rollout.responses import limit_in
+from gearshift.engine.rollout.stragglers import check_row
 from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch import alike, profiler
 from gearshift.launch.bench.table import plain_lines
@@ -72,6 +73,8 @@ class Session:
         self.streams = self._open_streams(self.blueprint)
         self.blueprint.rewards.check(self.streams["prompts"].columns)
         self._check_limits(config.sampling.limit_key)
+        if config.rollout.defer_stragglers:
+            self.streams["prompts"].look(check_row)
         held_out = self._read_held_out()
         about = resume.identity(
             asdict(self.resolved.config),
@@ -90,6 +93,8 @@ class Session:
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
         self.patience = Patience(config.critic) if config.run.task == "critic" else None
+        if self.trainer.backlog:
+            stateful["backlog"] = self.trainer.backlog
         if self.patience:
             stateful["patience"] = self.patience
         self.saver = Saver(
@@ -156,7 +161,10 @@ class Session:
 
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
-        prompts = self.streams["prompts"].next_batch().to(self.device)
+        stream, backlog = self.streams["prompts"], self.trainer.backlog
+        if backlog and backlog.is_empty:
+            backlog.fill(stream.next_batch())
+        prompts = stream.next_batch().to(self.device)
         step = self.trainer.steps_done + 1
         due = step in self.config.run.profile.steps
         trace = profiler.place(self.folder, step) if due else None

@@ -169,6 +169,8 @@ def _must_match(key: str, pair: tuple[Any, Any]) -> bool:
     """Whether no list can accept the change; as for a dataset that comes or goes, whose position
     nobody has."""
     trains = not key.startswith("eval.")
+    if key == "rollout.defer_stragglers":  # who waits, or nobody does
+        return not all(pair)
     return key in MUST_MATCH or (trains and fnmatch(key, "*.sources.*.path") and None in pair)
 
 

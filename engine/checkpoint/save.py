@@ -162,8 +162,9 @@ class Checkpoints:
             for name, role in roles.items()
         }
         values = {f"random.{rank}.json": run_state.random_state()}
+        state = run_state.collect(trainer, stateful)
         if distributed.is_main():
-            values["state.json"] = run_state.collect(trainer, stateful) | {"about": self.about}
+            values["state.json"] = state | {"about": self.about}
         summary = {
             "step": trainer.steps_done,
             "world_size": distributed.world_size(),

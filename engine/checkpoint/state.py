@@ -25,7 +25,7 @@ def trained(trainer: PPOTrainer) -> dict[str, Any]:
 
 
 def collect(trainer: PPOTrainer, stateful: Mapping[str, Any]) -> dict[str, Any]:
-    """State that is the same on every rank.
+    """State that is the same on every rank. A collective.
 
     stateful: whatever else has a state_dict of plain values: the data streams.
     """

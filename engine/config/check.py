@@ -30,6 +30,7 @@ def check(config: Config, world_size: int = 1) -> list[str]:
     refuse_if(wrong, "pretrain.sources", problem, "give texts, or ppo.ptx_coef=0", "[]")
     _check_world(config, world_size)
     _check_lora(config)
+    _check_stragglers(config)
     problem, fix = "greedy responses teach PPO nothing", "use a value above 0, as 1"
     refuse_if(config.sampling.temperature == 0, "sampling.temperature", problem, fix, 0)
     return _warnings(config)
@@ -136,6 +137,20 @@ def _check_lora(config: Config) -> None:
     problem, fix = f"its adapters are not cut for rollout.tp={tp}", "use merged, or rollout.tp: 1"
     wrong = lora.generate == "unmerged" and tp > 1
     refuse_if(wrong, "actor.lora.generate", problem, fix, "unmerged")
+
+
+def _check_stragglers(config: Config) -> None:
+    ppo, key, share = config.ppo, "rollout.defer_stragglers", config.rollout.defer_stragglers
+    if not share:
+        return
+    problem = f"ppo.estimator={ppo.estimator} compares responses of one step"
+    refuse_if(ppo.estimator in ("rloo", "grpo"), key, problem, "use 0, or gae", share)
+    problem = "ppo.dynamic_sampling replaces prompts of one step"
+    refuse_if(ppo.dynamic_sampling, key, problem, "use one of the two", share)
+    problem = "older tokens are another policy's, which ppo.old_logprobs=rollout does not look for"
+    refuse_if(ppo.old_logprobs == "rollout", key, problem, "use ppo.old_logprobs: train", share)
+    problem = "tokens of earlier policies need importance weights"
+    refuse_if(not ppo.corrections, key, problem, "set ppo.rollout_is_cap, as 2.0", share)
 
 
 def _check_world(config: Config, world_size: int) -> None:

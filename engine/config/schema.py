@@ -191,6 +191,13 @@ class RolloutConfig:
         "kv_cache_gb the KV cache and the CUDA graphs are kept, too",
     )
     cuda_graphs: Flag = knob(True, "capture decoding in CUDA graphs, on GPUs")
+    defer_stragglers: Number = knob(
+        0.0,
+        "share of a step's responses generated beside it; a step takes the first that end, and the "
+        "others go on in the next (docs/hybrid.md); 0: every step waits for its longest",
+        ge=0,
+        lt=1,
+    )
 
 
 @section

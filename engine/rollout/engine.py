@@ -86,12 +86,17 @@ class RolloutEngine:
         *,
         limits: list[int] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        begun: list[Completion | None] | None = None,
+        enough: Callable[[int], bool] | None = None,
     ) -> list[Completion]:
         """One response per prompt, in the prompts' order.
 
         prompts: token ids, without padding. seeds: one per prompt, of its whole response.
         limits: longest response of each prompt; None: sampling.max_new_tokens.
         progress: called with (finished, all) whenever a response ends.
+        begun: what each prompt has of its response from an earlier call, to go on with.
+        enough: called with the place of each response that ends; True stops generation soon, and
+        what has not ended by then is returned as it is.
         Raises ValueError for a request that the model's positions or the cache cannot hold.
         """
         if not prompts:
@@ -102,7 +107,7 @@ class RolloutEngine:
         completions: dict[int, Completion] = {}
         with paged.attending(self.module), generation_linear(self.module):
             self._drop_stale_graphs()
-            scheduler = self._schedule(request)
+            scheduler = self._schedule(request, begun or [None] * len(prompts))
             while not scheduler.done:
                 for sequence, over in self._round(scheduler, sampling, ending):
                     completions[sequence.index] = Completion(
@@ -110,7 +115,15 @@ class RolloutEngine:
                     )
                     if progress:
                         progress(len(completions), len(prompts))
+                    scheduler.stopped |= bool(enough and enough(sequence.index))
                 beat()
+        for sequence in (*scheduler.running, *scheduler.waiting):
+            completions[sequence.index] = Completion(
+                token_ids=sequence.response,
+                logprobs=sequence.logprobs,
+                finished=False,
+                ended=False,
+            )
         self.preemptions = scheduler.preemptions
         return [completions[index] for index in range(len(prompts))]
 
@@ -144,7 +157,7 @@ class RolloutEngine:
         """Memory of the cache held now."""
         return self._cache.bytes if self._cache else 0
 
-    def _schedule(self, request: Request) -> Scheduler:
+    def _schedule(self, request: Request, begun: list[Completion | None]) -> Scheduler:
         prefixes: dict[tuple[int, ...], Prefix] = {}
         sequences = [
             Sequence(
@@ -152,10 +165,11 @@ class RolloutEngine:
                 prefix=prefixes.setdefault(tuple(prompt), Prefix(tokens=prompt)),
                 seed=seed,
                 limit=limit,
-                tokens=list(prompt),
+                tokens=[*prompt, *(drawn.token_ids if drawn else ())],
+                logprobs=[*drawn.logprobs] if drawn else [],
             )
-            for index, (prompt, seed, limit) in enumerate(
-                zip(request.prompts, request.seeds, request.limits, strict=True)
+            for index, (prompt, seed, limit, drawn) in enumerate(
+                zip(request.prompts, request.seeds, request.limits, begun, strict=True)
             )
         ]
         self._open_cache(sequences)
@@ -171,7 +185,7 @@ class RolloutEngine:
         """Has a cache of as many blocks as these sequences can use and the budget allows."""
         size = self.config.block_size
         # The last token's key is never needed; one more block for the copy of a shared one.
-        needs = [-(-(len(s.tokens) + s.limit - 1) // size) for s in sequences]
+        needs = [-(-(len(s.prefix.tokens) + s.limit - 1) // size) for s in sequences]
         useful = sum(sorted(needs)[-self.config.max_sequences :]) + len(sequences)
         if self._cache is None or self._cache.blocks < min(useful, self._budget):
             self.release()

@@ -16,6 +16,7 @@ from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.padded import PaddedEngine
 from gearshift.engine.rollout.sampling import Completion
+from gearshift.engine.rollout.stragglers import Backlog, as_prompts
 
 logger = logging.getLogger("gearshift")
 
@@ -75,23 +76,78 @@ def generate_responses(
     progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Samples one response for each row. The ranks of a TP group generate their rows together."""
+    return as_rollout(prompts, _complete(engine, prompts, sampling, seed, group, progress))
+
+
+def generate_deferring(
+    engine: RolloutEngine | PaddedEngine,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    seed: int,
+    group: dist.ProcessGroup | None,
+    progress: Callable[[int, int], None] | None,
+    backlog: Backlog,
+) -> Rollout:
+    """As many responses as there are prompts, to these or to those of earlier steps; the others
+    wait in the backlog. The rows get the places of `prompts` in the step. The engine is paged."""
+    flying, wanted = backlog.launch(prompts)
+    asked, begun = as_prompts(flying, prompts), [w.drawn for w in flying]
+    completions = _complete(
+        engine, asked, sampling, seed, group, progress, begun=begun, wanted=wanted
+    )
+    ended = backlog.land(flying, completions)
+    places = as_prompts(ended, prompts).tensors() | {"row_ids": prompts.row_ids}
+    return as_rollout(PromptBatch(**places), [w.drawn for w in ended if w.drawn])
+
+
+def _complete(
+    engine: RolloutEngine | PaddedEngine,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    seed: int,
+    group: dist.ProcessGroup | None,
+    progress: Callable[[int, int], None] | None,
+    **deferring: Any,
+) -> list[Completion]:
+    """Of this rank's prompts. deferring: begun, what they have of their responses; wanted, how many
+    of these must end before generation may stop."""
     ids = [
         row[live].tolist()
         for row, live in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
     ]
     seeds = [sequence_seed(seed, row) for row in prompts.row_ids.tolist()]
-    mine = ids, seeds, limits_of(prompts, sampling)
+    mine = ids, seeds, limits_of(prompts, sampling), deferring
     shares = distributed.all_gather_objects(mine, group) if group else [mine]
+    counts = [len(share[0]) for share in shares]
+    more: dict[str, Any] = {}
+    if deferring:
+        more["begun"] = [drawn for share in shares for drawn in share[3]["begun"]]
+        more["enough"] = _enough(counts, [share[3]["wanted"] for share in shares])
     completions = engine.generate(
         [row for share in shares for row in share[0]],
         sampling,
         [seed for share in shares for seed in share[1]],
         limits=[limit for share in shares for limit in share[2]] or None,
         progress=progress,
+        **more,
     )
-    before = dist.get_rank(group) if group else 0
-    first = sum(len(share[0]) for share in shares[:before])
-    return as_rollout(prompts, completions[first : first + len(ids)])
+    first = sum(counts[: dist.get_rank(group) if group else 0])
+    return completions[first : first + len(ids)]
+
+
+def _enough(counts: list[int], wanted: list[int]) -> Callable[[int], bool]:
+    """Whether every rank of a TP group has as many responses as it wants, told of each that ends.
+
+    counts: prompts of each rank, which follow one another.
+    """
+    owner = [rank for rank, count in enumerate(counts) for _ in range(count)]
+    left = list(wanted)
+
+    def enough(place: int) -> bool:
+        left[owner[place]] -= 1
+        return max(left) <= 0
+
+    return enough
 
 
 def limits_of(prompts: PromptBatch, sampling: SamplingConfig) -> list[int]:

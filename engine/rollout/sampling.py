@@ -20,6 +20,7 @@ class Completion:
     token_ids: list[int]  # with the end token, if there is one
     logprobs: list[float]  # of the temperature-scaled distribution, before top-k and top-p
     finished: bool  # ended by an end token or a stop string, not by length
+    ended: bool = True  # by any of these; False: generation was stopped, and can go on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,12 +85,13 @@ class Scheduler:
         self.running: list[Sequence] = []
         for sequence in sequences:
             sequence.prefix.waiting += 1
-        longest = max((len(s.tokens) + s.limit for s in sequences), default=0)
+        longest = max((len(s.prefix.tokens) + s.limit for s in sequences), default=0)
         rows = min(max_sequences, len(sequences))
         self.table = np.zeros((rows, self._blocks_of(longest)), dtype=np.int32)
         self._rows = list(range(rows - 1, -1, -1))
         self._copies: list[tuple[int, int]] = []
         self.preemptions = 0
+        self.stopped = False  # by who reads the responses: what runs is left as it is
 
     @property
     def idle_places(self) -> bool:
@@ -99,7 +100,7 @@ class Scheduler:
 
     @property
     def done(self) -> bool:
-        return not self.waiting and not self.running
+        return self.stopped or not self.waiting and not self.running
 
     def next(self) -> Batch:
         """Plans one forward; reserves the blocks it writes."""

@@ -3,6 +3,8 @@
 Everything is real: a transformer actor and critic, generation, reference, rewards, DeepSpeed.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,15 @@ def test_every_way_to_it_gets_there(task, ppo):
     leaves 0.25 and sapo 0.14.
     """
     assert short_run(task, **ppo) < SHORT
+
+
+@pytest.mark.slow
+def test_responses_that_several_policies_drew_get_there(task):
+    config = table_task.config(task, 20, 256, rollout_is_cap=2.0)
+    config = replace(config, rollout=replace(config.rollout, defer_stragglers=0.5))
+    trainer, solution, figures = table_task.train(config, task)
+    assert figures[-1]["rollout/stale_fraction"] > 0.02
+    assert solution.gap(response_logprobs(trainer.actor.lm)) < SHORT
 
 
 @pytest.mark.slow

@@ -139,6 +139,8 @@ def train(config: Config, directory: Path) -> tuple[PPOTrainer, Solution, list[d
     """config.run.steps PPO steps; returns the figures of each."""
     trainer = tiny_run.trainer(config, steps=config.run.steps)
     solution = solve(directory, trainer.actor.lm, config.ppo.kl_coef)
+    if trainer.backlog:
+        trainer.backlog.fill(prompt_batch(config.ppo.rows_per_step, config.run.steps))
     figures = [
         trainer.step(prompt_batch(config.ppo.rows_per_step, step))[0]
         for step in range(config.run.steps)
