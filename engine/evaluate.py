@@ -1,27 +1,28 @@
-"""Evaluation in the loop: held-out prompts through the run's own rollout engine and rewards.
+"""Evaluation: held-out prompts through the run's own rollout engine and rewards.
 
-It leaves no trace in training: weights, optimizers, data positions and random generators are as
-they were. Responses have seeds of their own, the same at every evaluation, so that two evaluations
-differ by the policy and not by the draw.
+In the loop it leaves no trace in training: weights, optimizers, data positions and random
+generators are as they were. Responses have seeds of their own, the same at every evaluation, so
+that two evaluations differ by the policy and not by the draw.
 """
 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gearshift.engine.batch import Rollout
+from gearshift.engine.batch import PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.schema import Config
+from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.schema import Config, SamplingConfig
 from gearshift.engine.data.heldout import HeldOut
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.phase import Phase
-from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rewards.total import RewardSum, Scores
+from gearshift.engine.zero.residence import Residence
 
 
 def pass_at_k(passed: Tensor, k: int) -> Tensor:
@@ -37,13 +38,40 @@ def pass_at_k(passed: Tensor, k: int) -> Tensor:
     return 1 - torch.where(counted, (1 - k / i).clamp(min=0), 1.0).prod(1)
 
 
+def check_columns(sets: list[HeldOut], rewards: RewardSum) -> None:
+    """Raises ConfigError for a dataset without a column that a reward needs."""
+    for held in sets:
+        try:
+            rewards.check(held.columns)
+        except ValueError as error:
+            raise ConfigError(f"eval.sources.{held.index}", str(error)) from None
+
+
+class Sampler(Protocol):
+    """The policy that answers, as roles.Actor is."""
+
+    tokenizer: Any
+    device: torch.device
+
+    def generate(self, prompts: PromptBatch, sampling: SamplingConfig, progress: Any) -> Rollout:
+        """One response per row."""
+        ...
+
+
 class Evaluation:
-    """The evaluations of one run."""
+    """The evaluations of one run, or of a model that is not trained."""
 
     def __init__(
-        self, config: Config, trainer: PPOTrainer, sets: list[HeldOut], rewards: RewardSum
+        self,
+        config: Config,
+        actor: Sampler,
+        sets: list[HeldOut],
+        rewards: RewardSum,
+        residence: Residence | None = None,
     ):
-        self.config, self.trainer, self.sets, self.rewards = config, trainer, sets, rewards
+        """residence: brings the states of what is trained where a phase wants them."""
+        self.config, self.actor, self.sets, self.rewards = config, actor, sets, rewards
+        self.residence = residence
         self.sampling = config.eval.sampling_of(config.sampling)
 
     def due(self, step: int) -> bool:
@@ -57,28 +85,30 @@ class Evaluation:
 
         Raises RewardError as a step of training does.
         """
-        metrics, rows = StepMetrics(self.trainer.actor.engine.device), []
+        metrics, rows = StepMetrics(self.actor.device), []
         with _undisturbed(self.config.run.seed), metrics.phase("eval"):
             for held in self.sets:
                 rows += self._evaluate(held, metrics, progress)
-        self.trainer.roles.moved()  # not counted as the next step's
         return metrics.reduce(), rows
 
     def _evaluate(self, held: HeldOut, metrics: StepMetrics, progress: Any) -> list[dict[str, Any]]:
         rank, world = distributed.rank(), distributed.world_size()
-        actor, residence = self.trainer.actor, self.trainer.residence
-        samples, tokenizer = self.config.eval.samples, actor.tokenizer
+        samples, tokenizer = self.config.eval.samples, self.actor.tokenizer
         prompts, counts = held.share(samples, rank, world, tokenizer)
-        residence.enter(Phase.GENERATE)
-        rollout = actor.generate(prompts.to(metrics.device), self.sampling, progress)
-        residence.enter(Phase.REWARDS)
+        self._enter(Phase.GENERATE)
+        rollout = self.actor.generate(prompts.to(self.actor.device), self.sampling, progress)
+        self._enter(Phase.REWARDS)
         judged = self.rewards.scores(rollout, tokenizer)
-        self._report(held.name, metrics, rollout, judged, counts.to(metrics.device))
+        self._report(held.name, metrics, rollout, judged, counts.to(self.actor.device))
         shown = min(int(counts.sum()), self.config.run.samples)
         return [
             {"eval": held.name} | row
             for row in sample_rows(rollout, judged.total, tokenizer, shown)
         ]
+
+    def _enter(self, phase: Phase) -> None:
+        if self.residence:
+            self.residence.enter(phase)
 
     def _report(
         self, name: str, metrics: StepMetrics, rollout: Rollout, judged: Scores, counts: Tensor

@@ -91,6 +91,11 @@ class Trained:
             part.training = isinstance(part, (GradientCheckpointingLayer, nn.Dropout))
 
     @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.engine.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights that forward and backward use."""
         return next(self.engine.module.parameters()).dtype

@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": ("gearshift.launch.commands.plan", "memory and seconds of a run before it starts"),
     "profile": ("gearshift.launch.commands.profile", "where the time of one PPO step goes"),
     "fetch": ("gearshift.launch.commands.fetch", "bring the models and texts of recipes and demos"),
+    "evaluate": ("gearshift.launch.commands.evaluate", "figures of a model on held-out prompts"),
     "generate": ("gearshift.launch.commands.generate", "sample from an exported model"),
     "export": ("gearshift.launch.commands.export", "a checkpoint as Hugging Face directories"),
     "report": ("gearshift.launch.report.page", "write a run folder's report.html"),

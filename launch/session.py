@@ -26,7 +26,7 @@ from gearshift.engine.config.load import Resolved
 from gearshift.engine.config.schema import Config
 from gearshift.engine.data.heldout import HeldOut, read_held_out
 from gearshift.engine.data.streams import PromptStream, TextStream
-from gearshift.engine.evaluate import Evaluation, sample_rows
+from gearshift.engine.evaluate import Evaluation, check_columns, sample_rows
 from gearshift.engine.guards import Alarm, GuardStop
 from gearshift.engine.log.run_log import RunLog
 from gearshift.engine.log.trackers import check_trackers
@@ -89,7 +89,9 @@ class Session:
         roles = assemble.build(self.blueprint, config.run.steps, self.streams.get("pretrain"))
         self.trainer = PPOTrainer(config, roles)
         self.trainer.redraw = self.streams["prompts"].redraw
-        self.evaluation = Evaluation(config, self.trainer, held_out, self.blueprint.eval_rewards)
+        self.evaluation = Evaluation(
+            config, roles.actor, held_out, self.blueprint.eval_rewards, self.trainer.residence
+        )
         about |= {"environment": environment()}
         stateful = {**self.streams, "guards": self.trainer.guards}
         self.patience = Patience(config.critic) if config.run.task == "critic" else None
@@ -197,7 +199,9 @@ class Session:
         if not self.evaluation.due(self.trainer.steps_done):
             return {}, []
         with self.console.progress("evaluate") as progress:
-            return self.evaluation.run(progress)
+            found = self.evaluation.run(progress)
+        self.trainer.roles.moved()  # not counted as the next step's
+        return found
 
     def _evaluate_first(self, log: RunLog | None) -> None:
         """The evaluation before the first step: the line of step 0."""
@@ -302,11 +306,8 @@ class Session:
         """Raises ConfigError for a row or a column that evaluation cannot use."""
         config = self.config
         sets = read_held_out(config.eval, config.data, self.blueprint.tokenizer)
+        check_columns(sets, self.blueprint.eval_rewards)
         for held in sets:
-            try:
-                self.blueprint.eval_rewards.check(held.columns)
-            except ValueError as error:
-                raise ConfigError(f"eval.sources.{held.index}", str(error)) from None
             dropped = f", {held.dropped} dropped by their length" if held.dropped else ""
             self.console.note(f"held-out prompts {held.name}: {len(held.examples)}{dropped}")
         return sets

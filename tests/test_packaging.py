@@ -136,12 +136,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {
         f"gearshift/{path.relative_to(ROOT).as_posix()}"
         for pattern in ("engine/**/*.py", "kernels/**/*.py", "launch/**/*.py", "ds_configs/*.json")
+        + ("launch/recipes/**/*.yaml",)
         for path in ROOT.glob(pattern)
     }
-    expected |= {f"gearshift/launch/recipes/{p.name}" for p in ROOT.glob("launch/recipes/*.yaml")}
     expected.add("gearshift/launch/report/page.html")
     assert names == expected
-    assert any(name.endswith("demo.yaml") for name in names)
+    assert {"demo.yaml", "papers"} <= {name.split("/")[3] for name in names if "/recipes/" in name}
 
 
 @pytest.mark.slow

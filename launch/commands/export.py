@@ -42,23 +42,23 @@ def main(args: argparse.Namespace) -> int:
     Raises ValueError where CHECKPOINT is none, or is damaged.
     """
     checkpoint = Path(args.checkpoint)
-    found = resume.fault(checkpoint)
-    if found:
-        raise ConfigError(str(checkpoint), str(found), "name a whole checkpoint")
-    state = json.loads((checkpoint / "state.json").read_bytes())
+    state = read_state(checkpoint)
     out = Path(args.out or checkpoint.resolve().parent.parent / "export")
     config = saved_config(state)
     parts = cast(config)  # neither rewards nor what the run fits on are asked for
     for role in state["roles"]:
-        model, holder = unpartitioned(parts[role], config.run.seed)
-        files = sorted(checkpoint.glob(f"{role}.rank*.safetensors"))
-        optimizer = getattr(config, role).optimizer.name
-        stepped = state["roles"][role]["optimizer_steps"] > 0
-        fill(holder, files, split=stepped and optimizer == "split_adamw")
-        model = model.to(DTYPES[args.dtype])
+        model = restored(checkpoint, state, parts[role], config.run.seed).to(DTYPES[args.dtype])
         for made in export_role(model, parts["actor"].tokenizer, out / role):
             print(f"exported {made}")
     return 0
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Raises ConfigError where the folder holds no whole checkpoint."""
+    found = resume.fault(checkpoint)
+    if found:
+        raise ConfigError(str(checkpoint), str(found), "name a whole checkpoint")
+    return json.loads((checkpoint / "state.json").read_bytes())
 
 
 def saved_config(state: dict[str, Any]) -> Config:
@@ -67,6 +67,15 @@ def saved_config(state: dict[str, Any]) -> Config:
         json.dump(state["about"]["config"], file)  # JSON is YAML
         file.flush()
         return config_load.load(file.name, []).config
+
+
+def restored(checkpoint: Path, state: dict[str, Any], part: Part, seed: int) -> nn.Module:
+    """The model of a role with the masters that a checkpoint has of it, in float32."""
+    model, holder = unpartitioned(part, seed)
+    files = sorted(checkpoint.glob(f"{part.name}.rank*.safetensors"))
+    stepped = state["roles"][part.name]["optimizer_steps"] > 0
+    fill(holder, files, split=stepped and part.section.optimizer.name == "split_adamw")
+    return model
 
 
 def unpartitioned(part: Part, seed: int) -> tuple[nn.Module, nn.Module]:

@@ -16,6 +16,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 START, END = "<!-- plans -->\n", "<!-- end of plans -->\n"
 SHAPES = {
     "Qwen/Qwen2.5-0.5B-Instruct": "shape:qwen2.5-0.5b",
+    "Qwen/Qwen2.5-7B": "shape:qwen2.5-7b",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "shape:qwen2.5-7b",
+    "Qwen/Qwen3-8B": "shape:qwen3-8b",
     "Qwen/Qwen2.5-7B-Instruct": "shape:qwen2.5-7b",
     "Qwen/Qwen2.5-14B-Instruct": "shape:qwen2.5-14b",
     "Qwen/Qwen2.5-32B-Instruct": "shape:qwen2.5-32b",
@@ -38,6 +41,10 @@ CASES = (
     ("70b_multinode", "h100", 8, 8, 1000),
     ("70b_multinode", "h100", 8, 4, 1000),
     ("70b_multinode", "h100", 8, 2, 1000),
+    ("papers/ppo_vapo_7b_8xh100", "h100", 8, 1, 1000),
+    ("papers/vc_ppo_7b_8xh100", "h100", 8, 1, 1000),
+    ("papers/sao_8b_8xh100", "h100", 8, 1, 1000),
+    ("papers/gspo_8b_8xh100", "h100", 8, 1, 1000),
 )
 
 
@@ -46,7 +53,7 @@ def offline(recipe: str) -> tuple[str, list[str]]:
     liger-kernel, which need not be installed where the page is made)."""
     path = RECIPES / f"{recipe}.yaml"
     sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    named = {"actor": sections["actor"], "critic": sections["critic"]}
+    named = {role: sections[role] for role in ("actor", "critic") if role in sections}
     named |= {f"rewards.{i}": reward for i, reward in enumerate(sections["rewards"])}
     overrides = [f"--{key}.path={SHAPES[m['path']]}" for key, m in named.items() if "path" in m]
     everyone = [*named, "reference", *(f"rewards.{i}" for i in range(len(sections["rewards"])))]

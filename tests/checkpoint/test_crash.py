@@ -64,7 +64,7 @@ def test_the_critics_recipe_loses_nothing(tmp_path, changes):
 
 LOSSY = """
 import sys
-from gearshift.engine import run_state
+from gearshift.engine.checkpoint import state as run_state
 from tests import crash
 
 whole = run_state.restore

@@ -4,12 +4,15 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.schema import CriticConfig
 from gearshift.launch import cli, pretraining, train
 from tests.tiny import job as tiny_job
+from tests.tiny import on_ranks
 
 FIGURE = "critic/vf_explained_var"
 # The prompt alone decides: what is to be explained can be explained.
@@ -101,6 +104,25 @@ def test_a_run_starts_from_it(pretrained, monkeypatch, tmp_path):
         (first[name],) = tiny_job.learned(tmp_path / name)
     assert first["warm"][FIGURE] > 0.4 > first["cold"][FIGURE]
     assert "policy/approxkl_avg" in first["warm"]
+
+
+def test_two_ranks_train_the_same_critic(pretrained, tmp_path):
+    """Under ZeRO-3, to rounding: every figure of every step, the step at which it ends, weights."""
+    folder, config = pretrained
+    zero3 = [f"--{role}.deepspeed={role}_zero3.json" for role in ("actor", "critic")]
+    words = ["--config", config, "--run.task=critic", f"--run.dir={tmp_path / 'two'}", *zero3]
+    on_ranks.launch("launch/train_on_ranks.py", *words, "--run.save_every=0")
+    alone, together = tiny_job.learned(folder / "critic"), tiny_job.learned(tmp_path / "two")
+    assert len(alone) == len(together)
+    for one, two in zip(alone, together, strict=True):
+        ours = {key: value for key, value in one.items() if not key.startswith("batch/")}
+        assert {key: two[key] for key in ours} == pytest.approx(ours, rel=1e-3, abs=1e-5)
+    first, second = (
+        load_file(place / "export/critic/model.safetensors")
+        for place in (folder / "critic", tmp_path / "two")
+    )
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, atol=1e-4, rtol=0)
 
 
 def test_it_says_when_it_has_nothing_left_to_do(pretrained, monkeypatch, capsys):

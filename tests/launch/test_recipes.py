@@ -17,7 +17,11 @@ from gearshift.launch.docs import plan as plan_docs
 SLURM = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "plan.md"
 ON_CPU = ("demo", "gsm8k_cpu")
-NAMES = sorted({path.stem for path in plan_docs.RECIPES.glob("*.yaml")} - {*ON_CPU})
+FOUND = {
+    path.relative_to(plan_docs.RECIPES).with_suffix("").as_posix()
+    for path in plan_docs.RECIPES.rglob("*.yaml")
+}
+NAMES = sorted(FOUND - {*ON_CPU})
 
 
 @pytest.mark.parametrize("name", NAMES)
