@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
@@ -12,7 +12,7 @@ from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.gearbox.adapters import STARTED
 from gearshift.engine.models import lora
-from gearshift.engine.models.cast import Part, cast, within_actor
+from gearshift.engine.models.cast import Part, cast, check_bases, within_actor
 from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_model, location, room_for
 from gearshift.engine.models.shapes import PREFIX, kv_bytes_per_token, kv_shape
@@ -75,6 +75,7 @@ def draw_up(config: Config) -> Blueprint:
     for part in named:
         _check_files(part)
     _check_adapters(config, actor)
+    check_bases(parts)
     for part in readers:
         _check_context(config, part)
     _check_cache(config, actor)
@@ -115,8 +116,8 @@ def slower_than_need_be(blueprint: Blueprint, world_size: int) -> list[str]:
 
 
 def told(blueprint: Blueprint) -> list[str]:
-    """A line on who plays the reference, where that is no model of its own, and one for each key of
-    lora that was set in vain."""
+    """A line on who plays the reference and on each who is on the actor's base, where those are no
+    models of their own, and one for each key of lora that was set in vain."""
     said = {
         "base": "reference: the actor with its adapters off, at no memory of its own",
         "start": "reference: the actor with a frozen copy of the adapters that it starts from",
@@ -125,7 +126,12 @@ def told(blueprint: Blueprint) -> list[str]:
     idle = [
         line for role in ("actor", "critic") for line in _idle_lora_keys(blueprint.config, role)
     ]
-    return idle + ([said[played]] if played else [])
+    on_base = [
+        f"{part.key}: adapters on the actor's base" + ", under actor.deepspeed" * (not part.trained)
+        for part in blueprint.cast.values()
+        if part.base
+    ]
+    return idle + ([said[played]] if played else []) + on_base
 
 
 def _idle_lora_keys(config: Config, role: str) -> list[str]:
@@ -147,7 +153,7 @@ def bases(blueprint: Blueprint) -> dict[str, str]:
     return {
         name: CheckpointFiles(location(part.source), part.source.revision).fingerprint
         for name, part in blueprint.cast.items()
-        if part.lora
+        if part.trained and part.lora
     }
 
 
@@ -160,11 +166,13 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     stores = {
         name: room_for(part.source, part.kind, part.settings)
         for name, part in parts.items()
-        if not part.trained
+        if not part.trained and not part.base
     }
+    own = parts["actor"]
+    lm = _load(config, own) if any(part.base for part in parts.values()) else None
     scorers = {
         name: RewardModel(
-            _load(config, part, stores[name]),
+            _load(config, part, stores.get(name), lm),
             part.tokenizer,
             config.ppo,
             part.source.batch_size,
@@ -181,9 +189,9 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         reference = Reference(model, config.ppo, temperature, part.settings)
     if part := parts.get("critic"):
         updates = steps * config.ppo.updates("critic")
-        critic = Critic(_load(config, part), config, part.settings, updates)
-    part = parts["actor"]
-    actor = Actor(_load(config, part), part.tokenizer, config, part.settings, acting)
+        critic = Critic(_load(config, part, base=lm), config, part.settings, updates)
+    lm = _load(config, own) if lm is None else lm
+    actor = Actor(lm, own.tokenizer, config, own.settings, acting)
     if played := within_actor(config):
         reference = ActorsStart(actor, adapter=STARTED if played == "start" else None)
     return Roles(
@@ -195,13 +203,21 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     )
 
 
-def _load(config: Config, part: Part, store: Store | None = None) -> nn.Module:
+def _load(
+    config: Config,
+    part: Part,
+    store: Store | None = None,
+    base: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """base: the actor's model, for those parts that are on it."""
+    base = base if part.base else None
     source = part.source
     if part.trained:  # recomputing may have been left to the plan
         recompute = getattr(config, part.name).gradient_checkpointing
         source = replace(source, gradient_checkpointing=recompute)
-    fresh = part.fresh_head
-    model = load_model(source, part.kind, part.settings, fresh_head=fresh, store=store)
+    model = load_model(
+        source, part.kind, part.settings, fresh_head=part.fresh_head, store=store, base=base
+    )
     if part.lora:
         with part.errors():
             lora.adapt(model, part.lora, part.settings, config.run.seed)

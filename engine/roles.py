@@ -33,7 +33,6 @@ from gearshift.engine.models.heads import (
     verify_head,
     verify_packing,
 )
-from gearshift.engine.models.load import place_buffers
 from gearshift.engine.models.reading import lay_out, lay_out_rollout
 from gearshift.engine.models.scoring import forwards, policy_logprobs, put
 from gearshift.engine.rewards.total import RewardSum
@@ -46,7 +45,7 @@ from gearshift.engine.rollout.responses import (
 )
 from gearshift.engine.rollout.stragglers import Backlog
 from gearshift.engine.streaming.engine import StreamedEngine, Traffic
-from gearshift.engine.zero.layers import fetch_by_layer
+from gearshift.engine.zero.layers import fetch_by_layer, place_buffers
 from gearshift.engine.zero.optim import build_optimizer, build_schedule
 from gearshift.engine.zero.sleep import Sleeper
 from gearshift.engine.zero.split_adamw import share_weights

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "run.*",
     "critic.patience",
     "critic.least_rise",
+    "critic.share_base",
     "guards.*",
     "rollout.*",
     "eval.*",

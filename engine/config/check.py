@@ -137,6 +137,9 @@ def _check_lora(config: Config) -> None:
     problem, fix = f"its adapters are not cut for rollout.tp={tp}", "use merged, or rollout.tp: 1"
     wrong = lora.generate == "unmerged" and tp > 1
     refuse_if(wrong, "actor.lora.generate", problem, fix, "unmerged")
+    problem = f"needs a critic, which ppo.estimator={config.ppo.estimator} has not"
+    wrong = config.critic.share_base and config.ppo.estimator != "gae"
+    refuse_if(wrong, "critic.share_base", problem, "use gae, or false", "true")
 
 
 def _check_stragglers(config: Config) -> None:

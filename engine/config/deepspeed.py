@@ -139,6 +139,18 @@ def offloaded(config: dict[str, Any], what: Literal["param", "optimizer"]) -> st
     return None if device == "none" else device
 
 
+def frozen_on(trained: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a frozen model that is computed on the weights of one with these settings."""
+    zero = trained["zero_optimization"]
+    kept = {k: v for k, v in zero.items() if not k.startswith("offload")}
+    kept = {k: v for k, v in kept.items() if k not in GRADIENT_ZERO_KEYS}
+    found = {key: trained[key] for key in ONE} | {"zero_optimization": kept}
+    kept["stage"] = 3 if zero["stage"] == 3 else 0
+    if trained.get("bf16", {}).get("enabled"):
+        found["bf16"] = {"enabled": True}
+    return found
+
+
 def check_nvme(config: dict[str, Any]) -> None:
     """Raises ConfigError where an NVMe folder is missing: DeepSpeed would make it on any disk."""
     for what in ("param", "optimizer"):

@@ -125,6 +125,9 @@ class CriticConfig(TrainedConfig):
     """The critic. `path: null` starts from the reward model if there is one, else the actor."""
 
     deepspeed: str = knob("critic_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
+    share_base: Flag = knob(
+        False, "with adapters: on the actor's base, which is in memory once; docs/lora.md"
+    )
     patience: Whole = knob(
         10, "run.task critic ends after so many steps without a rise of explained variance", ge=1
     )

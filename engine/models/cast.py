@@ -13,14 +13,20 @@ from typing import Any, Literal
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from gearshift.engine.config import deepspeed as ds_config
-from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.config.schema import Config
+from gearshift.engine.config.errors import ConfigError, refuse_if
+from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_tokenizer, location
-from gearshift.engine.models.lora import Lora, adapts, base_of
+from gearshift.engine.models.lora import Lora, base_of
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
+# Of zero_optimization: by them DeepSpeed makes other forms of a role's weights.
+_OF_EACH = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+)
 _SCORED = ("ForSequenceClassification", "ForTokenClassification")  # classes with a score head
 
 
@@ -31,7 +37,8 @@ class Part:
     name: actor, critic, reference, or a reward's own. key: of its section, as rewards.1.
     section: as the user wrote it. keeps_start: the adapters that it starts from stay beside the
     trained ones, for the reference. origins: whose weights it may start from where its section has
-    no path; the first that can serve is taken, and the last always can.
+    no path; the first that can serve is taken, and the last always can. base: the part on whose
+    frozen weights, in the same memory, its adapters are to be.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Part:
     trained: bool = False
     keeps_start: bool = False
     origins: tuple["Part", ...] = field(default=(), repr=False)
+    base: "Part | None" = field(default=None, repr=False)
 
     @property
     def named(self) -> bool:
@@ -54,7 +62,12 @@ class Part:
 
     @property
     def _has_adapter(self) -> bool:
-        return self.trained and is_adapter(self.section.path)
+        return (self.trained or self.kind == "reward") and is_adapter(self.section.path)
+
+    @property
+    def _lora(self) -> LoraConfig:
+        """Of a reward model, whose adapters are made already, the defaults."""
+        return getattr(self.section, "lora", None) or LoraConfig()  # type: ignore[call-arg]
 
     @cached_property
     def source(self) -> Any:
@@ -66,7 +79,7 @@ class Part:
         if self.adapter is None:
             return self.section
         with self.errors():
-            base = base_of(self.adapter, self.section.lora)
+            base = base_of(self.adapter, self._lora)
         tokenizer = self.section.tokenizer
         if tokenizer is None and (self.adapter / "tokenizer_config.json").exists():
             tokenizer = str(self.adapter)
@@ -74,12 +87,12 @@ class Part:
 
     @cached_property
     def lora(self) -> Lora | None:
-        """Its adapters; None where it trains whole, or not at all."""
-        if not self.trained or not adapts(self.section):
+        """Its adapters; None where it trains whole, or is a whole model."""
+        if not self._has_adapter and not (self.trained and self._lora.r):
             return None
         with self.errors():
             return Lora(
-                settings=self.section.lora,
+                settings=self._lora,
                 base=str(self.source.path),
                 revision=self.source.revision,
                 task="CAUSAL_LM" if self.kind == "policy" else "TOKEN_CLS",
@@ -94,7 +107,10 @@ class Part:
 
     @property
     def fresh_head(self) -> bool:
-        """Whether a critic's head starts at zero, because its source has no score to keep."""
+        """Whether a critic's head starts at zero, because its source has no score to keep; that of
+        a reward model on a base is among its adapters."""
+        if self.kind == "reward":
+            return self._has_adapter
         if self.kind != "critic" or self.start is not self:
             return self.kind == "critic" and self.start.kind != "reward"
         scored = (self.hf_config.architectures or [""])[0].endswith(_SCORED)
@@ -116,7 +132,9 @@ class Part:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Its DeepSpeed JSON, validated."""
+        """Its DeepSpeed JSON, validated; of a reward model on the actor's base, the actor's."""
+        if self.base and not self.trained:
+            return ds_config.frozen_on(self.base.settings)
         return ds_config.load(self.section.deepspeed, frozen=not self.trained)
 
     @cached_property
@@ -179,24 +197,31 @@ class Part:
 def cast(config: Config) -> dict[str, Part]:
     """The parts of a run by name: actor, critic, reference, and the reward models as written.
 
-    The critic starts from the first reward model that is a decoder and reads the actor's tokens,
-    else from the actor; the reference from the actor. A reference that the actor itself plays is
-    no part: see `within_actor`.
+    The critic starts from the first reward model that is a decoder, reads the actor's tokens and is
+    not adapters on the actor's base, else from the actor; the reference from the actor. A reference
+    that the actor itself plays is no part: see `within_actor`.
     """
+    played = within_actor(config)
+    actor = replace(_actor(config), keeps_start=played == "start")
     rewards = [
-        Part(name=reward.name, key=f"rewards.{i}", kind="reward", section=reward)
+        Part(
+            name=reward.name,
+            key=f"rewards.{i}",
+            kind="reward",
+            section=reward,
+            base=actor if is_adapter(reward.path) else None,
+        )
         for i, reward in enumerate(config.rewards)
         if reward.kind == "model"
     ]
-    played = within_actor(config)
-    actor = replace(_actor(config), keeps_start=played == "start")
     critic = Part(
         name="critic",
         key="critic",
         kind="critic",
         section=config.critic,
         trained=True,
-        origins=(*rewards, actor),
+        origins=(*(part for part in rewards if not part.base), actor),
+        base=actor if config.critic.share_base else None,
     )
     reference = Part(
         name="reference",
@@ -223,6 +248,55 @@ def within_actor(config: Config) -> Literal["base", "start"] | None:
         return "start" if actor.adapter else "base"
     same = (reference.path, reference.revision) == (actor.source.path, actor.source.revision)
     return "base" if same else None
+
+
+def check_bases(parts: dict[str, Part]) -> None:
+    """Raises ConfigError where a part cannot be on the actor's frozen model, as it is to be."""
+    for part in parts.values():
+        if part.base:
+            _check_base(part, parts["actor"])
+
+
+def _check_base(part: Part, actor: Part) -> None:
+    """Raises ConfigError where a part cannot be adapters on the actor's frozen model in memory."""
+    key, value, off = "critic.share_base", "true", "or use false"
+    if part.kind == "reward":
+        key, value = f"{part.key}.path", repr(part.section.path)
+        off = "or merge it into its base by peft and give the result"
+    for one in (actor, part):
+        problem = f"{one.key} has no adapters, so all of its weights train"
+        refuse_if(one.lora is None, key, problem, f"give {one.key}.lora.r, {off}", value)
+        assert one.lora is not None
+        whole = [name for name in one.lora.whole if name != "score"]
+        problem = f"{whole} of {one.key} are whole modules beside its adapters (modules_to_save)"
+        refuse_if(whole, key, problem, f"leave them out, {off}", value)
+        for name, of_each in one.settings["zero_optimization"].items():
+            copies = name in _OF_EACH and of_each not in (False, 1)
+            problem = f"zero_optimization.{name}={of_each} in {one.key}.deepspeed makes a copy"
+            refuse_if(copies, key, problem, f"remove it, {off}", value)
+    ours, theirs = ((one.source.path, one.source.revision) for one in (actor, part))
+    problem = f"{part.key} is on {_at(*theirs)}, the actor on {_at(*ours)}"
+    refuse_if(ours != theirs, key, problem, f"give both the same path, {off}", value)
+    kept, own = _kept(actor.settings), _kept(part.settings) if part.trained else {}
+    for name, found in own.items():
+        problem = f"{name} is {found} in {part.key}.deepspeed and {kept[name]} in actor.deepspeed"
+        refuse_if(found != kept[name], key, problem, f"give both the same, {off}", value)
+    on_disk = ds_config.offloaded(actor.settings, "param") == "nvme"
+    problem = "DeepSpeed keeps each role's weights on a disk by itself"
+    refuse_if(on_disk, key, problem, f"set offload_param.device to cpu or none, {off}", value)
+
+
+def _kept(settings: dict[str, Any]) -> dict[str, Any]:
+    """What of a DeepSpeed JSON decides where weights lie, and as what."""
+    return {
+        "zero_optimization.stage": settings["zero_optimization"]["stage"],
+        "zero_optimization.offload_param.device": ds_config.offloaded(settings, "param"),
+        "bf16.enabled": bool(settings.get("bf16", {}).get("enabled")),
+    }
+
+
+def _at(path: str, revision: str | None) -> str:
+    return f"{path}@{revision}" if revision else path
 
 
 def _actor(config: Config) -> Part:

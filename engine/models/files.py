@@ -89,13 +89,17 @@ class CheckpointFiles:
     def match(self, module: nn.Module, fresh: tuple[str, ...]) -> dict[str, str | None] | None:
         """Which tensor fills which parameter or persistent buffer of `module`.
 
-        fresh: names that may be absent; they map to None and start at zero.
+        fresh: names that may be absent; they map to None and start at zero. Parameters that are not
+        on meta have their values.
         Returns None when the names differ in ways that only transformers' own loader knows.
         """
         prefix, head = getattr(module, "base_model_prefix", "") + ".", self.head or "score"
         found: dict[str, str | None] = {}
         tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        filled = {name for name, p in module.named_parameters() if not p.is_meta}
         for name in module.state_dict():
+            if name in filled:
+                continue
             bare, field = name.removeprefix(prefix), name.removeprefix("score")
             candidates = [head + field] if field != name else [name, bare, prefix + name]
             candidates += [NESTED + name, f"model.{NESTED}{bare}"]

@@ -41,6 +41,7 @@ from gearshift.engine.models.files import LM_HEADS, CheckpointFiles, is_adapter
 from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.models.heads import has_score
+from gearshift.engine.models.share import share
 from gearshift.engine.streaming.store import Store, partitioning, place, room_of
 from gearshift.engine.zero import layout
 
@@ -79,7 +80,7 @@ def location(config: ModelConfig) -> str:
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
-            fix = "actor.path and critic.path take adapters" if is_adapter(path) else ""
+            fix = "actor, critic and rewards take adapters" if is_adapter(path) else ""
             raise ConfigError("path", "the directory has no config.json", fix, repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError("path", "no such directory", value=repr(path))
@@ -165,10 +166,12 @@ def load_model(
     *,
     fresh_head: bool = False,
     store: Store | None = None,
+    base: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
 
-    store: of room_for; takes each partition of a frozen model as soon as it is made.
+    store: of room_for; takes each partition of a frozen model as soon as it is made. base: a loaded
+    model of the same files; its decoder becomes this one's, in the same memory.
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
@@ -184,8 +187,12 @@ def load_model(
     fresh: tuple[str, ...] = ("score.weight", "score.bias") if fresh_head else ()
     if role == "critic" and not fresh_head:
         fresh = ("score.bias",)  # reward models have no bias
+    if base is not None:
+        share(module, base, layout.sharer(ds_config, dtype))
     names = files.match(module, fresh)
     if names is None:
+        problem = "its tensors are renamed by transformers' loader, which shares no base"
+        refuse_if(base is not None, "path", problem, value=repr(config.path))
         made = replace(config, attn=module.config._attn_implementation)
         module = _load_with_transformers(made, hf_config, role, ds_config, dtype, fresh, files)
         if store:
@@ -193,7 +200,8 @@ def load_model(
                 store.take(parameter)
     else:
         used = {source for source in names.values() if source is not None}
-        _tell(config, role, files.left_out(module, used))
+        if base is None:
+            _tell(config, role, files.left_out(module, used))
         _fill(module, files, names, dtype, partitioner(ds_config, dtype, store))
     module.name_or_path = str(files.directory)
     if role == "policy":
@@ -262,16 +270,6 @@ def attention_implementation(wanted: str, hf_config: Any, dtype: torch.dtype) ->
             if installed():
                 return f"flash_attention_{version}"
     return "eager" if capped else "sdpa"
-
-
-def place_buffers(engine: Any) -> None:
-    """Moves the module's buffers to the engine's device.
-
-    DeepSpeed moves nothing of a module whose parameters were cut before it saw them.
-    """
-    for part in engine.module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = buffer.to(engine.device)
 
 
 def dtype_of(ds_config: dict) -> torch.dtype:
@@ -367,11 +365,14 @@ def _fill(
     dtype: torch.dtype,
     partition: Callable[[nn.Parameter], None],
 ) -> None:
-    """Reads every tensor of `module`, one small module at a time, partitioning each."""
+    """Reads what of `module` is on meta, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
-    values = _in_order(partial(_read, files, names), list(module.named_parameters()))
+    empty = [(name, p) for name, p in module.named_parameters() if p.is_meta]
+    values = _in_order(partial(_read, files, names), empty)
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
             if id(parameter) not in made:
                 read, value = next(values)
                 assert read == f"{path}.{name}".removeprefix("."), "not in the modules' order"

@@ -65,6 +65,8 @@ class Lora:
         named = self.settings.modules_to_save
         if self.folder is not None:
             named = named or read_config(self.folder).get("modules_to_save") or []
+        if own:  # peft notes both names, of which a model has one
+            named = [name for name in named if name != "classifier"]
         return own + [name for name in named if name not in own]
 
 

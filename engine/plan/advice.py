@@ -69,7 +69,7 @@ def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Change]]:
             "set gradient_checkpointing: true on actor and critic",
             _keys("actor", "critic", gradient_checkpointing=True),
         )
-    frozen = [part for part in parts.values() if not part.trained]
+    frozen = [part for part in parts.values() if not part.trained and not part.base]
     if any("offload_param" not in part.settings["zero_optimization"] for part in frozen):
         name = "frozen_zero3_cpu_bf16"
         yield f"give the frozen models {name}.json", _deepspeed(name, trained=False)

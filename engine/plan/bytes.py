@@ -5,7 +5,7 @@ of real runs; activations follow transformers' modules as they are, with SDPA.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gearshift.engine.config.deepspeed import offloaded
@@ -86,8 +86,10 @@ def state_elements(shape: Shape, zero: Zero, world: int) -> int:
     return math.ceil(shape.updated / world) if zero.stage else shape.updated
 
 
-def frozen_states(shape: Shape, zero: Zero, world: int) -> States:
-    """Of a model without an optimizer; off the device it is streamed (streaming/engine.py)."""
+def frozen_states(shape: Shape, zero: Zero, world: int, *, on_base: bool = False) -> States:
+    """Of a model without an optimizer; off the device it is streamed (streaming/engine.py).
+    on_base: its own weights are adapters and a head alone."""
+    shape = replace(shape, numels=shape.trained) if on_base else shape
     if zero.parameters == "gpu":
         return States(
             gpu={"weights": float(zero.size * shard_elements(shape, zero, world))}, host={}
@@ -112,15 +114,18 @@ def paused_forwards(shape: Shape, zero: Zero, tokens: int) -> float:
     return float(tokens * (2 * zero.size * (shape.hidden + shape.head_dim) + 8))
 
 
-def trained_states(shape: Shape, zero: Zero, world: int, optimizer: Any) -> States:
-    """Of a model with its optimizer.
+def trained_states(
+    shape: Shape, zero: Zero, world: int, optimizer: Any, *, on_base: bool = False
+) -> States:
+    """Of a model with its optimizer. on_base: its frozen weights are another role's.
 
     optimizer: OptimizerConfig. AdamW keeps an fp32 master and two fp32 moments; split_adamw keeps
     the low 16 bits of the master beside the weights, and moments of `moments` (fp32 or bf16).
     """
     gpu: dict[str, float] = {}
     host: dict[str, float] = {}
-    _weights(shape, zero, world, gpu, host)
+    own = replace(shape, numels=shape.trained) if on_base else shape
+    _weights(own, zero, world, gpu, host)
     part = state_elements(shape, zero, world)
     place = gpu if zero.optimizer == "gpu" else host
     split = getattr(optimizer, "name", "adamw") == "split_adamw"

@@ -60,10 +60,12 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
         with part.errors():
             _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora)
     shape = _SHAPES[key]
+    on_base = part.base is not None
     if part.trained:
-        states = model.trained_states(shape, zero, world, getattr(config, part.name).optimizer)
+        optimizer = getattr(config, part.name).optimizer
+        states = model.trained_states(shape, zero, world, optimizer, on_base=on_base)
     else:
-        states = model.frozen_states(shape, zero, world)
+        states = model.frozen_states(shape, zero, world, on_base=on_base)
     return Role(part=part, shape=shape, zero=zero, states=states)
 
 
@@ -166,7 +168,7 @@ class _Planner:
             f"{r.name} {what}": size for r in self.roles for what, size in r.states.gpu.items()
         }
         gpu = {what: size for what, size in resident.items() if not what.endswith(LATER)}
-        read = sum(r.zero.size * r.shape.total for r in self.roles)
+        read = sum(r.zero.size * r.shape.total for r in self.roles if not r.part.base)
         return PhasePlan(name=Phase.LOAD, gpu=gpu, host=self.host, seconds=read / plan_time.DISK)
 
     def _generate(self) -> tuple[PhasePlan, int, int]:

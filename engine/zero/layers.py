@@ -1,5 +1,7 @@
 """ZeRO-3 by decoder layer: one fetch and one release for all that a layer holds."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -34,3 +36,13 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in decoder_layers(child)]
+
+
+def place_buffers(engine: Any) -> None:
+    """Moves the module's buffers to the engine's device.
+
+    DeepSpeed moves nothing of a module whose parameters were cut before it saw them.
+    """
+    for part in engine.module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(engine.device)

@@ -6,7 +6,7 @@ equal parts, which parameters may straddle. Stage 0 cuts nothing. Field names ar
 0.19.8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +177,30 @@ def write_whole(parameter: Tensor, value: Tensor) -> None:
     )
     part = value.reshape(-1)[start : start + own.numel()]
     own.data[: part.numel()].copy_(part)
+
+
+def sharer(ds_config: dict, dtype: torch.dtype) -> Callable[[nn.Parameter], nn.Parameter]:
+    """A function from a frozen parameter of one engine to that of another, in the same memory.
+
+    Below ZeRO-3 it is the same parameter. Under ZeRO-3 each engine keeps account of what it has
+    gathered on the parameter itself, so the other has a parameter of its own: only the partition,
+    which nobody writes, is the same. ds_config: of the other engine.
+    """
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return lambda parameter: parameter
+    from deepspeed import zero
+
+    made = zero.Init(config_dict_or_path=ds_config, dtype=dtype)
+
+    def share(parameter: nn.Parameter) -> nn.Parameter:
+        nothing = torch.empty(1, dtype=dtype, device=made.local_device)
+        shared = nn.Parameter(nothing.expand(parameter.ds_shape), requires_grad=False)
+        made._convert_to_deepspeed_param(shared)
+        shared.ds_tensor, shared.ds_numel_aligned = parameter.ds_tensor, parameter.ds_numel_aligned
+        shared.partition()  # has its part, so it only lets go of what it seemed to have whole
+        return shared
+
+    return share
 
 
 def is_on_disk(parameter: Tensor) -> bool:

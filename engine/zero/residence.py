@@ -119,11 +119,13 @@ class Residence:
         return moved
 
     def device_bytes(self) -> dict[str, int]:
-        """Bytes on the device now by role and what they are, as "actor moments"."""
+        """Bytes on the device now by role and what they are, as "actor moments"; those of a base
+        that both have adapters on are the first role's."""
+        seen: set[int] = set()
         return {
             f"{role} {what}": size
             for role, sleeper in self.sleepers.items()
-            for what, size in sleeper.device_bytes().items()
+            for what, size in sleeper.device_bytes(seen).items()
         }
 
     @property

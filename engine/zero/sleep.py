@@ -120,10 +120,12 @@ class Sleeper:
         for buffer in layout.reduce_buckets(self._zero):
             _regrown(buffer)
 
-    def device_bytes(self) -> dict[str, int]:
-        """Bytes of storages on the device by what they are, under the planner's names."""
+    def device_bytes(self, seen: set[int]) -> dict[str, int]:
+        """Bytes of storages on the device by what they are, under the planner's names.
+
+        seen: addresses of storages that are counted already; gets those that are counted here.
+        """
         found: dict[str, int] = {}
-        seen: set[int] = set()
 
         def add(what: str, tensor: Tensor) -> None:
             storage, here = tensor.untyped_storage(), tensor.device.type == self.device.type

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
-from gearshift.engine.models.cast import cast
+from gearshift.engine.models.cast import cast, check_bases
 from gearshift.engine.plan.advice import advise
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
 from gearshift.engine.plan.planner import plan
@@ -53,6 +53,7 @@ def planned(path: str | None, overrides: list[str], place: Hardware) -> tuple[Pl
     """The plan of a configuration, and what to change first where it does not fit."""
     config = config_load.load(path, overrides).config
     parts = cast(config)
+    check_bases(parts)
     made = plan(config, parts, place)
     return made, None if made.fits else advise(config, parts, place)
 

@@ -25,9 +25,9 @@ from gearshift.engine.models.load import (
     load_config,
     load_model,
     load_tokenizer,
-    place_buffers,
 )
 from gearshift.engine.models.reading import hidden_states, lay_out
+from gearshift.engine.zero.layers import place_buffers
 from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run

@@ -124,7 +124,7 @@ def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
         own = replace(
             config.actor, path=str(path or config.actor.path), lora=LoraConfig(**settings)
         )
-        said = assemble.told(SimpleNamespace(config=replace(config, actor=own)))
+        said = assemble.told(SimpleNamespace(config=replace(config, actor=own), cast={}))
         found = [line for line in said if "no effect" in line]
         assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
 
@@ -197,7 +197,7 @@ def test_the_reference_is_the_base_to_the_bit(models):
     config = with_lora(tiny_run.config(models, lr=1e-2), critic=False)
     trainer, plain = tiny_run.trainer(config), tiny_run.trainer(tiny_run.config(models))
     assert type(trainer.roles.reference).__name__ == "ActorsStart"
-    told = assemble.told(SimpleNamespace(config=config))
+    told = assemble.told(SimpleNamespace(config=config, cast={}))
     assert told == ["reference: the actor with its adapters off, at no memory of its own"]
     for step in range(2):
         _, rows = trainer.step(tiny_run.prompts(config.ppo, step))

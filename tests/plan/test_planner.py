@@ -18,13 +18,15 @@ from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 
 # Hidden size, layers, the ending of the DeepSpeed files, how far actor and critic sleep, and their
-# adapters' rank.
+# adapters' rank, on a base each or on a shared one.
 CASES = (
     (128, 4, "zero3", "never", 0),
     (128, 4, "zero3", "never", 8),
     (192, 4, "zero3_bf16", "exchange", 0),
     (256, 6, "zero3_bf16_split", "always", 0),
     (192, 4, "zero1_bf16_split", "always", 4),
+    (128, 4, "zero3", "never", "8:shared"),
+    (192, 4, "zero1_bf16_split", "always", "4:shared"),
 )
 
 

@@ -1,0 +1,33 @@
+"""One frozen decoder in memory under the adapters of several models."""
+
+from collections.abc import Callable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.gearbox.adapters import plain_parameters
+from gearshift.engine.zero.layout import whole_shape
+
+
+def share(
+    module: PreTrainedModel,
+    base: PreTrainedModel,
+    shared: Callable[[nn.Parameter], nn.Parameter],
+) -> None:
+    """Gives `module`, which is on meta, the decoder's weights of `base`, which may have adapters.
+
+    shared: see zero.layout.sharer. What is no part of the decoder, as a head, stays on meta.
+    """
+    theirs = plain_parameters(base.base_model, tied=True)
+    made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
+    for path, part in module.base_model.named_modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            own = theirs.get(f"{path}.{name}".removeprefix("."))
+            problem = f"{type(base).__name__} has no {path}.{name} of {type(module).__name__}'s"
+            wrong = own is None or whole_shape(own) != parameter.shape
+            refuse_if(wrong, "critic.share_base", problem, "use false", "true")
+            assert own is not None
+            if id(own) not in made:
+                made[id(own)] = shared(own)
+            setattr(part, name, made[id(own)])
