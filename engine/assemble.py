@@ -76,6 +76,9 @@ def draw_up(config: Config) -> Blueprint:
         _check_files(part)
     _check_adapters(config, actor)
     check_bases(parts)
+    for part in trained:
+        with part.errors():
+            lora.check_bitsandbytes(part.lora)
     for part in readers:
         _check_context(config, part)
     _check_cache(config, actor)
@@ -215,12 +218,19 @@ def _load(
     if part.trained:  # recomputing may have been left to the plan
         recompute = getattr(config, part.name).gradient_checkpointing
         source = replace(source, gradient_checkpointing=recompute)
-    model = load_model(
-        source, part.kind, part.settings, fresh_head=part.fresh_head, store=store, base=base
-    )
-    if part.lora:
-        with part.errors():
-            lora.adapt(model, part.lora, part.settings, config.run.seed)
+    own = part.lora
+    with part.errors():
+        model = load_model(
+            source,
+            part.kind,
+            part.settings,
+            fresh_head=part.fresh_head,
+            store=store,
+            base=base,
+            swap=own.swap if own else None,
+        )
+        if own:
+            lora.adapt(model, own, part.settings, config.run.seed)
     return model
 
 

@@ -13,6 +13,7 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
 from gearshift.engine.gearbox.adapters import TRAINED, adapters, plain_name, plain_parameters
 from gearshift.engine.gearbox.module import meta_twin
+from gearshift.engine.gearbox.quantised import packed_layers
 from gearshift.engine.models.lora import PREFIX, WEIGHTS
 from gearshift.engine.zero.layout import gathered
 
@@ -31,7 +32,8 @@ def export_role(model: nn.Module, tokenizer: Any, directory: Path) -> list[Path]
 def export(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     """Writes `model`, a transformers module inside an engine of any ZeRO stage. A collective.
 
-    Adapters are added to the weights, in float32 and rounded once to the model's dtype. What its
+    Weights in 4 bit are dequantised: the adapters were trained beside those. Adapters are added to
+    the weights, in float32 and rounded once to the model's dtype. What its
     source says of generation goes with it. Rank 0 holds the whole model in host memory while it
     writes; the others hold one tensor.
     """
@@ -68,7 +70,7 @@ def export_adapter(model: nn.Module, tokenizer: Any, directory: Path) -> None:
     distributed.barrier()
 
 
-def _on_host(parameter: nn.Parameter) -> torch.Tensor:
+def _on_host(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().to("cpu", copy=True)
 
 
@@ -78,11 +80,14 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     ranks."""
     kept: dict[str, torch.Tensor] = {}
     adapted = {id(adapter.weight): adapter for adapter in adapters(model)}
+    packed = {id(layer.weight): layer for _, layer in packed_layers(model)}
     for name, parameter in plain_parameters(model).items():
         adapter = adapted.get(id(parameter))
         with gathered(parameter, *((adapter.a, adapter.b) if adapter else ())):
             if distributed.is_main():
-                kept[name] = _on_host(parameter)
+                layer = packed.get(id(parameter))
+                value = layer.whole().to(model.dtype) if layer else parameter
+                kept[name] = _on_host(value)
                 if adapter:
                     adapter.add_to(kept[name], _on_host(adapter.a), _on_host(adapter.b))
         beat()

@@ -96,6 +96,11 @@ class LoraConfig:
         0.0, "of an adapter's input in updates; above 0 the ratio is not 1 before them", ge=0, lt=1
     )
     modules_to_save: list[str] = knob([], "modules that train whole, as [embed_tokens, lm_head]")
+    load_in_4bit: Flag = knob(
+        False,
+        "QLoRA: linear layers inside the decoder layers are kept in 4 bit (NF4), through the "
+        "package bitsandbytes; ZeRO 0 to 2",
+    )
     base: str | None = knob(
         None, "model under the adapter directory that `path` is; null: the one it names"
     )

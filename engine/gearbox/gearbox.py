@@ -16,6 +16,7 @@ from gearshift.engine.config.schema import RolloutConfig
 from gearshift.engine.gearbox import transfer as reshard
 from gearshift.engine.gearbox.adapters import adapters, copy_layers
 from gearshift.engine.gearbox.module import Rank, Shard, copy_buffers, localize, merges, meta_twin
+from gearshift.engine.gearbox.quantised import packed_layers, share_layers
 from gearshift.engine.gearbox.slicing import plan_tensor_parallel
 from gearshift.engine.gearbox.spec import BUCKET_MB
 from gearshift.engine.gearbox.transfer import ShiftCost, Topology
@@ -44,8 +45,8 @@ class Gearbox:
 
     engine: the DeepSpeed engine that trains them, at any ZeRO stage. hf_module: the transformers
     causal LM inside it. Training state (weights, optimizer, hooks, random numbers) is only read.
-    merged: adapters are added to this gear's own copy of the weights; False: they stay beside them,
-    at TP size 1.
+    merged: adapters are added to this gear's own copy of the weights, which is dequantised where
+    they are in 4 bit; False: they stay beside them, at TP size 1.
 
     `module` generates; its parameters are empty outside `generation()`, unless they are kept.
     TP groups are consecutive ranks: `tp_group` (None for a group of one), `tp_rank`, `tp_size`,
@@ -77,6 +78,7 @@ class Gearbox:
         self.module = meta_twin(hf_module)
         if not merged:
             assert self.tp_size == 1, "config/check.py refuses it"
+            share_layers(self.module, hf_module)
             copy_layers(self.module, hf_module)
         plan = plan_tensor_parallel(self.module, self.tp_size)
         self.tp_group, self._topology = make_groups(node_size, self.tp_size)
@@ -85,7 +87,9 @@ class Gearbox:
         self._shards = localize(self.module, hf_module, plan, place, self.device)
         self._merges = merges(self._shards, hf_module, place, self.device) if merged else []
         self._passing = [shard for merge in self._merges for shard in (merge.a, merge.b)]
-        self._own = {id(merge.weight) for merge in self._merges}  # never views
+        self._packed = [shard for shard in self._shards if shard.packed]
+        self._own = {id(shard) for shard in self._packed}  # never views
+        self._own |= {id(merge.weight) for merge in self._merges}
         self._partitioned = engine.zero_optimization_stage() == 3 and world_size() > 1
         self._aliased = not self._partitioned and self.tp_size == 1 and self._on_device()
         self._bytes_minimum = 0
@@ -94,8 +98,8 @@ class Gearbox:
 
     @property
     def _moving(self) -> list[Shard]:
-        """All that a shift fills: the weights that stay, and adapters until they are added."""
-        return [*self._shards, *self._passing]
+        """All that a shift moves: the weights that stay, and adapters until they are added."""
+        return [*(shard for shard in self._shards if not shard.packed), *self._passing]
 
     @contextmanager
     def generation(self) -> Iterator[nn.Module]:
@@ -103,7 +107,7 @@ class Gearbox:
 
         World-collective on entry, not on leaving. Its parameters are this rank's shards; where the
         whole weights are on this rank anyway and TP size is 1 they are views, not copies, but for
-        those that an adapter is added to.
+        those that an adapter is added to or that are dequantised.
         """
         self._shift()
         try:
@@ -129,6 +133,9 @@ class Gearbox:
         else:
             self._allocate(self._moving)
             cost = self._fill()
+        self._allocate(self._packed)
+        for shard in self._packed:
+            shard.unpack()
         for merge in self._merges:
             merge.run()
         for shard in self._passing:
@@ -218,6 +225,8 @@ def smallest_tp(module: nn.Module, node_size: int, device: torch.device) -> int:
     if device.type == "cpu" or world_size() == 1:
         return 1
     weights = sum(whole_shape(p).numel() * p.element_size() for p in module.parameters())
+    for _, layer in packed_layers(module):  # a shard is dequantised
+        weights += layer.state.shape.numel() * layer.state.dtype.itemsize - layer.weight.numel()
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.tensor(torch.cuda.mem_get_info(device)[0] + cached, device=device)
     dist.all_reduce(free, op=dist.ReduceOp.MIN)

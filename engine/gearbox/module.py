@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gearshift.engine.gearbox.adapters import Adapter, adapters, plain_parameters
+from gearshift.engine.gearbox.quantised import Linear4bit, packed_layers
 from gearshift.engine.gearbox.slicing import HeadCut, TPPlan
 from gearshift.engine.gearbox.spec import Spec
 from gearshift.engine.zero.layout import whole_shape
@@ -36,6 +37,12 @@ class Shard:
     specs: tuple[Spec, ...]  # of every TP rank
     spec: Spec  # of this rank
     parameter: nn.Parameter  # empty until a shift fills it
+    packed: Linear4bit | None = None  # whose weight, dequantised, is what fills it
+
+    def unpack(self) -> None:
+        """Fills it from a weight in 4 bit, which is whole on every rank."""
+        assert self.packed
+        self.spec.extract(self.packed.whole().view(-1), 0, self.parameter.data.view(-1))
 
 
 @dataclass(frozen=True)
@@ -130,10 +137,14 @@ def copy_buffers(twin: nn.Module, source: nn.Module, device: torch.device) -> No
 def _bind_parameters(twin, source, plan: TPPlan, rank: Rank, device) -> list[Shard]:
     sources = plain_parameters(source, tied=True)
     sources |= dict(source.named_parameters(remove_duplicate=False))  # of a twin with adapters
+    layers = {id(layer.weight): layer for _, layer in packed_layers(source)}
     shards: dict[tuple, Shard] = {}
-    for name, _ in list(twin.named_parameters(remove_duplicate=False)):
+    for name, own in list(twin.named_parameters(remove_duplicate=False)):
         original, specs = sources[name], plan.specs[name]
-        shape = tuple(whole_shape(original))
+        shape, dtype, packed = tuple(whole_shape(original)), original.dtype, None
+        if id(original) in layers and own.dtype != original.dtype:  # the twin's is no such layer
+            packed = layers[id(original)]
+            shape, dtype = tuple(packed.state.shape), packed.state.dtype
         if shape != specs[0].shape:
             raise ValueError(
                 f"{name}: the model has shape {shape}, its config says {specs[0].shape}; "
@@ -141,9 +152,9 @@ def _bind_parameters(twin, source, plan: TPPlan, rank: Rank, device) -> list[Sha
             )
         key = (id(original), specs)
         if key not in shards:
-            empty = torch.empty(0, dtype=original.dtype, device=device)
+            empty = torch.empty(0, dtype=dtype, device=device)
             parameter = nn.Parameter(empty, requires_grad=False)
-            shards[key] = Shard(original, specs, specs[rank.index], parameter)
+            shards[key] = Shard(original, specs, specs[rank.index], parameter, packed)
         owner, _, leaf = name.rpartition(".")
         twin.get_submodule(owner)._parameters[leaf] = shards[key].parameter
     return list(shards.values())

@@ -88,9 +88,20 @@ class Part:
     @cached_property
     def lora(self) -> Lora | None:
         """Its adapters; None where it trains whole, or is a whole model."""
-        if not self._has_adapter and not (self.trained and self._lora.r):
-            return None
+        own = self._has_adapter or (self.trained and self._lora.r)
+        packs = self._lora.load_in_4bit
         with self.errors():
+            problem = "quantises what is frozen, and without adapters nothing is"
+            refuse_if(packs and not own, "lora.load_in_4bit", problem, "set lora.r", "true")
+            if not own:
+                return None
+            refuse_if(
+                packs and self.settings["zero_optimization"]["stage"] == 3,
+                "deepspeed",
+                "ZeRO-3 does not cut weights in 4 bit (lora.load_in_4bit)",
+                "use a stage 2 file, as trained_zero2_bf16.json: each rank then holds all of them",
+                self.section.deepspeed,
+            )
             return Lora(
                 settings=self._lora,
                 base=str(self.source.path),
@@ -277,6 +288,10 @@ def _check_base(part: Part, actor: Part) -> None:
     ours, theirs = ((one.source.path, one.source.revision) for one in (actor, part))
     problem = f"{part.key} is on {_at(*theirs)}, the actor on {_at(*ours)}"
     refuse_if(ours != theirs, key, problem, f"give both the same path, {off}", value)
+    packs = [one.lora is not None and one.lora.settings.load_in_4bit for one in (actor, part)]
+    problem = f"lora.load_in_4bit is {packs[1]} of {part.key} and {packs[0]} of the actor"
+    fix = f"give both the same, {off}"
+    refuse_if(part.trained and packs[0] != packs[1], key, problem, fix, value)
     kept, own = _kept(actor.settings), _kept(part.settings) if part.trained else {}
     for name, found in own.items():
         problem = f"{name} is {found} in {part.key}.deepspeed and {kept[name]} in actor.deepspeed"

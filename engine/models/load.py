@@ -7,9 +7,7 @@ partitioned before the next one is read. No rank ever holds a whole model.
 
 import logging
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -37,7 +35,8 @@ from gearshift.engine.config.assets import resolve
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import ModelConfig
-from gearshift.engine.models.files import LM_HEADS, CheckpointFiles, is_adapter
+from gearshift.engine.gearbox.quantised import Linear4bit, packed_layers
+from gearshift.engine.models.files import LM_HEADS, CheckpointFiles, in_order, is_adapter
 from gearshift.engine.models.fused import fuse
 from gearshift.engine.models.gguf import as_directory
 from gearshift.engine.models.heads import has_score
@@ -47,7 +46,6 @@ from gearshift.engine.zero import layout
 
 logger = logging.getLogger("gearshift")
 
-READERS = 8  # threads that read a checkpoint ahead
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AUTO_CLASSES = {
     "policy": AutoModelForCausalLM,
@@ -167,11 +165,13 @@ def load_model(
     fresh_head: bool = False,
     store: Store | None = None,
     base: PreTrainedModel | None = None,
+    swap: Callable[[nn.Module], None] | None = None,
 ) -> PreTrainedModel:
     """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
 
     store: of room_for; takes each partition of a frozen model as soon as it is made. base: a loaded
-    model of the same files; its decoder becomes this one's, in the same memory.
+    model of the same files; its decoder becomes this one's, in the same memory. swap: else puts
+    layers that are packed as soon as they are read in the place of others (lora.Lora.swap).
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
@@ -195,6 +195,10 @@ def load_model(
         refuse_if(base is not None, "path", problem, value=repr(config.path))
         made = replace(config, attn=module.config._attn_implementation)
         module = _load_with_transformers(made, hf_config, role, ds_config, dtype, fresh, files)
+        if swap:
+            swap(module)
+        for _, layer in packed_layers(module):
+            layer.pack()
         if store:
             for parameter in module.parameters():
                 store.take(parameter)
@@ -202,6 +206,8 @@ def load_model(
         used = {source for source in names.values() if source is not None}
         if base is None:
             _tell(config, role, files.left_out(module, used))
+            if swap:
+                swap(module)
         _fill(module, files, names, dtype, partitioner(ds_config, dtype, store))
     module.name_or_path = str(files.directory)
     if role == "policy":
@@ -368,7 +374,7 @@ def _fill(
     """Reads what of `module` is on meta, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
     empty = [(name, p) for name, p in module.named_parameters() if p.is_meta]
-    values = _in_order(partial(_read, files, names), empty)
+    values = in_order(partial(_read, files, names), empty)
     for path, part in module.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if not parameter.is_meta:
@@ -384,25 +390,8 @@ def _fill(
             source = names.get(f"{path}.{name}".removeprefix("."))
             if source is not None:
                 buffer.copy_(files.read(source))
-
-
-def _in_order(
-    read: Callable[[str, Tensor], Tensor], parameters: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, value) of each. Where there is a GPU several are read ahead: a mapped file comes page
-    by page, which one thread does at a fraction of what a disk or the page cache gives."""
-    if not torch.cuda.is_available():
-        yield from ((name, read(name, parameter)) for name, parameter in parameters)
-        return
-    coming: deque[tuple[str, Future]] = deque()
-    with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
-        for name, parameter in parameters:
-            coming.append((name, pool.submit(lambda *of: read(*of).clone(), name, parameter)))
-            if len(coming) > READERS:
-                first, value = coming.popleft()
-                yield first, value.result()
-        for name, value in coming:
-            yield name, value.result()
+        if isinstance(part, Linear4bit):
+            part.pack()
 
 
 def _read(

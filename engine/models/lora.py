@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import LoraConfig, TrainedConfig
 from gearshift.engine.gearbox.adapters import STARTED, TRAINED, adapted_layers
+from gearshift.engine.gearbox.quantised import BLOCK, Linear4bit
 from gearshift.engine.models.files import ADAPTER_CONFIG, is_adapter
 from gearshift.engine.models.load import dtype_of, partitioner
 from gearshift.engine.zero.layers import decoder_layers
@@ -69,6 +71,13 @@ class Lora:
             named = [name for name in named if name != "classifier"]
         return own + [name for name in named if name not in own]
 
+    def swap(self, module: nn.Module) -> None:
+        """Puts layers that `pack` quantises in the place of those that are to be in 4 bit. Raises
+        ConfigError."""
+        check_bitsandbytes(self)
+        for name, layer in quantisable(module, self).items():
+            module.set_submodule(name, Linear4bit(layer.weight, layer.bias))  # type: ignore[arg-type]
+
 
 def adapts(section: TrainedConfig) -> bool:
     """Whether a role is to have adapters: new ones, or those that its path holds."""
@@ -108,6 +117,36 @@ def base_of(folder: Path, settings: LoraConfig) -> str:
     problem = f"{folder / ADAPTER_CONFIG} names no base model"
     refuse_if(not named, "lora.base", problem, "name it here", "null")
     return str(named)
+
+
+def check_bitsandbytes(lora: Lora | None) -> None:
+    """Raises ConfigError where weights are to be in 4 bit and what packs them is not installed."""
+    missing = lora and lora.settings.load_in_4bit and find_spec("bitsandbytes") is None
+    problem, fix = "needs the package bitsandbytes", "install it: pip install '.[qlora]'"
+    refuse_if(missing, "lora.load_in_4bit", problem, fix, "true")
+
+
+def quantisable(module: nn.Module, lora: Lora) -> dict[str, nn.Module]:
+    """The layers that are kept in 4 bit, by their paths: all that `targets: auto` would adapt, but
+    those that train whole. Raises ConfigError where bitsandbytes cannot quantise one."""
+    if not lora.settings.load_in_4bit:
+        return {}
+    linear = {id(layer) for layer in _linear_layers(module)}
+    paths = [name for name, part in module.named_modules() if id(part) in linear]
+    trained = [p for p, _ in module.named_modules() if _ends(p, *lora.whole)]
+    found = {}
+    for name in paths:
+        if _ends(name, *_ROUTERS) or any(f"{name}.".startswith(f"{path}.") for path in trained):
+            continue
+        layer = module.get_submodule(name)
+        width, key = int(layer.weight.shape[-1]), "lora.load_in_4bit"
+        problem = f"{name} has rows of {width}, which are no multiple of the blocks of {BLOCK}"
+        transposed = isinstance(layer, Conv1D)
+        problem = f"{name} has a transposed weight (Conv1D)" if transposed else problem
+        fix = "leave it out, or choose another family"
+        refuse_if(transposed or width % BLOCK, key, problem, fix, "true")
+        found[name] = layer
+    return found
 
 
 def adapt(module: PreTrainedModel, lora: Lora, ds_config: dict, seed: int) -> None:
@@ -152,7 +191,8 @@ def fill(module: nn.Module, lora: Lora, partition: Callable, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     stored = _stored(module, lora) if lora.folder else {}
     for name, layer in adapted_layers(module):
-        dtype = layer.base_layer.weight.dtype
+        held = layer.base_layer
+        dtype = held.state.dtype if isinstance(held, Linear4bit) else held.weight.dtype
         a, b = (stored.get(f"{name}.{kind}.weight") for kind in ("lora_A", "lora_B"))
         if a is None or b is None:
             r, width = layer.lora_A[TRAINED].weight.shape
@@ -216,9 +256,9 @@ def _targets(module: nn.Module, wanted: list[str] | str) -> list[str]:
     names = {id(part): name for name, part in module.named_modules()}
     linear = [names[id(layer)] for layer in _linear_layers(module)]
     if wanted == "auto":
-        chosen = [name for name in linear if name.split(".")[-1] not in _ROUTERS]
+        chosen = [name for name in linear if not _ends(name, *_ROUTERS)]
     else:
-        chosen = [name for name in linear if any(_ends(name, target) for target in wanted)]
+        chosen = [name for name in linear if _ends(name, *wanted)]
         for target in wanted:
             known = sorted({name.split(".")[-1] for name in linear})
             refuse_if(
@@ -231,12 +271,12 @@ def _targets(module: nn.Module, wanted: list[str] | str) -> list[str]:
     problem = "the model has no linear layers to adapt" if wanted else "names no layer"
     refuse_if(not chosen, "lora.targets", problem, "" if wanted else "use auto, or names", wanted)
     ends = sorted({name.split(".")[-1] for name in chosen})
-    matched = {name for name in names.values() if any(_ends(name, end) for end in ends)}
+    matched = {name for name in names.values() if _ends(name, *ends)}
     return ends if matched == set(chosen) else sorted(chosen)
 
 
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _ends(name: str, *targets: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _whole_module(module: nn.Module, name: str) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gearshift.engine.config.errors import ConfigError, did_you_mean, said
 from gearshift.engine.config.schema import ModelConfig
+from gearshift.engine.gearbox.quantised import BYTES
 from gearshift.engine.streaming.units import cut, most_at_once
 
 PREFIX = "shape:"
@@ -76,7 +77,8 @@ class Shape:
 
     numels: elements of each parameter, tied ones once, those of adapters included. trained: of
     those that a role which is trained trains. head: of the projection to the vocabulary, 0 without
-    one. adapted: of the weights that adapters are added to, 0 where all trains.
+    one. adapted: of the weights that adapters are added to, 0 where all trains. packed: of each
+    weight that is kept in 4 bit.
     """
 
     numels: tuple[int, ...]
@@ -96,6 +98,7 @@ class Shape:
     experts: int = 0  # elements of all experts
     active: float = 1.0  # share of the experts that a token meets
     adapted: int = 0
+    packed: tuple[int, ...] = ()
     head_trains: bool = True
 
     @property
@@ -106,6 +109,11 @@ class Shape:
     def updated(self) -> int:
         """Elements that training changes."""
         return sum(self.trained)
+
+    def weight_bytes(self, size: int) -> float:
+        """Of all, whole, at `size` bytes an element that is not kept in 4 bit."""
+        packed = sum(self.packed)
+        return size * (self.total - packed) + BYTES * packed
 
     @property
     def whole(self) -> bool:
@@ -174,7 +182,10 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
     chosen = getattr(text, "num_experts_per_tok", experts) or experts
     units = cut(module)
+    packed: tuple[int, ...] = ()
     if adapters:
+        layers = lora.quantisable(module, adapters).values()
+        packed = tuple(layer.weight.numel() for layer in layers)
         lora.inject(module, adapters)
     named = list(module.named_parameters())
     kv_heads, head_dim = kv_shape(text)
@@ -197,5 +208,6 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
         experts=sum(p.numel() for n, p in named if ".experts." in n),
         active=chosen / experts if experts else 1.0,
         adapted=sum(adapter.weight.numel() for adapter in adapters_of(module)),
+        packed=packed,
         head_trains=head is None or head.weight.requires_grad,
     )

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.gearbox.adapters import plain_parameters
+from gearshift.engine.gearbox.quantised import share_layers
 from gearshift.engine.zero.layout import whole_shape
 
 
@@ -19,6 +20,7 @@ def share(
 
     shared: see zero.layout.sharer. What is no part of the decoder, as a head, stays on meta.
     """
+    share_layers(module.base_model, base.base_model)
     theirs = plain_parameters(base.base_model, tied=True)
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
     for path, part in module.base_model.named_modules():

@@ -74,8 +74,10 @@ def _changes(config: Config, parts: Parts) -> Iterator[tuple[str, Change]]:
         name = "frozen_zero3_cpu_bf16"
         yield f"give the frozen models {name}.json", _deepspeed(name, trained=False)
     trained = [part for part in parts.values() if part.trained]
-    # split_adamw updates the weights where they are used, and refuses offload.
-    plain = all(getattr(config, part.name).optimizer.name == "adamw" for part in trained)
+    # split_adamw updates the weights where they are used, and refuses offload; ZeRO-3 refuses
+    # weights in 4 bit.
+    own = [getattr(config, part.name) for part in trained]
+    plain = all(r.optimizer.name == "adamw" and not r.lora.load_in_4bit for r in own)
     kept = any("offload_optimizer" not in part.settings["zero_optimization"] for part in trained)
     if plain and kept:
         yield (

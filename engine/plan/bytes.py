@@ -89,7 +89,7 @@ def state_elements(shape: Shape, zero: Zero, world: int) -> int:
 def frozen_states(shape: Shape, zero: Zero, world: int, *, on_base: bool = False) -> States:
     """Of a model without an optimizer; off the device it is streamed (streaming/engine.py).
     on_base: its own weights are adapters and a head alone."""
-    shape = replace(shape, numels=shape.trained) if on_base else shape
+    shape = replace(shape, numels=shape.trained, packed=()) if on_base else shape
     if zero.parameters == "gpu":
         return States(
             gpu={"weights": float(zero.size * shard_elements(shape, zero, world))}, host={}
@@ -124,7 +124,7 @@ def trained_states(
     """
     gpu: dict[str, float] = {}
     host: dict[str, float] = {}
-    own = replace(shape, numels=shape.trained) if on_base else shape
+    own = replace(shape, numels=shape.trained, packed=()) if on_base else shape
     _weights(own, zero, world, gpu, host)
     part = state_elements(shape, zero, world)
     place = gpu if zero.optimizer == "gpu" else host
@@ -157,9 +157,10 @@ def trained_states(
 
 
 def _weights(shape: Shape, zero: Zero, world: int, gpu: dict, host: dict) -> None:
-    """Of a trained model: its partitions lie in one buffer."""
+    """Of a trained model: its partitions lie in one buffer. Those in 4 bit are not cut."""
     if zero.parameters == "gpu":
-        gpu["weights"] = float(zero.size * shard_elements(shape, zero, world))
+        whole = shape.weight_bytes(zero.size)
+        gpu["weights"] = float(zero.size * shape.shard(world)) if zero.stage == 3 else whole
     elif zero.parameters == "nvme":
         host["NVMe buffers"] = zero.size * zero.nvme_host
     else:
@@ -201,9 +202,10 @@ def is_gradients(what: str) -> bool:
 
 
 def live_weights(shape: Shape, zero: Zero, world: int) -> float:
-    """Bytes of whole parameters that ZeRO-3 holds at once, prefetch and the head included."""
+    """Bytes of whole parameters that ZeRO-3 holds at once, prefetch and the head included; and of
+    one that is dequantised."""
     if zero.stage < 3 or (world == 1 and zero.parameters == "gpu"):
-        return 0.0
+        return float(zero.size * max(shape.packed, default=0))
     at_once = max(zero.max_live, *shape.numels) + zero.prefetch + shape.head
     return zero.size * min(float(shape.total), at_once)
 

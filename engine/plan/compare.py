@@ -87,7 +87,7 @@ def needs(plan: Plan, figures: dict[str, float]) -> dict[str, Need]:
     work, world, ppo = _work(plan, figures), plan.hardware.world, plan.config.ppo
     found: dict[str, Need] = defaultdict(Need)
     for role in plan.roles:
-        shape, weights = role.shape, role.zero.size * role.shape.total
+        shape, weights = role.shape, role.shape.weight_bytes(role.zero.size)
         once = Need(sum(forward_flops(shape, work)) / world, weights)
         judged = Phase.REFERENCE if role.name == "reference" else Phase.REWARDS
         found[{"actor": Phase.LOGPROBS, "critic": Phase.VALUES}.get(role.name, judged)] += once
@@ -112,6 +112,8 @@ def _decoding(plan: Plan, actor: Role, work: Work, figures: dict[str, float]) ->
     steps = max(figures["response_length/max"], tokens / max(1, plan.kv_slots))
     context = work.prompt + work.response / 2
     weights = size * (shape.body + (shape.head or shape.embedding)) / plan.tp
+    if plan.config.actor.lora.generate == "unmerged":
+        weights += shape.weight_bytes(size) - size * shape.total
     return steps * weights + tokens * context * shape.kv_bytes_per_token(plan.tp, size)
 
 

@@ -176,6 +176,8 @@ class _Planner:
         shape, size = actor.shape, actor.zero.size
         gpu = self._resident(Phase.GENERATE)
         gpu["generation shards"] = self._shards()
+        if shape.packed:
+            gpu["dequantised weight"] = float(size * max(shape.packed))
         staging = rollout.shift_bucket_mb or BUCKET_MB["cpu" if self.hw.shared else "cuda"]
         gpu["shift staging"] = staging * 2**20 * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
@@ -189,21 +191,22 @@ class _Planner:
         budget = rollout.kv_cache_gb * GB or (CPU_CACHE_GB * GB if self.hw.shared else free)
         slots = max(0, min(wanted, int(budget // sequence)))
         gpu["KV cache"] = float(slots * sequence)
+        apart = bool(shape.adapted) and not self._merges
         seconds = plan_time.generate_seconds(
-            shape, actor.zero, work, self.hw, self.tp, slots or wanted
+            shape, actor.zero, work, self.hw, self.tp, slots or wanted, dequantises=apart
         )
-        if shape.adapted and not self._merges:
+        if apart:
             seconds *= plan_time.UNMERGED
         made = PhasePlan(name=Phase.GENERATE, gpu=gpu, host=self.host, seconds=seconds)
         return made, slots, wanted
 
     def _shards(self) -> float:
         """Zero where the generation gear has views of the weights, but for those that adapters are
-        added to."""
+        added to or that are dequantised."""
         zero, shape = self.actor.zero, self.actor.shape
         partitioned = zero.stage == 3 and self.hw.world > 1
         if not partitioned and self.tp == 1 and zero.parameters == "gpu":
-            return float(zero.size * shape.adapted * self._merges)
+            return float(zero.size * max(shape.adapted, sum(shape.packed)) * self._merges)
         return zero.size * shape.total / self.tp
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gearshift.engine.config.schema import OptimizerConfig
+from gearshift.engine.gearbox.quantised import BYTES
 from gearshift.engine.models.shapes import Shape
 from gearshift.engine.plan.bytes import Zero, state_elements
 from gearshift.engine.plan.hardware import Hardware
@@ -101,14 +102,28 @@ def _adam(shape: Shape, zero: Zero, hw: Hardware) -> float:
 
 
 def generate_seconds(
-    shape: Shape, zero: Zero, work: Work, hw: Hardware, tp: int, slots: int
+    shape: Shape,
+    zero: Zero,
+    work: Work,
+    hw: Hardware,
+    tp: int,
+    slots: int,
+    *,
+    dequantises: bool = False,
 ) -> float:
-    """Shift, prefill and decoding of `work.rows` x tp sequences by a TP group with `slots`."""
+    """Shift, prefill and decoding of `work.rows` x tp sequences by a TP group with `slots`.
+
+    dequantises: at each token a weight in 4 bit is read, written whole and read again, as it is for
+    more than a few sequences.
+    """
     gpu, sequences = hw.gpu, work.rows * tp
     weights = (shape.body + (shape.head or shape.embedding)) / tp
     prefill = 2 * shape.body * work.rows * work.prompt / (gpu.flops * SCORE_SHARE)
     together = min(slots, sequences)
-    product = max(2 * weights * together / gpu.flops, zero.size * weights / gpu.bandwidth)
+    read = zero.size * weights
+    if dequantises:
+        read += (BYTES + zero.size) * sum(shape.packed)
+    product = max(2 * weights * together / gpu.flops, read / gpu.bandwidth)
     context = work.prompt + work.response / 2
     cache = together * context * shape.kv_bytes_per_token(tp, zero.size) / gpu.bandwidth
     reduces = 2 * shape.layers * ALL_REDUCE_S if tp > 1 else 0.0

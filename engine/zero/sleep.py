@@ -140,6 +140,9 @@ class Sleeper:
             if not layout.is_on_disk(parameter):
                 add("weights", layout.partition(parameter))
             add("small weights, whole", parameter)
+        for layer in self.engine.module.modules():
+            for tensor in getattr(layer, "magnitudes", ()):  # of weights in 4 bit
+                add("weights", tensor)
         for buffer in layout.reduce_buckets(self._zero):
             add("reduce buckets", buffer)
         if self._offloaded:

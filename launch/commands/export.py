@@ -80,9 +80,12 @@ def restored(checkpoint: Path, state: dict[str, Any], part: Part, seed: int) -> 
 
 def unpartitioned(part: Part, seed: int) -> tuple[nn.Module, nn.Module]:
     """A role's model in float32, as it was before training, and what its engine calls it in."""
-    model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=part.fresh_head)
-    if part.lora:
-        lora.adapt(model, part.lora, UNPARTITIONED, seed)
+    own, fresh = part.lora, part.fresh_head
+    swap = own.swap if own else None
+    with part.errors():
+        model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=fresh, swap=swap)
+        if own:
+            lora.adapt(model, own, UNPARTITIONED, seed)
     return model, Policy(model) if part.kind == "policy" else ValueModel(model)
 
 

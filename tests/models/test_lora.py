@@ -16,6 +16,7 @@ from gearshift.engine.checkpoint.export import export_role
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import LoraConfig, ModelConfig
 from gearshift.engine.gearbox.adapters import adapters, fold, playing
+from gearshift.engine.gearbox.quantised import packed_layers
 from gearshift.engine.metrics import StepMetrics
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import cast, within_actor
@@ -24,6 +25,7 @@ from gearshift.engine.models.load import prepare
 from gearshift.engine.objective import token_weights
 from gearshift.engine.plan import planner
 from gearshift.engine.plan.hardware import GPUS, Hardware
+from tests.gearbox.quantised_on_ranks import needs_packing, write_models
 from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 
@@ -155,7 +157,7 @@ def process_group():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return tiny_run.write_models(tmp_path_factory.mktemp("models"))
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 def with_lora(config, critic: bool = True, **settings):
@@ -224,9 +226,12 @@ def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again
     assert torch.equal(learned[0.5, True], learned[0.5, False])
 
 
-def test_gradients_are_those_of_a_float64_model(models):
-    """Of A and B, at full rank, by the plain model's forward with weights W + s B A."""
-    config = with_lora(tiny_run.config(models), critic=False, r=16, alpha=8.0)
+@pytest.mark.parametrize("model", ["policy", pytest.param("wide", marks=needs_packing)])
+def test_gradients_are_those_of_a_float64_model(models, model):
+    """Of A and B, by the plain model's forward with weights W + s B A: at full rank, and beside
+    weights in 4 bit, which are dequantised for it."""
+    config, packs = tiny_run.config(models, model=model), model == "wide"
+    config = with_lora(config, critic=False, r=16, alpha=8.0, load_in_4bit=packs)
     trainer = tiny_run.trainer(config)
     actor = trainer.actor
     spread(actor.lm)
@@ -237,7 +242,11 @@ def test_gradients_are_those_of_a_float64_model(models):
     weights = token_weights(live, "seq_sum", 1, live.sum())
     actor.backward(actor.loss(rows, weights)[0], last=False)
 
-    plain = AutoModelForCausalLM.from_pretrained(models / "policy").double()
+    plain = AutoModelForCausalLM.from_pretrained(models / model).double()
+    layers = dict(packed_layers(actor.lm))
+    assert len(layers) == 14 * packs
+    for name, layer in layers.items():
+        plain.get_submodule(name).weight.data.copy_(layer.whole())
     leaves, merged = [], {n: p.detach() for n, p in plain.named_parameters()}
     for adapter in adapters(actor.lm):
         a, b = (t.detach().double().requires_grad_() for t in (adapter.a, adapter.b))
