@@ -30,8 +30,9 @@ class Part:
 
     name: actor, critic, reference, or a reward's own. key: of its section, as rewards.1.
     section: as the user wrote it. keeps_start: the adapters that it starts from stay beside the
-    trained ones, for the reference. origins: whose weights it may start from where its section has
-    no path; the first that can serve is taken, and the last always can.
+    trained ones, for the reference. still: it trains in other runs, not in this one. origins: whose
+    weights it may start from where its section has no path; the first that can serve is taken, and
+    the last always can.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     section: Any  # a TrainedConfig, ReferenceConfig or RewardConfig
     trained: bool = False
     keeps_start: bool = False
+    still: bool = False
     origins: tuple["Part", ...] = field(default=(), repr=False)
 
     @property
@@ -226,7 +228,10 @@ def within_actor(config: Config) -> Literal["base", "start"] | None:
 
 
 def _actor(config: Config) -> Part:
-    return Part(name="actor", key="actor", kind="policy", section=config.actor, trained=True)
+    still = config.run.task == "critic" and not adapts(config.actor)  # adapters are few
+    return Part(
+        name="actor", key="actor", kind="policy", section=config.actor, trained=True, still=still
+    )
 
 
 def is_decoder(hf_config: Any) -> bool:
