@@ -21,7 +21,7 @@ from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.roles import Actor, ActorsStart, Critic, Reference, RewardModel, Roles
 from gearshift.engine.rollout.context import moves, positions
 from gearshift.engine.streaming.store import Store
-from gearshift.engine.zero.optim import check_optimizer
+from gearshift.engine.zero.optim import check_optimizer, hold_still
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +151,12 @@ def _idle_lora_keys(config: Config, role: str) -> list[str]:
 
 
 def bases(blueprint: Blueprint) -> dict[str, str]:
-    """By role with adapters a fingerprint of the frozen model under them, which no checkpoint
-    holds."""
+    """By role a fingerprint of the frozen model under its adapters, or of one that is held still,
+    which no checkpoint holds."""
     return {
         name: CheckpointFiles(location(part.source), part.source.revision).fingerprint
         for name, part in blueprint.cast.items()
-        if part.trained and part.lora
+        if part.trained and (part.lora or part.still)
     }
 
 
@@ -231,6 +231,8 @@ def _load(
         )
         if own:
             lora.adapt(model, own, part.settings, config.run.seed)
+    if part.still:
+        hold_still(model)
     return model
 
 

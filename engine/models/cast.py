@@ -36,9 +36,10 @@ class Part:
 
     name: actor, critic, reference, or a reward's own. key: of its section, as rewards.1.
     section: as the user wrote it. keeps_start: the adapters that it starts from stay beside the
-    trained ones, for the reference. origins: whose weights it may start from where its section has
-    no path; the first that can serve is taken, and the last always can. base: the part on whose
-    frozen weights, in the same memory, its adapters are to be.
+    trained ones, for the reference. still: it trains in other runs, not in this one. origins: whose
+    weights it may start from where its section has no path; the first that can serve is taken, and
+    the last always can. base: the part on whose frozen weights, in the same memory, its adapters
+    are to be.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Part:
     section: Any  # a TrainedConfig, ReferenceConfig or RewardConfig
     trained: bool = False
     keeps_start: bool = False
+    still: bool = False
     origins: tuple["Part", ...] = field(default=(), repr=False)
     base: "Part | None" = field(default=None, repr=False)
 
@@ -315,7 +317,10 @@ def _at(path: str, revision: str | None) -> str:
 
 
 def _actor(config: Config) -> Part:
-    return Part(name="actor", key="actor", kind="policy", section=config.actor, trained=True)
+    still = config.run.task == "critic" and not adapts(config.actor)  # adapters are few
+    return Part(
+        name="actor", key="actor", kind="policy", section=config.actor, trained=True, still=still
+    )
 
 
 def is_decoder(hf_config: Any) -> bool:

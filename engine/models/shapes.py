@@ -157,14 +157,15 @@ def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: in
     return 2 * layers * math.ceil(kv_heads / tp) * head_dim * size
 
 
-def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
-    """role: "policy", "critic" or "reward". adapters: a lora.Lora. Raises ConfigError where
-    transformers has no such model of this family."""
+def shape_of(hf_config: Any, role: str, adapters: Any = None, *, still: bool = False) -> Shape:
+    """role: "policy", "critic" or "reward". adapters: a lora.Lora. still: as of cast.Part. Raises
+    ConfigError where transformers has no such model of this family."""
     from accelerate import init_empty_weights
 
     from gearshift.engine.gearbox.adapters import adapters as adapters_of
     from gearshift.engine.models import lora
     from gearshift.engine.models.load import auto_class
+    from gearshift.engine.zero.optim import hold_still
 
     auto, family = auto_class(role, hf_config), hf_config.model_type
     try:
@@ -187,6 +188,8 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None) -> Shape:
         layers = lora.quantisable(module, adapters).values()
         packed = tuple(layer.weight.numel() for layer in layers)
         lora.inject(module, adapters)
+    if still:
+        hold_still(module)
     named = list(module.named_parameters())
     kv_heads, head_dim = kv_shape(text)
     mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size

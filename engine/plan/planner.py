@@ -27,7 +27,7 @@ from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
-_SHAPES: dict[tuple[str, str, str], Shape] = {}
+_SHAPES: dict[tuple[str, str, str, bool], Shape] = {}
 
 
 def plan(config: Config, parts: dict[str, Part], hardware: Hardware) -> Plan:
@@ -55,10 +55,10 @@ def _role(config: Config, part: Part, hardware: Hardware) -> Role:
     world, fused = hardware.world, not hardware.shared and fuses(part.hf_config, part.section.liger)
     zero = Zero.of(part.settings, fused=fused)
     # Made once of each text: a module takes seconds to make, and advice plans many times.
-    key = part.hf_config.to_json_string(use_diff=False), part.kind, str(part.lora)
+    key = part.hf_config.to_json_string(use_diff=False), part.kind, str(part.lora), part.still
     if key not in _SHAPES:
         with part.errors():
-            _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora)
+            _SHAPES[key] = shape_of(part.hf_config, part.kind, part.lora, still=part.still)
     shape = _SHAPES[key]
     on_base = part.base is not None
     if part.trained:

@@ -40,6 +40,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, ds_config: dict)
     return torch.optim.AdamW([g for g in groups if g["params"]], **settings, fused=True)
 
 
+def hold_still(module: nn.Module) -> None:
+    """Freezes a model that is not to be trained, all but its smallest parameter: DeepSpeed's ZeRO
+    stages 1 and 2 want an optimizer, and an optimizer wants a parameter."""
+    module.requires_grad_(False)
+    smallest = min(module.parameters(), key=lambda p: whole_shape(p).numel())
+    smallest.requires_grad_(True)
+
+
 def check_optimizer(config: OptimizerConfig, ds_config: dict) -> None:
     """Raises ConfigError where bf16 master weights would lose their low bits, or have none to keep.
 

@@ -21,6 +21,7 @@ from gearshift.engine.plan.advice import advise
 from gearshift.engine.plan.hardware import GB, GPUS, Hardware, hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.engine.plan.record import PhasePlan, Plan, Role
+from gearshift.launch import pretraining
 from gearshift.launch.console import stdout_for_the_answer
 
 DOES_NOT_FIT = 3
@@ -51,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
 
 def planned(path: str | None, overrides: list[str], place: Hardware) -> tuple[Plan, str | None]:
     """The plan of a configuration, and what to change first where it does not fit."""
-    config = config_load.load(path, overrides).config
+    resolved = config_load.load(path, overrides)
+    alone = resolved.config.run.task == "critic"
+    config = (pretraining.settle(resolved) if alone else resolved).config
     parts = cast(config)
     check_bases(parts)
     made = plan(config, parts, place)

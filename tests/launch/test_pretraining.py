@@ -91,6 +91,7 @@ def test_the_critic_learns_until_it_no_longer_improves(pretrained):
         (folder / "critic" / "checkpoints" / f"step_{len(found):06d}" / "state.json").read_text()
     )
     assert state["roles"]["actor"]["global_steps"] == 0
+    assert len(state["roles"]["actor"]["shapes"]) == 1 < len(state["roles"]["critic"]["shapes"])
     assert state["stateful"]["patience"]["waited"] == 4
 
 

@@ -50,6 +50,16 @@ def test_a_run_that_fits(capsys, run_yaml):
     assert made["roles"][0]["parameters"] == 494_032_768
 
 
+def test_the_critic_alone_has_no_optimizer_of_the_policy(capsys, run_yaml):
+    """Nor a reference. Of the policy there are the weights, and buffers of DeepSpeed's."""
+    _, made = plan_json(capsys, "--config", run_yaml, "--run.task", "critic")
+    assert "reference" not in {role["name"] for role in made["roles"]}
+    actor, critic = (role["gpu"] for role in made["roles"][:2])
+    assert actor["weights"] > 0.98e9
+    for what in ("fp32 master", "moments", "gradients"):
+        assert actor[what] < 2e4 < 9e8 < critic[what]
+
+
 def critic_of(capsys, folder, reward) -> tuple[int, int, str | None]:
     """Parameters of the critic and of the actor, and what was assumed."""
     settings = {

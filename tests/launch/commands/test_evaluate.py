@@ -2,10 +2,14 @@
 
 import json
 
+import peft
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from gearshift.launch import cli, train
 from tests.tiny import job as tiny_job
+from tests.tiny import models as tiny
 
 JUDGE = """
 import random
@@ -62,6 +66,22 @@ def test_the_figures_are_those_of_the_loop(finished, tmp_path, capsys, model, st
     rows = map(json.loads, (folder / "run" / "samples.jsonl").read_text().splitlines())
     shown = [row for row in rows if row.get("eval") and row.pop("step") == step]
     assert found["samples"] == shown and len(shown) == 3
+
+
+def test_an_adapter_of_peft_is_added(finished, tmp_path):
+    folder, path = finished
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "policy"), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(tmp_path / "merged")
+    greedy = ["--eval.sampling.temperature", "0"]
+    found = [
+        evaluate(path, tmp_path / "found.json", *greedy, *words)["samples"]
+        for words in ([], ["--model", tmp_path / "adapter"], ["--model", tmp_path / "merged"])
+    ]
+    assert found[0] != found[1] == found[2]
 
 
 def test_the_policy_has_moved(finished):
