@@ -17,7 +17,7 @@ from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_tokenizer, location
-from gearshift.engine.models.lora import Lora, base_of
+from gearshift.engine.models.lora import Lora, adapts, base_of
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
