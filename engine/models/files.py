@@ -94,8 +94,9 @@ class CheckpointFiles:
         """
         prefix, head = getattr(module, "base_model_prefix", "") + ".", self.head or "score"
         found: dict[str, str | None] = {}
-        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
-        for name in module.state_dict():
+        tied = getattr(module, "all_tied_weights_keys", None) or {}
+        names = list(module.state_dict())
+        for name in names:
             bare, field = name.removeprefix(prefix), name.removeprefix("score")
             candidates = [head + field] if field != name else [name, bare, prefix + name]
             candidates += [NESTED + name, f"model.{NESTED}{bare}"]
@@ -106,6 +107,11 @@ class CheckpointFiles:
                 found[name] = source
             elif name not in tied:
                 return None
+        for name in names:
+            if name not in found:  # a head that comes before the embedding whose weight it shares
+                if tied[name] not in found:
+                    return None
+                found[name] = found[tied[name]]
         return found
 
     def left_out(self, module: nn.Module, used: set[str]) -> list[str]:
