@@ -136,7 +136,7 @@ class Actor(Trained):
         self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
-        kind = choose_engine(lm, config.rollout.engine)
+        kind = choose_engine(lm, config.rollout.engine, self.engine.device)
         merged = config.actor.lora.generate != "unmerged"
         place = {"device": self.engine.device, "merged": merged}
         self.gearbox = Gearbox(self.engine, lm, config.rollout, **place)
