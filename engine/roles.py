@@ -148,7 +148,7 @@ class Actor(Trained):
         self.lm, self.tokenizer, self.ppo, self.config = lm, tokenizer, config.ppo, config
         self.temperature = config.sampling.temperature
         self.ends = end_token_ids(tokenizer, lm)
-        kind = choose_engine(lm, config.rollout.engine)
+        kind = choose_engine(lm, config.rollout.engine, self.engine.device)
         share, problem = config.rollout.defer_stragglers, "this actor generates padded batches"
         wrong = share and kind is PaddedEngine
         refuse_if(wrong, "rollout.defer_stragglers", problem, "use 0", share)

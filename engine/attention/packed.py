@@ -78,6 +78,12 @@ def rope_entries(text: Any) -> list[dict[str, Any]]:
     return [parameters, *(entry for entry in parameters.values() if isinstance(entry, dict))]
 
 
+def by_layer(text: Any) -> list[Any]:
+    """A text model's configuration, or those of its layers where they have sizes of their own
+    (Gemma 4), which transformers then gives of a layer only."""
+    return list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+
+
 def moving_rope(text: Any) -> str | None:
     """The rope type of a text model whose frequencies change with the longest row it reads."""
     types = {entry.get("rope_type") for entry in rope_entries(text)}

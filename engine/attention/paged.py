@@ -38,9 +38,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A forward that only shows what each attention layer keeps per token."""
+    """A forward that only shows what each attention layer keeps per token, and what of it the cache
+    could not."""
 
     shapes: dict[nn.Module, LayerShape] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
 
 
 _current: Step | Probe | None = None
@@ -52,7 +54,8 @@ def accepts(module: nn.Module, argument: str) -> bool:
 
 
 def supports(module: nn.Module) -> str | None:
-    """Why the module cannot generate with paged attention; None if it can."""
+    """Why the module cannot generate with paged attention; None if nothing is known before it has
+    run, see probe."""
     if why := unpackable(module):
         return why
     if not accepts(module, "logits_to_keep"):
@@ -110,6 +113,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@torch.no_grad()
+def probe(module: nn.Module, device: torch.device | str) -> Probe:
+    """What the module's attention layers keep: a forward of one token."""
+    made, token = Probe(), torch.zeros(1, 1, dtype=torch.long, device=device)
+    with attending(module), running(made):
+        module(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
+    return made
+
+
 @contextmanager
 def attending(module: nn.Module) -> Iterator[None]:
     """The module attends through the paged cache, in eval mode; leaves it as it was found."""
@@ -145,16 +157,13 @@ def _observe(
         for name, argument in others.items()
         if isinstance(argument, Tensor) and name not in ("position_ids", "cache_position")
     ]
+    name = type(module).__name__
     if unknown:
-        raise ValueError(
-            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which the paged "
-            "engine would ignore; set rollout.engine: hf"
-        )
+        said = f"passes {', '.join(unknown)} to attention, which the paged engine would ignore"
+        probe.faults.append(f"{name} {said}")
     if module in probe.shapes:
-        raise ValueError(
-            f"rollout.engine=auto: {type(module).__name__} attends twice in a layer, which the "
-            "paged engine cannot; set rollout.engine: hf"
-        )
+        said = "attends twice in a layer, which the paged engine cannot"
+        probe.faults.append(f"{name} {said}")
     shape = LayerShape(key=tuple(key.shape[1:]), value=tuple(value.shape[1:]), dtype=key.dtype)
     probe.shapes[module] = shape
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1)

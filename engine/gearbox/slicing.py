@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gearshift.engine.attention.packed import by_layer
 from gearshift.engine.gearbox.spec import Interval, Spec, balanced
 
 # Style in the plan -> how its weight is cut: "column" is the output side, "row" the input side.
@@ -124,8 +125,9 @@ def plan_tensor_parallel(model: nn.Module, size: int) -> TPPlan:
 
 
 def _check_heads(model: nn.Module, size: int) -> None:
-    family, heads = model.config.model_type, getattr(model.config, "num_attention_heads", None)
-    if heads is not None and size > heads:
+    family, layers = model.config.model_type, by_layer(model.config.get_text_config())
+    heads = min(getattr(layer, "num_attention_heads", None) or size for layer in layers)
+    if size > heads:
         raise ValueError(f"rollout.tp={size}: must not exceed {family}'s {heads} attention heads")
 
 
@@ -211,7 +213,7 @@ def _attention(
     if gathered and gathered != {"qkv_proj"}:
         return None  # the plan computes these heads on every rank
     counts = _head_counts(module, children)
-    if counts is not None:
+    if counts is not None and not _reads_all_heads(name, module, counts, styles):
         if gathered:
             _localize_packed_attention(name, children, styles)
         return tuple(cut_heads(*counts, size, rank) for rank in range(size))
@@ -224,6 +226,8 @@ def _attention(
 def _head_counts(module: nn.Module, children: dict[str, nn.Linear]) -> tuple[int, int] | None:
     """(heads, kv heads) of an attention module if its projections are laid out by whole heads."""
     config = getattr(module, "config", None)
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[module.layer_idx]  # type: ignore[union-attr]
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
         return None
@@ -245,6 +249,17 @@ def _head_counts(module: nn.Module, children: dict[str, nn.Linear]) -> tuple[int
         if rows % divisor or (expected.get(child) or rows) != rows:
             return None
     return heads, kv_heads
+
+
+def _reads_all_heads(name: str, module: nn.Module, counts, styles: dict[str, str]) -> bool:
+    """Whether an attention module has a number for each head that the plan leaves whole, so that
+    it makes something for all heads (Doge: the mask)."""
+    return any(
+        parameter.ndim == 1
+        and len(parameter) in counts
+        and styles.get(f"{name}.{leaf}") not in _CUT
+        for leaf, parameter in module.named_parameters(recurse=False)
+    )
 
 
 def _localize_packed_attention(name: str, children, styles: dict[str, str]) -> None:

@@ -100,11 +100,10 @@ class CheckpointFiles:
         """
         prefix, head = getattr(module, "base_model_prefix", "") + ".", self.head or "score"
         found: dict[str, str | None] = {}
-        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        tied = getattr(module, "all_tied_weights_keys", None) or {}
         filled = {name for name, p in module.named_parameters() if not p.is_meta}
-        for name in module.state_dict():
-            if name in filled:
-                continue
+        names = [name for name in module.state_dict() if name not in filled]
+        for name in names:
             bare, field = name.removeprefix(prefix), name.removeprefix("score")
             candidates = [head + field] if field != name else [name, bare, prefix + name]
             candidates += [NESTED + name, f"model.{NESTED}{bare}"]
@@ -115,6 +114,12 @@ class CheckpointFiles:
                 found[name] = source
             elif name not in tied:
                 return None
+        for name in names:
+            # A head that comes before the embedding whose weight it shares.
+            if name not in found and tied[name] not in filled:
+                if tied[name] not in found:
+                    return None
+                found[name] = found[tied[name]]
         return found
 
     def left_out(self, module: nn.Module, used: set[str]) -> list[str]:

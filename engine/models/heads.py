@@ -147,12 +147,10 @@ def verify_head(engine: Any) -> None:
             "supported, or they depend on later tokens: its log-probs differ from ours by "
             f"{found:.2g} nats; choose another family"
         )
-    tokens = torch.arange(_ROW, device=engine.device)[None] * 7 % min(lm.config.vocab_size, 61)
-    changed = torch.cat([tokens[:, :-1], tokens[:, :1]], 1)
-    alike = _alike(engine, tokens, changed)
+    alike = _alike(engine)
     if policy.packs and not alike:
         _pad(lm)
-        alike = _alike(engine, tokens, changed)
+        alike = _alike(engine)
     if not alike:
         raise ValueError(
             f"path={lm.name_or_path!r}: {type(lm).__name__} reads tokens otherwise where others "
@@ -167,19 +165,17 @@ def verify_packing(engine: Any) -> None:
 
     engine: of a ValueModel or ScoreModel. As verify_head: two forwards of a few tokens.
     """
-    model = engine.module.model
-    if not engine.module.packs:
-        return
-    ids = torch.arange(3, device=engine.device)[None]
-    if not _alike(engine, ids, ids):
-        _pad(model)
+    if engine.module.packs and not _alike(engine):
+        _pad(engine.module.model)
 
 
-def _alike(engine: Any, ids: Tensor, others: Tensor) -> bool:
-    """Whether all tokens but the last of ids [1, T] are read alone as those of `others` are beside
-    another sequence, on every rank: all read in one way. Rounding may send some of a mixture's
-    tokens to other experts, but not half of them."""
-    model, last = engine.module.model, ids.shape[1] - 1
+def _alike(engine: Any) -> bool:
+    """Whether all tokens but the last of a row are read alone as before another last one and beside
+    another row, on every rank: all read in one way. Rounding may send some of a mixture's tokens
+    to other experts, but not half of them."""
+    model, last = engine.module.model, _ROW - 1
+    ids = torch.arange(_ROW, device=engine.device)[None] * 7 % min(model.config.vocab_size, 61)
+    others = torch.cat([ids[:, :-1], ids[:, :1]], 1)
     together = _alone(engine, lambda: _beside_another(model, others))[:last]
     with packed.padded(model):
         reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=False)
@@ -197,7 +193,7 @@ def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
     """
     try:
         return engine.together([call])[0] if hasattr(engine, "together") else call()
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error):
             raise  # no fault of the model's
         model = engine.module.model

@@ -110,12 +110,13 @@ def load_config(config: ModelConfig, role: str) -> Any:
     except ValueError as error:  # of a model that reads two kinds of text
         raise ConfigError("path", said(error), value=repr(config.path)) from None
     if text is not loaded and not loaded.is_encoder_decoder:
-        loaded = text
+        tied = getattr(loaded, "tie_word_embeddings", text.tie_word_embeddings)
+        loaded, text.tie_word_embeddings = text, tied  # of the whole: its head is the text's
         if labels:
             loaded.num_labels = 1
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    for name in ("hidden_size", "num_hidden_layers"):
         try:
-            lacks = name.endswith(("size", "layers")) and getattr(loaded, name, None) is None
+            lacks = getattr(loaded, name, None) is None
         except RuntimeError:  # transformers' word for layers of unlike shapes
             problem = f"its layers differ in {name}, which is not supported"
             raise ConfigError("path", problem, value=repr(config.path)) from None
@@ -397,8 +398,8 @@ def _fill(
 def _read(
     files: CheckpointFiles, names: dict[str, str | None], name: str, parameter: Tensor
 ) -> Tensor:
-    source = names.get(name)
-    if source is None:
+    source = names[name]
+    if source is None:  # a fresh head
         return torch.zeros(parameter.shape)
     value = files.read(source)
     if not value.is_floating_point() or value.itemsize < 2:

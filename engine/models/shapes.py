@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from gearshift.engine.attention.packed import by_layer
 from gearshift.engine.config.errors import ConfigError, did_you_mean, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.gearbox.quantised import BYTES
@@ -145,10 +146,22 @@ class Shape:
 
 
 def kv_shape(text: Any) -> tuple[int, int]:
-    """(key-value heads, elements of one) of a text configuration of transformers."""
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+    """(key-value heads, elements of one) of a text configuration of transformers, of the layer that
+    has most."""
+
+    def of(layer: Any) -> tuple[int, int]:
+        heads = layer.num_attention_heads
+        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+        return kv_heads, getattr(layer, "head_dim", None) or layer.hidden_size // heads
+
+    return max(map(of, by_layer(text)), key=math.prod)
+
+
+def _most(text: Any, *names: str) -> int:
+    """The largest of some sizes, which a family has by one name or another, or by layer; 0 without
+    one. Gemma 3n has a list of them."""
+    found = [getattr(layer, name, None) or 0 for layer in by_layer(text) for name in names]
+    return max(max(size) if isinstance(size, list) else size for size in found)
 
 
 def kv_bytes_per_token(layers: int, kv_shape: tuple[int, int], tp: int, size: int) -> int:
@@ -180,8 +193,8 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None, *, still: bool = F
     text = hf_config.get_text_config()
     head = module.get_output_embeddings() if role == "policy" else None
     embedding = module.get_input_embeddings().weight
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 0
-    chosen = getattr(text, "num_experts_per_tok", experts) or experts
+    experts = _most(text, "num_local_experts", "num_experts")
+    chosen = _most(text, "num_experts_per_tok") or experts
     units = cut(module)
     packed: tuple[int, ...] = ()
     if adapters:
@@ -192,14 +205,13 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None, *, still: bool = F
         hold_still(module)
     named = list(module.named_parameters())
     kv_heads, head_dim = kv_shape(text)
-    mlp = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return Shape(
         numels=tuple(p.numel() for _, p in named),
         trained=tuple(p.numel() for _, p in named if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        mlp=mlp if isinstance(mlp, int) else max(mlp),  # Gemma 3n: one of each layer
-        heads=text.num_attention_heads,
+        mlp=_most(text, "intermediate_size") or 4 * text.hidden_size,
+        heads=_most(text, "num_attention_heads"),
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=text.vocab_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from gearshift.engine.attention.packed import by_layer
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
@@ -40,7 +41,7 @@ def plan_run(config: Config, parts: dict[str, Part], hardware: Hardware) -> Star
     """
     for name, part in parts.items():
         text = part.hf_config.get_text_config()
-        missing = [key for key in _NEEDED if not hasattr(text, key)]
+        missing = [key for key in _NEEDED if not hasattr(by_layer(text)[0], key)]
         if missing or part.section.trust_remote_code:
             why = "its code is its own" if not missing else f"its configuration has no {missing[0]}"
             return Start(plan=None, said=f"memory not planned: {name}: {why}")

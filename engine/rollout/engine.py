@@ -231,11 +231,10 @@ class RolloutEngine:
 
     def _probe(self) -> dict[nn.Module, LayerShape]:
         """What each attention layer keeps per token, from a forward of one token."""
-        probe = paged.Probe()
-        token = torch.full((1, 1), self.pad_token_id, device=self.device)
-        with paged.running(probe):
-            self.module(input_ids=token, position_ids=torch.zeros_like(token), use_cache=False)
-        return probe.shapes
+        found = paged.probe(self.module, self.device)
+        if found.faults:
+            raise ValueError(f"rollout.engine=paged: {found.faults[0]}; use rollout.engine: hf")
+        return found.shapes
 
     def _round(
         self, scheduler: Scheduler, sampling: SamplingConfig, ending: Ending

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.attention import paged
 from gearshift.engine.attention.cache import KVCache
-from gearshift.engine.attention.packed import moving_rope
+from gearshift.engine.attention.packed import by_layer, moving_rope
 from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.packing import Inputs
@@ -56,7 +56,7 @@ def addresses(module: nn.Module) -> tuple[int, ...]:
 def has_experts(text: Any) -> bool:
     """Whether a text model has expert layers."""
     counts = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any(getattr(text, name, None) for name in counts)
+    return any(getattr(layer, name, None) for layer in by_layer(text) for name in counts)
 
 
 def cannot_capture(module: nn.Module) -> str | None:

@@ -4,15 +4,38 @@ A plain loop over the module with its own cache on a left-padded batch. Draws, l
 endings are those of the paged engine, so that both give the same responses.
 """
 
+import logging
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.attention.packed import LAYER_TYPES, padded
 from gearshift.engine.attention.paged import accepts, evaluating
+from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import ConfigError, said
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.rollout.context import positions
+from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
+
+logger = logging.getLogger("gearshift")
+_LENGTHS, _STEPS = (5, 17), 4  # of rows that show how a module reads them; the tokens compared
+_FAULTS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)  # of a model's code
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a module reads rows while it generates.
+
+    pads: rows of several lengths together, begun with padding; else only those of one length.
+    cache: the argument that keeps a state of past tokens; "": all columns are read every time.
+    """
+
+    pads: bool
+    cache: str
 
 
 @torch.no_grad()
@@ -29,28 +52,25 @@ def hf_generate(
     max_sequences: int = 256,
     group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
+    manner: Manner | None = None,
 ) -> list[Completion]:
     """One response per prompt; arguments and errors as RolloutEngine.generate's.
 
     Batches of `max_sequences` prompts run one after the other, each until its last response ends.
-    Where a module may count a row's tokens by itself, prompts of one length make a batch, so that
-    nothing is padded.
+    manner: of reading rows; None: the first that fits, see choose_manner.
     """
     if not prompts:
         return []
     request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
     request.check_context(module)
     ending = Ending(sampling, eos_token_ids, tokenizer)
-    groups = {0: list(range(len(prompts)))}
-    if not _pads(module):
-        lengths = [len(prompt) for prompt in prompts]
-        groups = {n: [i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))}
     made: dict[int, Completion] = {}
+    manner = manner or choose_manner(module, pad_token_id, group, device)
     with evaluating(module), padded(module), generation_linear(module):
-        for group_rows in groups.values():
-            for start in range(0, len(group_rows), max_sequences):
-                rows = group_rows[start : start + max_sequences]
-                out = _complete(module, request, rows, ending, pad_token_id, group, device)
+        for together in _groups(prompts, manner):
+            for start in range(0, len(together), max_sequences):
+                rows = together[start : start + max_sequences]
+                out = _complete(module, request, rows, ending, pad_token_id, group, device, manner)
                 made |= dict(zip(rows, out, strict=True))
     return [made[row] for row in range(len(prompts))]
 
@@ -61,6 +81,7 @@ class PaddedEngine:
     def __init__(self, module: nn.Module, config: RolloutConfig, **setup):
         """setup: eos_token_ids, pad_token_id, tokenizer, group, device."""
         self.module, self.config, self.setup = module, config, setup
+        self._manner: Manner | None = None
 
     def generate(
         self,
@@ -72,9 +93,18 @@ class PaddedEngine:
         progress=None,
     ) -> list[Completion]:
         """As RolloutEngine.generate; progress is told once, at the end."""
-        slots = self.config.max_sequences
+        if prompts and self._manner is None:
+            shared = {name: self.setup.get(name) for name in ("pad_token_id", "group", "device")}
+            self._manner = choose_manner(self.module, **shared)
         completions = hf_generate(
-            self.module, prompts, sampling, seeds, limits=limits, max_sequences=slots, **self.setup
+            self.module,
+            prompts,
+            sampling,
+            seeds,
+            limits=limits,
+            max_sequences=self.config.max_sequences,
+            manner=self._manner,
+            **self.setup,
         )
         if progress:
             progress(len(prompts), len(prompts))
@@ -82,6 +112,41 @@ class PaddedEngine:
 
     def rest(self) -> None:
         """Nothing outlives a call."""
+
+
+class _Rows:
+    """Rows [B] that a module reads token after token."""
+
+    def __init__(self, module, tokens: list[list[int]], pad_token_id: int, device, manner: Manner):
+        self.module, self.pad, self.device, self.manner = module, pad_token_id, device, manner
+        self.inputs, self.mask = _left_padded(tokens, pad_token_id, device)
+        self.cache = None
+
+    def logits(self) -> Tensor:
+        """[B, V] of the last column.
+
+        Where there is no padding there is no mask, which some would apply to a single new column.
+        """
+        module, kept = self.module, self.manner.cache
+        arguments = {"input_ids": self.inputs, "use_cache": bool(kept)}
+        if self.cache is not None:
+            arguments[kept] = self.cache
+        if self.manner.pads:
+            columns = (self.mask.cumsum(1) - 1).clamp(min=0)
+            arguments["position_ids"] = columns[:, -self.inputs.shape[1] :]
+            arguments["attention_mask"] = self.mask
+        if accepts(module, "logits_to_keep"):
+            arguments["logits_to_keep"] = 1
+        output = module(**arguments)
+        self.cache = getattr(output, kept, None) if kept else None
+        return output.logits[:, -1]
+
+    def append(self, tokens: dict[int, int]) -> None:
+        """Another column: by row, and padding elsewhere."""
+        following = [[tokens.get(row, self.pad)] for row in range(len(self.mask))]
+        column = torch.tensor(following, device=self.device)
+        self.inputs = column if self.cache is not None else torch.cat([self.inputs, column], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
 
 
 def _complete(
@@ -92,45 +157,126 @@ def _complete(
     pad_token_id: int,
     group: dist.ProcessGroup | None,
     device: torch.device | str,
+    manner: Manner,
 ) -> list[Completion]:
     """The responses of one batch, the request's `rows`."""
     tokens = [list(request.prompts[row]) for row in rows]
     logprobs: list[list[float]] = [[] for _ in rows]
     over = [False] * len(rows)
     live = list(range(len(rows)))
-    inputs, mask = _left_padded(tokens, pad_token_id, device)
-    cache = None
+    reader = _Rows(module, tokens, pad_token_id, device, manner)
     while live:
-        logits, cache = _forward(module, inputs, mask, cache)
         token_ids, drawn = draw(
-            logits[live],
+            reader.logits()[live],
             request.sampling,
             [request.seeds[rows[i]] for i in live],
             [len(logprobs[i]) for i in live],
             group,
             ending.bans,
         )
-        following = torch.full((len(rows), 1), pad_token_id)
         for i, token, logprob in zip(live, token_ids, drawn, strict=True):
             tokens[i].append(token)
             logprobs[i].append(logprob)
-            following[i] = token
             over[i] = ending.reached(tokens[i], len(logprobs[i]))
+        reader.append(dict(zip(live, token_ids, strict=True)))
         live = [i for i in live if not over[i] and len(logprobs[i]) < request.limits[rows[i]]]
-        following = following.to(device)
-        inputs = torch.cat([inputs, following], 1) if cache is None else following
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return [
         Completion(token_ids=ids[-len(values) :], logprobs=values, finished=ended)
         for ids, values, ended in zip(tokens, logprobs, over, strict=True)
     ]
 
 
-def _pads(module: nn.Module) -> bool:
-    """Whether rows may begin with padding: the module is told positions, and no layer looks at
-    parts of a row by column, as those that compress it do."""
-    kinds = set(getattr(module.config.get_text_config(), "layer_types", None) or ())  # type: ignore[union-attr,operator]
-    return accepts(module, "position_ids") and kinds <= {*LAYER_TYPES, "linear_attention"}
+def _groups(rows: list[list[int]], manner: Manner) -> list[list[int]]:
+    """Which rows may be read together."""
+    lengths = [0 if manner.pads else len(row) for row in rows]
+    return [[i for i, m in enumerate(lengths) if m == n] for n in sorted(set(lengths))]
+
+
+@torch.no_grad()
+def choose_manner(
+    module: nn.Module,
+    pad_token_id: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+) -> Manner:
+    """The first manner in which a module reads rows as its own forward reads each alone.
+
+    Some are misled by padding; some keep a state that is right only after what they expect before
+    the text (GIT: an image). Some forwards of a few tokens; the same on all ranks of a group.
+    Raises ConfigError where the module fails once it is cut for tensor parallelism.
+    """
+    text = module.config.get_text_config()  # type: ignore[union-attr,operator]
+    most, words = positions(text) or max(_LENGTHS), min(text.vocab_size, 61)
+    rows = [[7 * i % words for i in range(min(length, most))] for length in _LENGTHS]
+    # Padding is tried where the module is told positions and no layer looks at parts of a row by
+    # column, as those that compress it do.
+    kinds = set(getattr(text, "layer_types", None) or ())
+    pads = accepts(module, "position_ids") and kinds <= {*LAYER_TYPES, "linear_attention"}
+    # One that does not name its state as most do is Mamba.
+    cache = next(
+        (name for name in ("past_key_values", "cache_params") if accepts(module, name)), ""
+    )
+    with evaluating(module), padded(module), generation_linear(module):
+        alone = _alone(module, rows, group, device)
+        for manner in dict.fromkeys([Manner(pads, cache), Manner(False, cache)]):
+            why = _unlike(module, rows, alone, pad_token_id, device, manner)
+            if why is None:
+                return manner
+            way = "begun with padding" if manner.pads else "through its cache"
+            name = type(module).__name__
+            logger.warning("%s reads rows %s otherwise than alone: %s", name, way, why)
+    return Manner(False, "")
+
+
+def _alone(
+    module: nn.Module, rows: list[list[int]], group: dist.ProcessGroup | None, device
+) -> list[Tensor]:
+    """The last logits [STEPS, V] of each row, read alone and at once."""
+    ids = [torch.tensor([row], device=device) for row in rows]
+    try:
+        return [module(input_ids=row, use_cache=False).logits[0, -_STEPS:] for row in ids]
+    except _FAULTS as error:
+        if group is None or _not_its_own(error):
+            raise
+        problem = f"{type(module).__name__} fails when it is cut: {said(error)}"
+        raise ConfigError("rollout.tp", problem, "set 1", dist.get_world_size(group)) from error
+
+
+def _unlike(
+    module: nn.Module,
+    rows: list[list[int]],
+    alone: list[Tensor],
+    pad_token_id: int,
+    device: torch.device | str,
+    manner: Manner,
+) -> str | None:
+    """What tells the last logits of rows, read in a manner, from those of each row alone.
+
+
+    Rounding may send some of a mixture's tokens to other experts, but not half of them.
+    """
+    errors, steps = [], len(alone[0])
+    try:
+        for together in _groups(rows, manner):
+            starts = [rows[i][: 1 - steps or None] for i in together]
+            reader = _Rows(module, starts, pad_token_id, device, manner)
+            for step in range(steps):
+                expected = torch.stack([alone[i][step] for i in together])
+                distance = (reader.logits() - expected).abs().amax(1)
+                errors.append(distance / expected.abs().amax())
+                reader.append({n: rows[i][step + 1 - steps] for n, i in enumerate(together)})
+    except _FAULTS as error:
+        if _not_its_own(error):
+            raise
+        return said(error)
+    found = torch.cat(errors).float()
+    unlike = (~(found <= torch.finfo(alone[0].dtype).eps ** 0.5)).float().mean()
+    allowed = 0.5 if has_experts(module.config.get_text_config()) else 0.0  # type: ignore[union-attr,operator]
+    return f"logits differ by {float(found.max()):.2g} of the largest" if unlike > allowed else None
+
+
+def _not_its_own(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error)
 
 
 def _left_padded(
@@ -141,23 +287,3 @@ def _left_padded(
     ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _forward(module: nn.Module, inputs: Tensor, mask: Tensor, cache) -> tuple[Tensor, object]:
-    """Logits [B, V] of the last column, and the module's cache; inputs [B, n], mask [B, all].
-
-    A module without a cache has None, and reads all columns every time. One that does not name a
-    state of past tokens as most do keeps it in `cache_params` (Mamba). Where there is no
-    padding there is no mask, which some would apply to a single new column.
-    """
-    kept = next((name for name in ("past_key_values", "cache_params") if accepts(module, name)), "")
-    arguments = {"input_ids": inputs, "use_cache": bool(kept)}
-    if cache is not None:
-        arguments[kept] = cache
-    if _pads(module):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        arguments |= {"position_ids": positions[:, -inputs.shape[1] :], "attention_mask": mask}
-    if accepts(module, "logits_to_keep"):
-        arguments["logits_to_keep"] = 1
-    output = module(**arguments)
-    return output.logits[:, -1], getattr(output, kept, None) if kept else None

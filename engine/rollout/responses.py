@@ -51,14 +51,17 @@ def end_token_ids(tokenizer: Any, lm: nn.Module) -> list[int]:
     return sorted(ends)
 
 
-def choose_engine(lm: nn.Module, wanted: str) -> type[RolloutEngine] | type[PaddedEngine]:
-    """The engine that `rollout.engine` names; "auto" is the paged one where the model allows it.
+def choose_engine(
+    lm: nn.Module, wanted: str, device: torch.device | str = "cpu"
+) -> type[RolloutEngine] | type[PaddedEngine]:
+    """The engine that `rollout.engine` names; "auto" is the paged one where the model allows it,
+    which a forward of one token shows: a collective under ZeRO-3.
 
     Raises ValueError, with the reason, for "paged" and a model that cannot.
     """
     if wanted == "hf":
         return PaddedEngine
-    reason = paged.supports(lm)
+    reason = paged.supports(lm) or next(iter(paged.probe(lm, device).faults), None)
     if reason is None:
         return RolloutEngine
     if wanted == "paged":

@@ -338,6 +338,17 @@ def test_a_model_that_reads_its_neighbours_is_padded_with_a_warning(checked, mon
     assert (padded - eager).abs().max() <= HIDDEN * eager.abs().max()
 
 
+@pytest.mark.parametrize("wrap", [ValueModel, ScoreModel])
+def test_a_mask_that_a_model_makes_by_itself_is_not_lost(wrap, caplog):
+    """Doge's, of its values."""
+    model = from_config("doge", AutoModelForSequenceClassification, num_labels=1)
+    for layer in model.model.layers:
+        layer.self_attn.A.data.normal_(std=0.1)
+    packed.adopt(model)
+    verify_packing(engine_of(wrap(model)))
+    assert not packed.packs(model) and "its rows are padded" in caplog.text
+
+
 def test_an_encoder_that_attends_in_both_directions_is_found(caplog):
     model = from_config("bert", AutoModelForTokenClassification, num_labels=1)
     if packed.unpackable(model) is None:

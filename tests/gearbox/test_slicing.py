@@ -8,6 +8,7 @@ from torch import nn
 from gearshift.engine.gearbox.module import LocalHeads, Rank, localize, meta_twin
 from gearshift.engine.gearbox.slicing import cut_heads, plan_tensor_parallel
 from gearshift.engine.gearbox.spec import Spec, balanced
+from gearshift.engine.models.shapes import kv_shape
 
 TINY = dict(
     vocab_size=101,
@@ -217,6 +218,32 @@ def test_a_norm_over_all_heads_stays_whole():
     """Olmo 2 norms queries before they are split into heads; its plan gathers them."""
     plan = plan_tensor_parallel(meta("Olmo2"), 2)
     assert plan.specs["model.layers.0.self_attn.q_norm.weight"][0].local_shape == (32,)
+
+
+def test_attention_with_a_number_for_each_head_stays_whole():
+    """Doge makes its mask of them, for all heads; its plan cuts the heads alone."""
+    plan = plan_tensor_parallel(meta("Doge"), 2)
+    assert not plan.heads
+    for name in ("q_proj", "dt_proj", "o_proj"):
+        specs = plan.specs[f"model.layers.0.self_attn.{name}.weight"]
+        assert specs[0].local_shape == specs[0].shape
+    assert plan.specs["model.layers.0.mlp.up_proj.weight"][0].local_shape[0] == 24
+
+
+def test_heads_are_counted_by_layer():
+    """Gemma 4's layers of full attention have wider and fewer heads of keys."""
+    changes = dict(
+        layer_types=["sliding_attention", "full_attention"], head_dim=8, global_head_dim=16,
+        num_global_key_value_heads=1, num_kv_shared_layers=0, attention_k_eq_v=True,
+        vocab_size_per_layer_input=101, hidden_size_per_layer_input=8,
+    )  # fmt: skip
+    config = transformers.Gemma4TextConfig(**TINY | changes)
+    with torch.device("meta"):
+        model = transformers.Gemma4ForCausalLM(config)
+    heads = plan_tensor_parallel(model, 2).heads
+    kv = [heads[f"model.layers.{i}.self_attn"][1].kv for i in (0, 1)]
+    assert kv == [(1, 2), (0, 1)]
+    assert kv_shape(config) == (2, 8)
 
 
 def test_gates_that_are_judged_by_their_mean_stay_whole():

@@ -282,6 +282,7 @@ def test_the_text_model_of_a_vision_language_checkpoint_is_read(tmp_path, caplog
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 16}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
     sight = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+    heads["tie_word_embeddings"] = False  # what the whole says holds: its head is tied
     config = AutoConfig.for_model(
         "gemma3", text_config=text | heads, vision_config=sight | {"num_attention_heads": 2}
     )
@@ -292,6 +293,18 @@ def test_the_text_model_of_a_vision_language_checkpoint_is_read(tmp_path, caplog
         torch.testing.assert_close(lm(ids).logits, whole(ids).logits)
     assert lm.config.vocab_size == 16 and "vision_tower" in caplog.text
     assert load(tmp_path, "critic", fresh_head=True).score.weight.shape == (1, 16)
+
+
+def test_a_head_that_comes_before_the_embedding_it_shares_is_read(tmp_path):
+    """As RoBERTa's; the file has the embedding alone."""
+    shape = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 20, "is_decoder": True}
+    whole = AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta", **shape)).eval()
+    whole.save_pretrained(tmp_path)
+    lm, ids = load(tmp_path), torch.tensor([[4, 5, 6]])
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    with torch.no_grad(), packed.padded(lm):
+        torch.testing.assert_close(lm(ids).logits, whole(ids).logits)
 
 
 def test_the_end_ids_of_a_generation_config_are_read(models, tmp_path):

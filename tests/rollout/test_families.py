@@ -7,9 +7,12 @@ import torch
 import transformers
 
 from gearshift.engine.attention import paged
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.rollout import padded
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.padded import hf_generate
+from gearshift.engine.rollout.responses import choose_engine
 from gearshift.kernels import dispatch
 from tests.tiny.rollout import FAMILIES, MOVING, SMALL, build, forced_logits, make_prompts
 
@@ -77,6 +80,77 @@ def test_models_that_number_tokens_by_themselves_are_not_padded(family):
     settings = dict(eos_token_ids=NEVER, pad_token_id=0, max_sequences=3)
     completions = hf_generate(model, prompts, sampling, [0, 1, 2, 3], **settings)
     check_against_forward(model, prompts, completions, greedy=False)
+
+
+def judged(model, caplog):
+    """The manner that is chosen for a model, and what was warned of."""
+    found = padded.choose_manner(model, pad_token_id=0)
+    prompts, sampling = make_prompts([7, 1, 7, 12]), SamplingConfig(max_new_tokens=6)
+    settings = dict(eos_token_ids=NEVER, pad_token_id=0, manner=found)
+    completions = hf_generate(model, prompts, sampling, [0, 1, 2, 3], **settings)
+    check_against_forward(model, prompts, completions, greedy=False)
+    return found, [record.getMessage() for record in caplog.records]
+
+
+def test_a_model_that_is_right_is_padded_and_keeps_a_cache(caplog):
+    assert judged(build("Llama"), caplog) == (padded.Manner(True, "past_key_values"), [])
+
+
+def test_a_model_that_padding_misleads_is_given_rows_of_one_length(caplog):
+    """GIT takes a mask beside its cache for one that lacks an image."""
+    shape = dict(vocab_size=131, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    sight = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    sight |= dict(intermediate_size=16, patch_size=14)
+    config = transformers.GitConfig(vision_config=sight, intermediate_size=32, **shape)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.ndim > 1 else 1
+    found, (warning,) = judged(model, caplog)
+    assert found == padded.Manner(False, "past_key_values")
+    assert warning.startswith("GitForCausalLM reads rows begun with padding otherwise than alone")
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_a_cache_that_is_wrong_is_not_used(fault, caplog):
+    model = build("Llama")
+
+    def after(module, inputs, kwargs, output):
+        if kwargs.get("past_key_values") is not None:
+            assert fault != "fails"
+            output.logits[..., 5] += 1.0
+
+    def fail(module, inputs, kwargs):
+        if fault == "fails" and kwargs.get("past_key_values") is not None:
+            raise IndexError("list index out of range")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
+    found, warnings = judged(model, caplog)
+    assert found == padded.Manner(False, "") and len(warnings) == 2
+    said = "list index out of range" if fault == "fails" else "logits differ by 0."
+    assert (
+        f"LlamaForCausalLM reads rows through its cache otherwise than alone: {said}"
+        in (warnings[1])
+    )
+
+
+def test_a_model_that_fails_once_it_is_cut_is_one_line(monkeypatch):
+    model = build("Llama")
+    model.register_forward_pre_hook(lambda *_: torch.ones(2) + torch.ones(3))
+    monkeypatch.setattr(padded.dist, "get_world_size", lambda group: 2)
+    line = r"rollout.tp=2: LlamaForCausalLM fails when it is cut: The size of .*; set 1"
+    with pytest.raises(ConfigError, match=line):
+        padded.choose_manner(model, 0, group=object())
+
+
+def test_a_layer_that_attends_twice_is_generated_with_a_padded_batch(caplog):
+    config = transformers.DiffLlamaConfig(**SMALL)
+    model = transformers.DiffLlamaForCausalLM(config).eval()
+    assert choose_engine(model, "auto") is padded.PaddedEngine
+    assert "DiffLlamaAttention attends twice in a layer" in caplog.text
+    with pytest.raises(ValueError, match="rollout.engine=paged: DiffLlamaAttention attends twice"):
+        choose_engine(model, "paged")
 
 
 def test_a_layer_that_attends_twice_is_refused():
