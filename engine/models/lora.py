@@ -115,7 +115,8 @@ def base_of(folder: Path, settings: LoraConfig) -> str:
     """The model under the adapters of a directory: the one it names, or that of lora.base."""
     named = settings.base or read_config(folder).get("base_model_name_or_path")
     problem = f"{folder / ADAPTER_CONFIG} names no base model"
-    refuse_if(not named, "lora.base", problem, "name it here", "null")
+    fix = "name it here, or there as base_model_name_or_path"
+    refuse_if(not named, "lora.base", problem, fix, "null")
     return str(named)
 
 
