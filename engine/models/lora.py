@@ -65,10 +65,10 @@ class Lora:
         """Modules that train whole."""
         own = ["score"] if self.task != "CAUSAL_LM" else []
         named = self.settings.modules_to_save
-        if self.folder is not None:
-            named = named or read_config(self.folder).get("modules_to_save") or []
-        if own:  # peft notes both names, of which a model has one
-            named = [name for name in named if name != "classifier"]
+        if self.folder is not None and not named:
+            named = read_config(self.folder).get("modules_to_save") or []
+            if own:  # peft notes both names of heads, of which a model has one
+                named = [name for name in named if name != "classifier"]
         return own + [name for name in named if name not in own]
 
     def swap(self, module: nn.Module) -> None:
