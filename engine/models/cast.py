@@ -181,6 +181,8 @@ class Part:
         except ConfigError as error:
             if error.key == "path" and self.adapter and str(self.adapter) not in str(error.value):
                 error = ConfigError("lora.base", error.problem, error.fix, error.value)
+            if error.key == "lora.base" and not self.trained:  # which has no such key
+                error = ConfigError("path", error.problem, error.fix, repr(self.section.path))
             own = hasattr(self.section, error.key.split(".")[0])
             raise (error.under(self.key) if own else error) from None
 

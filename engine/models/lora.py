@@ -65,10 +65,10 @@ class Lora:
         """Modules that train whole."""
         own = ["score"] if self.task != "CAUSAL_LM" else []
         named = self.settings.modules_to_save
-        if self.folder is not None:
-            named = named or read_config(self.folder).get("modules_to_save") or []
-        if own:  # peft notes both names, of which a model has one
-            named = [name for name in named if name != "classifier"]
+        if self.folder is not None and not named:
+            named = read_config(self.folder).get("modules_to_save") or []
+            if own:  # peft notes both names of heads, of which a model has one
+                named = [name for name in named if name != "classifier"]
         return own + [name for name in named if name not in own]
 
     def swap(self, module: nn.Module) -> None:
@@ -115,7 +115,8 @@ def base_of(folder: Path, settings: LoraConfig) -> str:
     """The model under the adapters of a directory: the one it names, or that of lora.base."""
     named = settings.base or read_config(folder).get("base_model_name_or_path")
     problem = f"{folder / ADAPTER_CONFIG} names no base model"
-    refuse_if(not named, "lora.base", problem, "name it here", "null")
+    fix = "name it here, or there as base_model_name_or_path"
+    refuse_if(not named, "lora.base", problem, fix, "null")
     return str(named)
 
 

@@ -26,9 +26,10 @@ def share(
     for path, part in module.base_model.named_modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             own = theirs.get(f"{path}.{name}".removeprefix("."))
-            problem = f"{type(base).__name__} has no {path}.{name} of {type(module).__name__}'s"
+            of = f"{path}.{name} of {type(module).__name__}"
+            problem = f"{of} is not in {type(base).__name__}, so they cannot share a base"
             wrong = own is None or whole_shape(own) != parameter.shape
-            refuse_if(wrong, "critic.share_base", problem, "use false", "true")
+            refuse_if(wrong, "path", problem, value=repr(base.name_or_path))
             assert own is not None
             if id(own) not in made:
                 made[id(own)] = shared(own)

@@ -91,7 +91,8 @@ def as_json(made: Plan, advice: str | None) -> dict[str, Any]:
 
 def _role_json(role: Role) -> dict[str, Any]:
     states = {"gpu": role.states.gpu, "host_per_rank": role.states.host}
-    return {"name": role.name, "parameters": role.shape.total, **states}
+    base = role.part.base.name if role.part.base else None
+    return {"name": role.name, "parameters": role.shape.total, "base": base, **states}
 
 
 def show(made: Plan, advice: str | None, console: Console | None = None) -> None:
@@ -129,7 +130,10 @@ def _roles_table(made: Plan) -> Table:
     table.add_column("on the host")
     for role in made.roles:
         total = f"{role.shape.total / 1e9:.2f}B"
-        table.add_row(role.name, total, _listed(role.states.gpu), _listed(role.states.host))
+        where = f" on the {role.part.base.name}'s base" if role.part.base else ""
+        table.add_row(
+            f"{role.name}{where}", total, _listed(role.states.gpu), _listed(role.states.host)
+        )
     return table
 
 

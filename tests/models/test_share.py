@@ -1,6 +1,7 @@
 """A critic whose adapters are on the actor's base: the same numbers, in less memory."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import peft
@@ -253,7 +254,11 @@ def test_what_cannot_be_shared_is_refused(models, actor, critic, message):
 @pytest.mark.parametrize(
     ("offload", "other", "message"),
     [
-        ({"device": "nvme", "nvme_path": "/tmp"}, {}, "DeepSpeed keeps a role's weights on a disk"),
+        (
+            {"device": "nvme", "nvme_path": "/tmp"},
+            {},
+            "DeepSpeed keeps each role's weights on a disk",
+        ),
         (
             None,
             {"zero_hpz_partition_size": 2},
@@ -301,6 +306,16 @@ def test_a_judge_of_another_base_is_refused(models, change, message):
         critic=replace(made.critic, share_base=False, path=str(models / "policy")),
     )
     with pytest.raises(ConfigError, match=f"^rewards.0.path='.*judge': {message}"):
+        check_bases(cast(made))
+
+
+def test_a_judge_that_names_no_base_is_refused(models, tmp_path):
+    file = shutil.copytree(models / "judge", tmp_path / "judge") / "adapter_config.json"
+    about = json.loads(file.read_text()) | {"base_model_name_or_path": None}
+    file.write_text(json.dumps(about))
+    made = judged(models)
+    made = replace(made, rewards=[replace(made.rewards[0], path=str(tmp_path / "judge"))])
+    with pytest.raises(ConfigError, match="^rewards.0.path='.*judge': .* names no base model"):
         check_bases(cast(made))
 
 

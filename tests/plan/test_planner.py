@@ -24,7 +24,6 @@ CASES = (
     (128, 4, "zero3", "never", 8),
     (192, 4, "zero3_bf16", "exchange", 0),
     (256, 6, "zero3_bf16_split", "always", 0),
-    (192, 4, "zero1_bf16_split", "always", 4),
     (128, 4, "zero3", "never", "8:shared"),
     (192, 4, "zero1_bf16_split", "always", "4:shared"),
 )
