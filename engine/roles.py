@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gearshift.engine.attention import packed
 from gearshift.engine.batch import Experience, PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
 from gearshift.engine.cluster.progress import beat
@@ -59,7 +60,7 @@ class Trained:
     def __init__(self, module: nn.Module, config: TrainedConfig, ds_config: dict, steps: int):
         """steps: optimizer steps of the whole run, for the schedule."""
         optimizer = build_optimizer(module, config.optimizer, ds_config)
-        fetch_by_layer(module, ds_config)
+        fetch_by_layer(module, ds_config, packed.trunk(module.model))
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

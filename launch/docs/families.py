@@ -33,6 +33,7 @@ from gearshift.launch.docs.forks import forked
 from gearshift.launch.docs.tiny import make, tokenizer
 
 SECONDS = 150
+OUTCOMES = ("works", "works padded", "refused", "wrong", "traceback", "not built")
 MEMORY = 6 << 30  # bytes that a process may have of its own
 REWARD = '''
 import json, os
@@ -61,7 +62,8 @@ Kernels of GPUs, bf16, long texts and real weights are no part of it.
 
 {counts}
 
-"not built": transformers itself makes no tiny model of the family here, for the reason given.
+"refused": by one line at the start. "not built": transformers itself makes no tiny model of the
+family from its defaults here, for the reason given.
 Padded: rows that cannot lie end to end are padded, and prompts are generated in a padded batch.
 
 | family | class | outcome | rows | generation | critic | tp | in which words |
@@ -102,7 +104,7 @@ def judge(folder: str) -> int:
     encode = tokenizer()
     for prompt, response in seen(Path(folder)):
         ids = torch.tensor([encode(prompt).input_ids + response])
-        logits = model(input_ids=ids).logits[0, -len(response) - 1 : -1]
+        logits = model(input_ids=ids, use_cache=False).logits[0, -len(response) - 1 : -1]
         short = logits.max(-1).values - logits[torch.arange(len(response)), response]
         if not short.max() < CLOSE:
             print(f"sampled tokens are {float(short.max()):.2g} nats from the likeliest")
@@ -225,7 +227,7 @@ def read(file: Path) -> dict[str, list[str]]:
 def page(rows: dict[str, list[str]]) -> str:
     """The whole page."""
     counts = Counter(rows.get(family, ["", "not tried"])[1] for family in FAMILIES)
-    told = "\n".join(f"- {name}: {count}" for name, count in counts.most_common())
+    told = "\n".join(f"- {name}: {counts[name]}" for name in dict.fromkeys([*OUTCOMES, *counts]))
     lines = [
         f"| `{family}` | "
         + " | ".join(rows.get(family, [FAMILIES[family], "not tried"] + [""] * 5))

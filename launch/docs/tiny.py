@@ -16,12 +16,14 @@ VOCABULARY = 64
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # What configurations call their sizes, the first that matches the whole name: nothing gets larger.
 SIZES = {
+    r"index_n_heads": 32,  # where all heads of a few say no, scores are equal: any choice is right
+    r"index_topk": 6,
     r"vocab_size|.*vocab_size(_per.*)?": VOCABULARY,
     r"mamba_(n|num)_heads|mamba_d_head|mamba_head_dim": 8,
     r"mamba_d_ssm": 64,
     r".*(num_key_value_heads|num_kv_heads|kv_heads)": 2,
     r".*(num|n)_.*heads?|n_head|.*attention_heads|num_heads": 4,
-    r".*(num_hidden_layers|num_layers|n_layers?|n_layer|layers)": 2,
+    r".*(num_hidden_layers|num_layers|n_layers?|n_layer|layers)|num_layers_per_stack": 2,
     r".*lora_rank|.*lora_dim|time_step_rank|.*_rank": 16,
     r".*head_dim|.*head_size|dim_head|d_kv|query_pre_attn_scalar": 8,
     r".*experts_per_tok(en)?|.*top_?k|moe_k": 2,
@@ -32,6 +34,8 @@ SIZES = {
     r".*state_size|.*d_state": 8,
     r".*chunk_size.*|.*window.*|.*block_size": 16,
     r".*hidden_size.*|d_model|n_embd|.*embed.*(dim|size)|dim|.*width|hidden_dim|.*_dim": 32,
+    r"nemo_conv_channels": 32,
+    r"num_blocks": 2,
     r"image_size": 28,
     r"patch_size": 14,
 }
@@ -62,8 +66,22 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
     },
-    "zamba2": {"mamba_ngroups": 1, "mamba_headdim": 8, "n_mamba_heads": 8},
+    "zamba2": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_ngroups": 1,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 8,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    "dots3_note": {"audio_config": {"adapter_input_size": 32}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -99,6 +117,9 @@ def shrunk(kind: type, given: dict[str, Any] | None = None) -> dict[str, Any]:
         small["is_decoder"] = True
     if count and by_layer:
         small["num_hidden_layers"] = len(layers)
+    listed = [len(v) for n, v in (given or {}).items() if n in by_layer]
+    if listed:
+        small["num_hidden_layers"] = listed[0]
     nested = getattr(default, "sub_configs", {})
     return small | {name: value for name, value in (given or {}).items() if name not in nested}
 
@@ -120,6 +141,9 @@ def make(family: str) -> int:
             parameter.data += 0.1 * torch.randn_like(parameter)
         elif parameter.ndim > 1 and spread < 0.15:
             parameter.data *= 0.15 / spread
+        if parameter.ndim > 1:  # a padding token's, which is sampled here as any other
+            dead = ~parameter.detach().flatten(1).any(1)
+            parameter.data[dead] = 0.15 * torch.randn_like(parameter.data[dead])
     model.save_pretrained("policy")
     tokenizer().save_pretrained("tokenizer")
     return 0
