@@ -66,24 +66,9 @@ class PromptBatch:
 
     def rows(self, index: Tensor) -> Self:
         """The rows `index` [n] int64, in that order."""
-        picked = {
-            name: value[index] if isinstance(value, Tensor) else _rows_of(value, index)
-            for name, value in self.tensors().items()
-        }
-        return type(self)(**picked)
-
-    def split(self, size: int) -> Iterator[Self]:
-        """Consecutive pieces of at most `size` rows, without columns that are padding in all."""
-        for index in torch.arange(len(self), device=self.prompt_ids.device).split(size):
-            yield self.rows(index).trimmed()
-
-    def trimmed(self) -> Self:
-        """Without prompt columns that are padding in every row."""
-        used = int(self.prompt_mask.sum(1).max())
-        return type(self)(
-            **self.tensors()
-            | {"prompt_ids": self.prompt_ids[:, -used:], "prompt_mask": self.prompt_mask[:, -used:]}
-        )
+        order, own = index.tolist(), self.tensors()
+        columns = {name: [cells[i] for i in order] for name, cells in own.pop("columns").items()}
+        return type(self)(**{name: value[index] for name, value in own.items()}, columns=columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +79,11 @@ class Rollout(PromptBatch):
     response_mask: Tensor  # [B, R] bool, True up to and including the end token
     rollout_logprobs: Tensor  # [B, R] float32, of the sampler; 0 where masked
     finished: Tensor  # [B] bool: ended by an end token or stop string, not by length
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive pieces of at most `size` rows, without columns that are padding in all."""
+        for index in torch.arange(len(self), device=self.prompt_ids.device).split(size):
+            yield self.rows(index).trimmed()
 
     def trimmed(self) -> Self:
         """Without prompt or response columns that are padding in every row."""
@@ -132,11 +122,6 @@ class Experience(Rollout):
     advantages: Tensor  # [B, R] float32
     returns: Tensor  # [B, R] float32
     scores: Tensor  # [B] float32: as they entered the reward
-
-
-def _rows_of(columns: dict[str, list[Any]], index: Tensor) -> dict[str, list[Any]]:
-    order = index.tolist()
-    return {name: [values[i] for i in order] for name, values in columns.items()}
 
 
 def _trim(name: str, value: Any, prompt: int, width: int, length: int) -> Any:

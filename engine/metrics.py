@@ -137,7 +137,7 @@ class StepMetrics:
         assert len(names) + 2 <= _MAXIMA, "more maxima than their reduction has room for"
 
         row = torch.zeros(_MAXIMA, dtype=torch.float64, device=self.device)
-        key = self._hash(names)
+        key = zlib.crc32("\n".join(self._names(names)).encode())  # 32 bits: exact in float64
         row[:2] = torch.tensor([key, -key], dtype=torch.float64)
         if tensors:
             # Collectives differ in what they make of NaN in a maximum; infinity they all keep.
@@ -163,10 +163,6 @@ class StepMetrics:
     def _names(self, maxima: list[str]) -> list[str]:
         sums = [f"{name} ({self._finish[name].__name__})" for name in sorted(self._sums)]
         return [*maxima, *sums, *sorted(self._values)]
-
-    def _hash(self, maxima: list[str]) -> int:
-        """32 bits: exact in float64."""
-        return zlib.crc32("\n".join(self._names(maxima)).encode())
 
 
 def peak_memory(device: torch.device) -> float:

@@ -4,7 +4,6 @@ B rows on this rank, R response tokens; masked positions are exactly 0 in every 
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -182,29 +181,17 @@ def _outside(values: Tensor, low: float | None, high: float | None) -> Tensor:
     return (values < (low or 0.0)) | (values > (high or math.inf))
 
 
-@dataclass
 class KLController:
     """The KL coefficient. `adapt` is Ziegler et al. 2019, section 2.2; fixed leaves it alone."""
 
-    coef: float
-    target: float
-    horizon: int
-    adaptive: bool
-
-    @classmethod
-    def of(cls, config: PPOConfig) -> "KLController":
-        return cls(
-            coef=config.kl_coef,
-            target=config.kl_target,
-            horizon=config.kl_horizon,
-            adaptive=config.kl_controller == "adaptive",
-        )
+    def __init__(self, config: PPOConfig):
+        self.config, self.coef = config, config.kl_coef
 
     def adapt(self, kl: float, responses: int) -> None:
         """After a step: `kl` is the mean over responses of the KL summed over tokens, in nats.
 
         A KL that is not finite, of a step whose update was dropped, leaves the coefficient alone.
         """
-        if self.adaptive and math.isfinite(kl):
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * responses / self.horizon
+        if self.config.kl_controller == "adaptive" and math.isfinite(kl):
+            error = min(max(kl / self.config.kl_target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * responses / self.config.kl_horizon

@@ -55,7 +55,7 @@ class PPOTrainer:
     def __init__(self, config: Config, roles: Roles):
         self.config, self.ppo, self.roles = config, config.ppo, roles
         self.actor, self.critic = roles.actor, roles.critic
-        self.kl = KLController.of(config.ppo)
+        self.kl = KLController(config.ppo)
         self.guards = Guards(config, self.actor.tokenizer, self.actor.dtype)
         self.steps_done = 0
         self.redraw: Redraw | None = None  # where other prompts come from, for dynamic sampling

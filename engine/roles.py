@@ -165,7 +165,6 @@ class Actor(Trained):
             group=self.gearbox.tp_group,
             device=self.gearbox.device,
         )
-        self.idle_seconds = 0.0  # how long this TP group waited for the others, last time
 
     def generate(
         self,
@@ -186,7 +185,7 @@ class Actor(Trained):
                 rollout = way(self.sampler, *given, *([backlog] if backlog else []))
             finally:
                 self.sampler.rest()
-        self.idle_seconds = self.gearbox.wait_for_groups()
+        self.gearbox.wait_for_groups()
         return rollout
 
     @property
@@ -288,18 +287,31 @@ class Critic(Trained):
         return loss, {"values": values.detach(), "clipped": clipped}
 
 
-class Reference:
+class Frozen:
+    """An engine without an optimizer: what Reference and RewardModel share."""
+
+    def __init__(self, module: nn.Module, ppo: PPOConfig, settings: dict):
+        """settings: the role's DeepSpeed JSON."""
+        self.engine, self.ppo = frozen_engine(module, settings), ppo
+        verify = verify_head if isinstance(module, Policy) else verify_packing
+        verify(self.engine)
+        self._seen = Traffic()
+        self.moved()  # what verifying took does not count
+
+    def moved(self) -> dict[str, float]:
+        """What streaming its weights took since the last call: `ratio`, bytes moved over the least;
+        `gb`, moved by one rank. Empty where no weights moved."""
+        now = replace(getattr(self.engine, "traffic", self._seen))
+        new, self._seen = now - self._seen, now
+        return {"ratio": new.ratio, "gb": new.bytes_moved / 1e9} if new.passes else {}
+
+
+class Reference(Frozen):
     """The frozen policy that the KL is measured against."""
 
     def __init__(self, lm: nn.Module, ppo: PPOConfig, temperature: float, settings: dict):
-        self.engine = frozen_engine(Policy(lm), settings)
-        verify_head(self.engine)
-        self.ppo, self.temperature = ppo, temperature
-        self._meter = _Meter(self.engine)
-
-    def moved(self) -> dict[str, float]:
-        """What streaming its weights took since the last call: see _Meter.read."""
-        return self._meter.read()
+        super().__init__(Policy(lm), ppo, settings)
+        self.temperature = temperature
 
     def logprobs(self, rollout: Rollout) -> Tensor:
         """[B, R] log-probs of the responses."""
@@ -324,7 +336,7 @@ class ActorsStart:
             return self._actor.logprobs(rollout)
 
 
-class RewardModel:
+class RewardModel(Frozen):
     """A frozen sequence classifier with one label."""
 
     def __init__(
@@ -336,14 +348,8 @@ class RewardModel:
         settings: dict,
     ):
         """batch_size: the most rows of a forward, None: as many as ppo.score_batch_tokens holds."""
-        self.engine = frozen_engine(ScoreModel(model), settings)
-        verify_packing(self.engine)
-        self.tokenizer, self.ppo, self.batch_size = tokenizer, ppo, batch_size
-        self._meter = _Meter(self.engine)
-
-    def moved(self) -> dict[str, float]:
-        """What streaming its weights took since the last call: see _Meter.read."""
-        return self._meter.read()
+        super().__init__(ScoreModel(model), ppo, settings)
+        self.tokenizer, self.batch_size = tokenizer, batch_size
 
     @torch.no_grad()
     def score_ids(self, sequences: list[list[int]]) -> Tensor:
@@ -381,23 +387,6 @@ def _budget(tokens: int | None, rows: int | None, engine: Any) -> Budget:
     head = engine.module
     hidden = head.model.config.get_text_config().hidden_size
     return Budget(tokens=tokens, rows=rows, packed=head.packs, hidden=hidden)
-
-
-class _Meter:
-    """Counts between two looks at an engine's traffic."""
-
-    def __init__(self, engine: Any):
-        self._engine, self._seen = engine, Traffic()
-        self.read()
-
-    def read(self) -> dict[str, float]:
-        """Since the last call: `ratio`, bytes moved over the least; `gb`, moved by one rank.
-
-        Empty where no weights moved.
-        """
-        now = replace(getattr(self._engine, "traffic", self._seen))
-        new, self._seen = now - self._seen, now
-        return {"ratio": new.ratio, "gb": new.bytes_moved / 1e9} if new.passes else {}
 
 
 def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngine | StreamedEngine:

@@ -21,7 +21,7 @@ roots: as that loop rounds on a CPU with AVX2.
 import torch
 
 from gearshift.kernels import dispatch
-from gearshift.kernels.arguments import check_not_negative, check_positive
+from gearshift.kernels.arguments import check_not_negative, check_positive, check_tensor
 
 # Elements a time: what lies between the memory's weights and the updated ones stays in cache.
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -186,7 +186,9 @@ def adamw_split_step(
         "exp_avg_sq": (exp_avg_sq, (exp_avg.dtype,)),
     }
     for name, (tensor, dtypes) in tensors.items():
-        _check_tensor(name, tensor, dtypes, weight_bf16)
+        check_tensor(name, tensor, (weight_bf16.numel(),), weight_bf16.device, dtypes)
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {list(tensor.stride())}: must be contiguous")
     check_not_negative("lr", lr)
     check_not_negative("weight_decay", weight_decay)
     check_positive("eps", eps)
@@ -209,15 +211,3 @@ def check_betas(beta1: float, beta2: float, moments: torch.dtype) -> None:
                 f"they resolve, 0.2 to 0.4 %; use {name} below {SLOWEST_BF16}, as 0.95, or "
                 "float32 moments"
             )
-
-
-def _check_tensor(name, tensor, dtypes, like):
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}: must be {' or '.join(map(str, dtypes))}")
-    if tensor.ndim != 1 or tensor.shape != like.shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, strides {list(tensor.stride())}: must be flat "
-            f"and contiguous, [{like.numel()}] as weight_bf16"
-        )
-    if tensor.device != like.device:
-        raise ValueError(f"{name} is on {tensor.device}, weight_bf16 on {like.device}: move it")

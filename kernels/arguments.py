@@ -5,47 +5,51 @@ of range is an illegal address on a GPU; it waits for the device once.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_matrix(name: str, tensor: torch.Tensor, device: torch.device | None = None) -> None:
-    """A 2-D tensor of a float dtype the ops compute with, on `device` where one is given."""
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: Sequence[int],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """A tensor of this shape, on this device; dtypes: of one of these, None: of any float."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} has shape {list(tensor.shape)}: must be {list(shape)}")
+    if not (tensor.is_floating_point() if dtypes is None else tensor.dtype in dtypes):
+        wanted = "a float dtype" if dtypes is None else " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} is {tensor.dtype}: must be {wanted}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the others are on {device}: move it there")
+
+
+def check_matrix(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """A 2-D tensor of a float dtype the ops compute with, on this device."""
     if tensor.ndim != 2:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: pass a matrix, one row a token")
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} is {tensor.dtype}: use float32, bfloat16 or float16")
     if 0 in tensor.shape[1:]:
         raise ValueError(f"{name} has shape {list(tensor.shape)}: its rows are empty")
-    _check_device(name, tensor, device)
-
-
-def check_vector(name: str, tensor: torch.Tensor, length: int, device: torch.device) -> None:
-    """A float vector [length]."""
-    _check_shape(name, tensor, length)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} is {tensor.dtype}: pass a float tensor")
-    _check_device(name, tensor, device)
+    check_tensor(name, tensor, tensor.shape, device, FLOATS)
 
 
 def check_token_ids(
     token_ids: torch.Tensor, length: int, device: torch.device, *, vocab: int | None = None
 ) -> None:
     """An integer vector [length]; with `vocab`, every id in 0..vocab-1."""
-    name = "token_ids"
-    _check_shape(name, token_ids, length)
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name} is {token_ids.dtype}: pass int64 or int32")
-    _check_device(name, token_ids, device)
+    check_tensor("token_ids", token_ids, (length,), device, (torch.int64, torch.int32))
     if vocab is None or length == 0:
         return
     low, high = torch.stack(token_ids.aminmax()).tolist()
     if low < 0 or high >= vocab:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"{name} holds {wrong}, outside the vocabulary 0..{vocab - 1}: "
+            f"token_ids holds {wrong}, outside the vocabulary 0..{vocab - 1}: "
             "give padding any valid id (a row of weight 0 is never looked at)"
         )
 
@@ -60,15 +64,3 @@ def check_not_negative(name: str, value: float) -> None:
     """A finite number of at least 0."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}={value!r}: must be a finite number, 0 or above")
-
-
-def _check_shape(name: str, tensor: torch.Tensor, length: int) -> None:
-    if tensor.shape != (length,):
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}: must be [{length}], one entry per row"
-        )
-
-
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device | None) -> None:
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, the rows are on {device}: move it there")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from gearshift.kernels import dispatch
+from gearshift.kernels import arguments, dispatch
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 SCAN_BLOCK = 1024  # tokens that a program takes at a time
@@ -277,24 +277,14 @@ def kl_reward_gae(
         bootstrap_values = torch.zeros(mask.shape[0], device=mask.device)
     grids = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
     for name, tensor in grids.items():
-        _check_tensor(name, tensor, mask.shape, mask.device)
+        arguments.check_tensor(name, tensor, mask.shape, mask.device)
     for name, tensor in (("scores", scores), ("bootstrap_values", bootstrap_values)):
-        _check_tensor(name, tensor, mask.shape[:1], mask.device)
+        arguments.check_tensor(name, tensor, mask.shape[:1], mask.device)
     _check_coefficients(coef)
     backends = {"torch": _kl_reward_gae_reference, "triton": _kl_reward_gae_triton}
     run = backends[dispatch.resolve(backend, mask.device)]
     rows = (scores.float(), bootstrap_values.float())
     return run(logprobs, ref_logprobs, values, mask, *rows, coef)
-
-
-def _check_tensor(name, tensor, shape, device):
-    if tensor.shape != shape or not tensor.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a float tensor of shape {list(shape)} to match mask, "
-            f"got {list(tensor.shape)} {tensor.dtype}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{name}: is on {tensor.device} but mask is on {device}; move it there")
 
 
 def _check_estimator(estimator):
@@ -308,8 +298,6 @@ def _check_coefficients(coef):
         given = getattr(coef, name)
         if given is not None and not 0.0 <= given <= 1.0:
             raise ValueError(f"{name}={given}: give a number in [0, 1]")
-    alpha = coef.lam_length_alpha
-    if alpha is not None and not 0.0 < alpha < float("inf"):
-        raise ValueError(f"lam_length_alpha={alpha}: give a number above 0, or None")
+    arguments.check_positive("lam_length_alpha", coef.lam_length_alpha)
     if not float("-inf") < coef.kl_coef < float("inf"):
         raise ValueError(f"kl_coef={coef.kl_coef}: give a finite number")

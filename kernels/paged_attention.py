@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from gearshift.kernels import dispatch
+from gearshift.kernels import arguments, dispatch
 
 CHUNK = 256  # positions of a program; partial results are 1.6 % of the cache read at group 4
 # The load of the block table takes stages of the pipeline as well: of 5, two buffers are left for
@@ -365,15 +365,10 @@ def paged_attention(
     bad argument; lengths are compared with the tables only on CPU (a GPU would have to wait).
     """
     _check_tensors(query, key_cache, value_cache, block_tables, lengths)
-    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.device != query.device):
-        raise ValueError(
-            f"sinks: expected [{query.shape[1]}] on {query.device}, one logit a query head, "
-            f"got {list(sinks.shape)} on {sinks.device}"
-        )
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale}: give a finite number > 0, such as D ** -0.5")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: give a number > 0, or None for no cap")
+    if sinks is not None:
+        arguments.check_tensor("sinks", sinks, query.shape[1:2], query.device)
+    arguments.check_positive("scale", scale)
+    arguments.check_positive("softcap", softcap)
     if window is not None and (window != int(window) or window < 1):
         raise ValueError(f"window={window}: give a number of positions >= 1, or None for all")
     backends = {"torch": _paged_attention_torch, "triton": _paged_attention_triton}
@@ -383,7 +378,7 @@ def paged_attention(
 
 
 def _check_tensors(query, key_cache, value_cache, tables, lengths):
-    if query.dim() != 3 or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if query.dim() != 3 or query.dtype not in arguments.FLOATS:
         raise ValueError(
             "query: expected [S, HQ, D] float32, bfloat16 or float16, "
             f"got {list(query.shape)} {query.dtype}"
@@ -395,6 +390,8 @@ def _check_tensors(query, key_cache, value_cache, tables, lengths):
                 f"{name}: expected [NB, BS, HK, D] {query.dtype} as query and the other cache, "
                 f"got {list(cache.shape)} {cache.dtype}"
             )
+        if cache.device != query.device:
+            raise ValueError(f"{name}: is on {cache.device} but query is on {query.device}")
         if cache.stride(3) != 1:
             raise ValueError(f"{name}: its last dimension has stride {cache.stride(3)}, must be 1")
     if key_cache.shape[3] != D or HQ % max(1, key_cache.shape[2]):
@@ -402,16 +399,12 @@ def _check_tensors(query, key_cache, value_cache, tables, lengths):
             f"key_cache: {list(key_cache.shape)} does not fit query {list(query.shape)}: head "
             "sizes must be equal, query heads a multiple of key-value heads"
         )
-    for name, tensor, dims in (("block_tables", tables, 2), ("lengths", lengths, 1)):
-        if tensor.dim() != dims or tensor.shape[0] != S or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name}: expected int32 with {dims} dimension(s) and {S} rows as query, "
-                f"got {list(tensor.shape)} {tensor.dtype}"
-            )
-    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache),
-                         ("block_tables", tables), ("lengths", lengths)):  # fmt: skip
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: is on {tensor.device} but query is on {query.device}")
+    # Any width of a table will do; one of another rank than 2 has none that fits.
+    for name, tensor, shape in (
+        ("block_tables", tables, (S, *tables.shape[-1:])),
+        ("lengths", lengths, (S,)),
+    ):
+        arguments.check_tensor(name, tensor, shape, query.device, (torch.int32,))
     room = tables.shape[1] * key_cache.shape[1]
     if lengths.device.type == "cpu" and S and int(lengths.max()) > room:
         raise ValueError(f"lengths: {int(lengths.max())} is more than the {room} of block_tables")

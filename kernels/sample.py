@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from gearshift.kernels import dispatch
+from gearshift.kernels import arguments, dispatch
 
 FRACTION_BITS = 40
 MAX_VOCABULARY = 1 << 20  # so that the weights of a row sum to <= 2^60
@@ -56,11 +56,6 @@ def _fraction(total, numerator31):
     return numerator31 * (total >> 31) + ((numerator31 * (total & 0x7FFFFFFF)) >> 31)
 
 
-def _top_k_floor(logits, top_k):
-    """The k-th largest logit of each row, [B, 1]."""
-    return logits.topk(top_k, 1).values[:, -1:]
-
-
 def _top_p_floor(logits, weights, top_p31):
     """The largest logit of each row such that those at or above it weigh enough, [B, 1]."""
     need = _fraction(weights.sum(1, keepdim=True), top_p31).clamp_(min=1)
@@ -77,7 +72,8 @@ def _draw(logits, weights, uniform, plan):
     """Tokens [B] and the weight of all tokens [B]; `weights` [B, V] is overwritten."""
     total = weights.sum(1) if plan.top_k or plan.top_p31 else None
     if plan.top_k:
-        weights.masked_fill_(logits < _top_k_floor(logits, plan.top_k), 0)
+        kth = logits.topk(plan.top_k, 1).values[:, -1:]
+        weights.masked_fill_(logits < kth, 0)
     if plan.top_p31:
         weights.masked_fill_(logits < _top_p_floor(logits, weights, plan.top_p31), 0)
     cumulative = weights.cumsum_(1)
@@ -337,10 +333,4 @@ def _check_tensors(logits, seeds, positions):
             f"got {list(logits.shape)} {logits.dtype}"
         )
     for name, tensor in (("seeds", seeds), ("positions", positions)):
-        if tensor.shape != logits.shape[:1] or tensor.dtype != torch.int64:
-            raise ValueError(
-                f"{name}: expected [{logits.shape[0]}] int64, one per row of logits, "
-                f"got {list(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.device != logits.device:
-            raise ValueError(f"{name}: is on {tensor.device} but logits is on {logits.device}")
+        arguments.check_tensor(name, tensor, logits.shape[:1], logits.device, (torch.int64,))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from gearshift.kernels import dispatch
+from gearshift.kernels import arguments, dispatch
 
 
 class ValueLoss(NamedTuple):
@@ -141,17 +141,9 @@ def value_loss(
     Raises ValueError for unequal or non-flat shapes, non-float dtypes, two devices, or clip <= 0.
     """
     columns = {"old_values": old_values, "returns": returns, "weights": weights}
-    if values.dim() != 1 or not values.is_floating_point():
-        raise ValueError(f"values: expected [N] float, got {list(values.shape)} {values.dtype}")
+    arguments.check_tensor("values", values, (values.numel(),), values.device)
     for name, column in columns.items():
-        if column.shape != values.shape or not column.is_floating_point():
-            raise ValueError(
-                f"{name}: expected {list(values.shape)} float to match values, "
-                f"got {list(column.shape)} {column.dtype}"
-            )
-        if column.device != values.device:
-            raise ValueError(f"{name}: is on {column.device} but values is on {values.device}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip}: give a width > 0, or None for no value clip")
+        arguments.check_tensor(name, column, values.shape, values.device)
+    arguments.check_positive("clip", clip)
     backend = dispatch.resolve(backend, values.device)
     return ValueLoss(*_ValueLossFunction.apply(values, *columns.values(), clip, backend))

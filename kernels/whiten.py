@@ -10,6 +10,8 @@ Each rank contributes (n, mean, M2 = sum (x - mean)^2); they merge exactly (Chan
 import torch
 import torch.distributed as dist
 
+from gearshift.kernels import arguments
+
 
 def _statistics(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     # float64 sums: a constant x has exactly its own mean and M2 = 0, so rounding noise is not
@@ -47,13 +49,8 @@ def whiten(
     element has variance 0: it maps to 0 (to itself when the mean is kept); none gives zeros.
     Ranks are merged in rank order: every rank gets the same statistics, on every run.
     """
-    if x.shape != mask.shape or mask.dtype != torch.bool or not x.is_floating_point():
-        raise ValueError(
-            f"x, mask: expected a float and a bool tensor of one shape, got "
-            f"{list(x.shape)} {x.dtype} and {list(mask.shape)} {mask.dtype}"
-        )
-    if x.device != mask.device:
-        raise ValueError(f"mask: is on {mask.device} but x is on {x.device}; move it there")
+    arguments.check_tensor("x", x, mask.shape, x.device)
+    arguments.check_tensor("mask", mask, x.shape, x.device, (torch.bool,))
     statistics = _statistics(x.float(), mask)
     if group is not None:
         parts = [torch.empty_like(statistics) for _ in range(dist.get_world_size(group))]

@@ -27,7 +27,7 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.models.heads import HeadOptions
 from gearshift.engine.models.reading import hidden_states, lay_out
-from gearshift.engine.models.shapes import published
+from gearshift.engine.models.shapes import PREFIX
 from gearshift.engine.rollout import engine as rollout_engine
 from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.zero.layers import decoder_layers
@@ -70,22 +70,12 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     distributed.forbid_cudnn_attention()
     torch.manual_seed(0)
-    model = build(args, device)
+    path, sizes = args.model or f"{PREFIX}{args.shape}", (args.layers, args.vocab)
+    model = load(path, getattr(torch, args.dtype), device, *sizes).eval()
     figures = compare(*read(args, model, device))
     report(args, figures)
-    write_json(args.json, {"machine": machine(device), "arguments": _plain(args)} | figures)
+    write_json(args.json, {"machine": machine(device), "arguments": vars(args)} | figures)
     return 0
-
-
-def build(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    dtype = getattr(torch, args.dtype)
-    if args.model:
-        return load(args.model, dtype, device).eval()
-    from transformers import AutoModelForCausalLM
-
-    config = published(args.shape, layers=args.layers, vocabulary=args.vocab)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()
@@ -238,9 +228,3 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         for name, value in figures["logprobs"].items()
     ]
     show("log-probs, nats", ["difference", "mean", "largest"], nats, [], left=1)
-
-
-def _plain(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()
-    }

@@ -172,7 +172,9 @@ class Session:
         trace = profiler.place(self.folder, step) if due else None
         with self.console.progress("generate") as progress, profiler.recording(trace, self.device):
             figures, experience = self.trainer.step(prompts, progress)
-        self._account(figures)
+        used = ledger.mfu(self.plan, figures) if self.plan else None
+        if used is not None:
+            figures["perf/mfu"] = used  # the share of the GPUs' rate that was of use
         if self.patience:
             self.patience.see(figures)
         if trace:
@@ -211,12 +213,6 @@ class Session:
             log.samples(0, rows)
             log.sync()
         self.console.evaluation(0, figures)
-
-    def _account(self, figures: dict[str, float]) -> None:
-        """Adds the share of the GPUs' rate that was of use, where that is known."""
-        used = ledger.mfu(self.plan, figures) if self.plan else None
-        if used is not None:
-            figures["perf/mfu"] = used
 
     def _show_profile(self, trace: Path, figures: dict[str, float]) -> None:
         """The table of a profiled step; adds the share of it in which the device worked."""

@@ -56,7 +56,7 @@ def unpackable(module: nn.Module) -> str | None:
         return f"{name} has layers other than full or windowed attention ({kinds})"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} does not take its attention from transformers' AttentionInterface"
-    if not reads_positions(trunk(module)):
+    if not accepts(trunk(module), "position_ids"):
         return f"{name} numbers the tokens of a row by itself"
     return None
 
@@ -67,9 +67,10 @@ def trunk(module: Any) -> Any:
     return getattr(module, "model", base) if base is module else base
 
 
-def reads_positions(module: Any) -> bool:
-    """Whether a module is told the positions of its tokens, and does not count columns."""
-    return "position_ids" in inspect.signature(type(module).forward).parameters
+def accepts(module: Any, argument: str) -> bool:
+    """Whether the module's forward names this argument. One that is not told the positions of its
+    tokens (position_ids) counts columns."""
+    return argument in inspect.signature(type(module).forward).parameters
 
 
 def rope_entries(text: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ current while it runs. No mask function is registered under our name: transforme
 mask (masking_utils, "custom attention without equivalent mask creation").
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gearshift.engine.attention.cache import KVCache, LayerCache, LayerShape
-from gearshift.engine.attention.packed import implementation, unpackable
+from gearshift.engine.attention.packed import accepts, implementation, unpackable
 from gearshift.engine.attention.sequences import NONE, Sequences, attend, register
 from gearshift.kernels import dispatch, ops
 from gearshift.kernels.paged_attention import Gather, Rules, attend_gathered
@@ -46,11 +45,6 @@ class Probe:
 
 
 _current: Step | Probe | None = None
-
-
-def accepts(module: nn.Module, argument: str) -> bool:
-    """Whether the module's forward names this argument."""
-    return argument in inspect.signature(type(module).forward).parameters
 
 
 def supports(module: nn.Module) -> str | None:

@@ -126,10 +126,8 @@ class PPOConfig:
             refuse_if(size and rows % size, key, problem, value=size)
         for kind in ("is", "seq"):
             low, high = (getattr(self, f"rollout_{kind}_{end}") for end in ("low", "high"))
-            wrong, problem = (
-                low and high and low > high,
-                f"must be at most rollout_{kind}_high = {high}",
-            )
+            wrong = low and high and low > high
+            problem = f"must be at most rollout_{kind}_high = {high}"
             refuse_if(wrong, f"rollout_{kind}_low", problem, value=low)
         problem, fix = "only k1 keeps the optimum when kl_in=reward", "use k1, or kl_in=loss"
         wrong = self.kl_in == "reward" and self.kl_estimator != "k1"

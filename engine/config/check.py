@@ -50,10 +50,8 @@ def _check_present(config: Config) -> None:
         for index, source in enumerate(getattr(config, section).sources):
             key = f"{section}.sources.{index}.path"
             refuse_if(not source.path, key, "give a file, folder or hub id")
-            key, problem = (
-                f"{section}.sources.{index}.weight_key",
-                "rows of data.sources alone have it",
-            )
+            key = f"{section}.sources.{index}.weight_key"
+            problem = "rows of data.sources alone have it"
             wrong = section != "data" and source.weight_key is not None
             refuse_if(wrong, key, problem, "leave it out, or null", source.weight_key)
     for key, rewards in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):

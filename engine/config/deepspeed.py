@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from gearshift.engine.config.errors import ConfigError, did_you_mean, refuse_if
+from gearshift.engine.config.errors import ConfigError, choices, did_you_mean, refuse_if
 
 # Sibling of engine/, in a checkout and in an installed package alike.
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -122,9 +122,8 @@ def find(name_or_path: str) -> Path:
     if shipped.is_file():
         return shipped
     names = sorted(file.stem for file in SHIPPED.glob("*.json"))
-    files = [f"{name}.json" for name in names]
-    fix = f"{did_you_mean(f'{_present_name(path.stem)}.json', files)} There are {', '.join(names)}"
-    raise ConfigError(name_or_path, "no such DeepSpeed file", fix.lstrip())
+    fix = choices(_present_name(path.stem), names)
+    raise ConfigError(name_or_path, "no such DeepSpeed file", fix)
 
 
 def _present_name(name: str) -> str:

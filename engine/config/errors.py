@@ -53,6 +53,12 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"did you mean {near[0]}?" if near else otherwise
 
 
+def choices(word: str, known: Iterable[str]) -> str:
+    """The nearest of `known`, where one is near, and all of them."""
+    known = list(known)
+    return f"{did_you_mean(word, known)} There are {', '.join(known)}".lstrip()
+
+
 def refuse_if(wrong: Any, key: str, problem: str, fix: str = "", value: Any = ...) -> None:
     """One line of a list of rules: raises ConfigError where `wrong` is true."""
     if wrong:

@@ -11,22 +11,8 @@ from typing import Literal
 from gearshift.engine.config.algorithm import PPOConfig
 from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.config.guards import GuardConfig
-from gearshift.engine.config.keys import (
-    Flag,
-    Number,
-    Options,
-    Part,
-    Parts,
-    Whole,
-    knob,
-    section,
-)
-from gearshift.engine.config.prompts import (
-    DataConfig,
-    PretrainConfig,
-    SamplingConfig,
-    SourceConfig,
-)
+from gearshift.engine.config.keys import Flag, Number, Options, Part, Parts, Whole, knob, section
+from gearshift.engine.config.prompts import DataConfig, PretrainConfig, SamplingConfig, SourceConfig
 
 
 @section

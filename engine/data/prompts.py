@@ -6,7 +6,7 @@ from typing import Any
 
 from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig
-from gearshift.engine.data.readers import Row
+from gearshift.engine.data.readers import Row, require_unicode
 
 Message = dict[str, Any]
 Prompt = str | list[Message]
@@ -64,10 +64,7 @@ class PromptEncoder:
             problem = "must be a string or a list of messages with role and content"
             raise ConfigError(key, problem, value=repr(str(prompt)[:60]))
         rendered = as_read if isinstance(as_read, str) else self._render(as_read)
-        try:
-            rendered.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(key, f"not valid Unicode ({error.reason})") from None
+        require_unicode(rendered, key)
         return PromptText(prompt, as_read, rendered)
 
     def encode(self, text: PromptText) -> list[int]:

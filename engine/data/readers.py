@@ -78,6 +78,14 @@ def columns_of(rows: Any) -> list[str]:
     return list(rows.column_names)
 
 
+def require_unicode(text: str, key: str) -> None:
+    """Raises ConfigError for a lone surrogate: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(key, f"not valid Unicode ({error.reason})") from None
+
+
 def _read_folder(folder: Path, source: SourceConfig) -> Sequence[Row]:
     files = sorted(p for p in folder.rglob("*") if p.suffix in READERS and p.is_file())
     refuse_if(not files, source.path, f"no file in it ends in {', '.join(READERS)}")

@@ -5,7 +5,7 @@ a position is a few integers. Prompt p of a step belongs to rank p mod world siz
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,22 +17,7 @@ from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig, PretrainConfig, SourceConfig
 from gearshift.engine.data.mixture import Mixture, Walk
 from gearshift.engine.data.prompts import PromptEncoder
-from gearshift.engine.data.readers import Row, columns_of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batching:
-    """How many prompts a step has, and which of them are this rank's."""
-
-    prompts_per_step: int
-    samples_per_prompt: int = 1
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self):
-        assert self.prompts_per_step % self.world_size == 0
-
+from gearshift.engine.data.readers import Row, columns_of, require_unicode
 
 # Between the row ids, and so the seeds, of one attempt to draw a step's prompts and the next.
 _ROWS_PER_ATTEMPT = 2**40
@@ -139,20 +124,28 @@ class PromptStream:
     k. A batch lists all of this rank's prompts for k = 0, then all for k = 1, and so on.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, **batching: Any):
-        """batching: the fields of `Batching`.
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        *,
+        prompts_per_step: int,
+        samples_per_prompt: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """prompts_per_step: of all ranks.
 
         Raises ConfigError for unreadable data or a missing column.
         """
+        assert prompts_per_step % world_size == 0
         self.config, self.tokenizer = config, tokenizer
-        self.batching = Batching(**batching)
+        self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.encoder = PromptEncoder(config, tokenizer)
         self.mixture = open_prompts(
-            config.sources,
-            "data.sources",
-            self.encoder,
-            seed=self.batching.seed,
-            shuffle=config.shuffle,
+            config.sources, "data.sources", self.encoder, seed=seed, shuffle=config.shuffle
         )
         self.columns = columns_in(*self.mixture.walks)
         self.limit = config.max_prompt_tokens
@@ -163,8 +156,8 @@ class PromptStream:
 
     def next_batch(self) -> PromptBatch:
         """This rank's rows of the next step."""
-        count = self.batching.prompts_per_step
-        places = range(self.batching.rank, count, self.batching.world_size)
+        count = self.prompts_per_step
+        places = range(self.rank, count, self.world_size)
         drawn = [self._draw() for _ in range(count)]
         self.step += 1
         return self._batch([drawn[place] for place in places], places)
@@ -173,7 +166,7 @@ class PromptStream:
         self, examples: Sequence[Example], places: Sequence[int], *, attempt: int = 0
     ) -> PromptBatch:
         """Of the step that was begun last; places: in the step."""
-        count, samples = self.batching.prompts_per_step, self.batching.samples_per_prompt
+        count, samples = self.prompts_per_step, self.samples_per_prompt
         base = (self.step - 1) * count * samples + attempt * _ROWS_PER_ATTEMPT
         sizes = {"samples": samples, "stride": count, "base": base}
         return as_batch(examples, places, self.columns, self.tokenizer, **sizes)
@@ -190,7 +183,7 @@ class PromptStream:
 
         Row ids are those of the slots, moved on by the attempt, so that responses differ.
         """
-        rank, world = self.batching.rank, self.batching.world_size
+        rank, world = self.rank, self.world_size
         drawn = {slot: self._draw() for slot in slots}
         shares = [[slot for slot in slots if slot % world == r] for r in range(world)]
         own = shares[rank]
@@ -255,7 +248,7 @@ class PromptStream:
 
     def _identity(self) -> dict[str, int]:
         wanted = ("prompts_per_step", "samples_per_prompt", "seed")
-        return {name: value for name, value in asdict(self.batching).items() if name in wanted}
+        return {name: getattr(self, name) for name in wanted}
 
     def _draw(self) -> Example:
         """The next prompt of the global order that has tokens, and not too many."""
@@ -283,12 +276,8 @@ class TextStream:
         assert config.rows % world_size == 0
         problem = "the tokenizer has no end token to join texts with"
         refuse_if(tokenizer.eos_token_id is None, "pretrain.sources", problem)
-        self.config, self.tokenizer, self.rank, self.world_size = (
-            config,
-            tokenizer,
-            rank,
-            world_size,
-        )
+        self.config, self.tokenizer = config, tokenizer
+        self.rank, self.world_size = rank, world_size
         self.mixture = Mixture(config.sources, "pretrain.sources", seed=seed, shuffle=True)
         self.mixture.require_columns()
         for walk in self.mixture.walks:
@@ -334,10 +323,7 @@ class TextStream:
 def _check_text(row: Row, key: str) -> None:
     text = row.get(key)
     refuse_if(not isinstance(text, str), key, "must be a string", value=repr(str(text)[:60]))
-    try:
-        str(text).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(key, f"not valid Unicode ({error.reason})") from None
+    require_unicode(str(text), key)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -91,7 +91,8 @@ class Gearbox:
         self._own = {id(shard) for shard in self._packed}  # never views
         self._own |= {id(merge.weight) for merge in self._merges}
         self._partitioned = engine.zero_optimization_stage() == 3 and world_size() > 1
-        self._aliased = not self._partitioned and self.tp_size == 1 and self._on_device()
+        here = all(partition(shard.source).device == self.device for shard in self._shards)
+        self._aliased = not self._partitioned and self.tp_size == 1 and here
         self._bytes_minimum = 0
         if self._partitioned:
             self._bytes_minimum = reshard.minimum_bytes(self._moving, self._topology)
@@ -115,15 +116,10 @@ class Gearbox:
         finally:
             self._release()
 
-    def wait_for_groups(self) -> float:
-        """Waits until every TP group has generated; returns the seconds this one was idle.
-
-        World-collective.
-        """
-        start = time.perf_counter()
+    def wait_for_groups(self) -> None:
+        """Waits until every TP group has generated. World-collective."""
         if world_size() > self.tp_size:
             barrier()
-        return time.perf_counter() - start
 
     @torch.no_grad()
     def _shift(self) -> None:
@@ -182,9 +178,6 @@ class Gearbox:
         for shard in self._shards:
             if self._is_view(shard) or not self._resident:
                 shard.parameter.data = shard.parameter.new_empty(0)
-
-    def _on_device(self) -> bool:
-        return all(partition(shard.source).device == self.device for shard in self._shards)
 
 
 def check_tp(tp: int, node_size: int) -> None:

@@ -89,19 +89,14 @@ def cut_heads(heads: int, kv_heads: int, size: int, rank: int) -> HeadCut:
     return HeadCut(heads, kv_heads, (kv * group + start, kv * group + stop), (kv, kv + 1))
 
 
-def plan_whole(model: nn.Module) -> TPPlan:
-    """Every parameter whole, nothing wrapped: TP size 1."""
-    named = model.named_parameters(remove_duplicate=False)
-    return TPPlan(1, {name: (Spec.whole(p.shape),) for name, p in named}, {}, {})
-
-
 def plan_tensor_parallel(model: nn.Module, size: int) -> TPPlan:
     """Cuts `model`, a transformers causal LM with whole shapes (meta is enough), for `size` ranks.
 
     Raises ValueError if the model has no plan, fewer heads than ranks, or a style unknown here.
     """
+    named = list(model.named_parameters(remove_duplicate=False))
     if size == 1:
-        return plan_whole(model)
+        return TPPlan(1, {name: (Spec.whole(p.shape),) for name, p in named}, {}, {})
     _check_heads(model, size)
     styles = _styles(model, size)
     heads = {}
@@ -112,7 +107,7 @@ def plan_tensor_parallel(model: nn.Module, size: int) -> TPPlan:
     _upgrade_packed_mlp(model, styles)
     specs = {
         name: tuple(_spec(name, parameter, styles, heads, size, rank) for rank in range(size))
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in named
     }
     wraps = {}
     for name, _ in model.named_modules():

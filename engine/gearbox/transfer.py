@@ -116,10 +116,8 @@ def local_shift(shards: list[Shard], budget: int) -> ShiftCost:
     for bucket in make_buckets(shards, budget, copies=1):
         for segment in bucket.segments:
             start, stop = segment.span(0)
-            chunk, out = (
-                partition(segment.shard.source)[start:stop],
-                filled(segment.shard, start, stop),
-            )
+            chunk = partition(segment.shard.source)[start:stop]
+            out = filled(segment.shard, start, stop)
             if chunk.device != out.device:
                 chunk = chunk.to(out.device)
                 cost.stage(chunk)

@@ -1,7 +1,6 @@
 """What rank 0 writes of a run: metrics.jsonl, samples.jsonl and the trackers."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,17 +63,6 @@ class RunLog:
             tracker.close()
 
 
-def jsonable(value: Any) -> Any:
-    """`value` with None for every NaN and infinity: JSON has no other word for them."""
-    if isinstance(value, dict):
-        return {str(key): jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 class _LineFile:
     """A JSONL file that only ever holds whole lines."""
 
@@ -83,7 +71,9 @@ class _LineFile:
         self._file = path.open("ab", buffering=0)
 
     def write(self, content: dict[str, Any]) -> None:
-        line = json.dumps(jsonable(content), ensure_ascii=False, allow_nan=False) + "\n"
+        # JSON has no word for NaN and infinity: they become null.
+        read = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        line = json.dumps(read, ensure_ascii=False, allow_nan=False) + "\n"
         # One unbuffered write: a reader, or a kill, never sees half a line of ours. Lone
         # surrogates, which a byte-level tokenizer can decode to, are not UTF-8.
         self._file.write(line.encode("utf-8", "replace"))

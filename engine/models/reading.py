@@ -65,7 +65,8 @@ def hidden_states(model: nn.Module, reading: Reading) -> Tensor:
     """[tokens, H] of the trunk, without its head."""
     trunk = packed.trunk(model)
     mask = reading.attention_mask
-    positions = {"position_ids": reading.position_ids} if packed.reads_positions(trunk) else {}
+    told = packed.accepts(trunk, "position_ids")
+    positions = {"position_ids": reading.position_ids} if told else {}
     with packed.reading(reading.sequences):
         output = trunk(
             input_ids=reading.input_ids,

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from gearshift.engine.attention.packed import by_layer
-from gearshift.engine.config.errors import ConfigError, did_you_mean, said
+from gearshift.engine.config.errors import ConfigError, choices, said
 from gearshift.engine.config.schema import ModelConfig
 from gearshift.engine.gearbox.quantised import BYTES
 from gearshift.engine.streaming.units import cut, most_at_once
@@ -44,8 +44,7 @@ def published(name: str, *, layers: int = 0, vocabulary: int = 0) -> Any:
     from transformers import AutoConfig
 
     if name not in _PUBLISHED:
-        fix = f"{did_you_mean(name, _PUBLISHED)} there are {', '.join(_PUBLISHED)}".lstrip()
-        raise ConfigError("path", "unknown", fix, value=f"{PREFIX}{name}")
+        raise ConfigError("path", "unknown", choices(name, _PUBLISHED), value=f"{PREFIX}{name}")
     family, own_layers, hidden, heads, kv_heads, mlp, own_vocabulary = _PUBLISHED[name]
     return AutoConfig.for_model(
         family,

@@ -13,7 +13,6 @@ import traceback
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import partial
 from inspect import isawaitable
 from pathlib import Path
@@ -173,7 +172,11 @@ def _load(name: str, spec: str, options: dict[str, Any]) -> Callable[..., Any]:
     except (TypeError, ConfigError) as error:
         # Of the signature, of an option's value, or of a package that is missing.
         what = "options: " if getattr(error, "key", True) else ""
-        raise RewardError(f"rewards: {name}: function={spec!r}: {what}{error}") from None
+        raise _refusal(name, spec, f"{what}{error}") from None
+
+
+def _refusal(name: str, spec: str, problem: str) -> RewardError:
+    return RewardError(f"rewards: {name}: function={spec!r}: {problem}")
 
 
 def _find(name: str, spec: str) -> Callable[..., Any]:
@@ -181,22 +184,18 @@ def _find(name: str, spec: str) -> Callable[..., Any]:
     if not (where and colon and attribute):
         guess = did_you_mean(spec, LIBRARY)
         hint = f"; {guess}" if guess else f", or one of {', '.join(LIBRARY)}"
-        raise RewardError(
-            f"rewards: {name}: function={spec!r}: write module:function or file.py:function{hint}"
-        )
+        raise _refusal(name, spec, f"write module:function or file.py:function{hint}")
     module = _import(name, spec, where)
     function = getattr(module, attribute, None)
     if function is None:
         names = [entry for entry in vars(module) if callable(getattr(module, entry))]
-        near = get_close_matches(attribute, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RewardError(f"rewards: {name}: function={spec!r}: {where} has no {attribute!r}{hint}")
+        guess = did_you_mean(attribute, names)
+        hint = f"; {guess}" if guess else ""
+        raise _refusal(name, spec, f"{where} has no {attribute!r}{hint}")
     if not callable(function):
-        raise RewardError(f"rewards: {name}: function={spec!r}: {attribute} is not a function")
+        raise _refusal(name, spec, f"{attribute} is not a function")
     if inspect.isclass(function):
-        raise RewardError(
-            f"rewards: {name}: function={spec!r}: {attribute} is a class; name an instance of it"
-        )
+        raise _refusal(name, spec, f"{attribute} is a class; name an instance of it")
     return function
 
 
@@ -207,17 +206,14 @@ async def _awaited(answer: Any) -> Any:
 def _import(name: str, spec: str, where: str) -> Any:
     path = Path(where)
     if path.suffix == ".py" and not path.is_file():
-        raise RewardError(
-            f"rewards: {name}: function={spec!r}: no file {path.absolute()}; relative paths start "
-            "in the current directory"
-        )
+        problem = f"no file {path.absolute()}; relative paths start in the current directory"
+        raise _refusal(name, spec, problem)
     try:
         return _import_file(path) if path.suffix == ".py" else importlib.import_module(where)
     except Exception as error:
-        raise RewardError(
-            f"rewards: {name}: function={spec!r}: importing it raised {_cause(error)}. A module "
-            "must be importable from here (PYTHONPATH); a file is given as file.py:function"
-        ) from error
+        problem = f"importing it raised {_cause(error)}"
+        fix = "A module must be importable from here (PYTHONPATH); a file is file.py:function"
+        raise _refusal(name, spec, f"{problem}. {fix}") from error
 
 
 def _import_file(path: Path) -> Any:
@@ -239,10 +235,9 @@ def _signature(name: str, spec: str, function: Callable) -> tuple[bool, set[str]
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters) or not (
         accepts_all or "completions" in named
     ):
-        raise RewardError(
-            f"rewards: {name}: function={spec!r}: its signature is {inspect.signature(function)}; "
-            "write def reward(prompts, completions, **columns) -> list[float]"
-        )
+        problem = f"its signature is {inspect.signature(function)}"
+        fix = "write def reward(prompts, completions, **columns) -> list[float]"
+        raise _refusal(name, spec, f"{problem}; {fix}")
     return accepts_all, named, {p.name for p in by_name if p.default is p.empty}
 
 

@@ -12,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection
-from typing import Any
 from urllib.parse import urlsplit
 
 from gearshift.engine.cluster import distributed
@@ -77,17 +76,21 @@ class HttpReward:
 
     def _body(self, rows: TextRows) -> bytes:
         for name, values in rows.columns.items():
-            if not _is_json(values):
+            try:
+                json.dumps(values)
+            except (TypeError, ValueError):
                 raise RewardError(
                     f"reward {self.name!r}: column {name!r} cannot be sent as JSON; "
                     "drop it from the dataset or convert it to text"
-                )
+                ) from None
         content = {
             "prompts": rows.prompts,
             "completions": rows.completions,
             "columns": rows.columns,
         }
-        return json.dumps(_finite(content), allow_nan=False).encode()
+        # JSON has no word for NaN and infinity: they become null.
+        read = json.loads(json.dumps(content), parse_constant=lambda word: None)
+        return json.dumps(read, allow_nan=False).encode()
 
     def _post(self, url: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -117,20 +120,3 @@ class HttpReward:
 def _first_line(error: urllib.error.HTTPError) -> str:
     text = error.read(200).decode(errors="replace").strip()
     return text.splitlines()[0] if text else "no text"
-
-
-def _finite(value: Any) -> Any:
-    """The same value; null where it has NaN or infinity, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_json(values: Any) -> bool:
-    try:
-        json.dumps(values)
-    except (TypeError, ValueError):
-        return False
-    return True

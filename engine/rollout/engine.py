@@ -106,7 +106,9 @@ class RolloutEngine:
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: dict[int, Completion] = {}
         with paged.attending(self.module), generation_linear(self.module):
-            self._drop_stale_graphs()
+            # Graphs hold the addresses of the weights that were there when they were captured.
+            if self._graphs is not None and self._graphs.weights != addresses(self.module):
+                self._graphs = None
             scheduler = self._schedule(request, begun or [None] * len(prompts))
             while not scheduler.done:
                 for sequence, over in self._round(scheduler, sampling, ending):
@@ -146,11 +148,6 @@ class RolloutEngine:
     def capture_seconds(self) -> float:
         """What capturing the CUDA graphs held now took; 0 without any."""
         return self._graphs.capture_seconds if self._graphs else 0.0
-
-    def _drop_stale_graphs(self) -> None:
-        """Graphs hold the addresses of the weights that were there when they were captured."""
-        if self._graphs is not None and self._graphs.weights != addresses(self.module):
-            self._graphs = None
 
     @property
     def kv_bytes(self) -> int:

@@ -5,17 +5,19 @@ endings are those of the paged engine, so that both give the same responses.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine.attention.packed import LAYER_TYPES, padded
-from gearshift.engine.attention.paged import accepts, evaluating
+from gearshift.engine.attention.packed import LAYER_TYPES, accepts, padded
+from gearshift.engine.attention.paged import evaluating
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError, said
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.data.streams import left_padded
 from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.rollout.linear import generation_linear
@@ -38,51 +40,30 @@ class Manner:
     cache: str
 
 
-@torch.no_grad()
-def hf_generate(
-    module: nn.Module,
-    prompts: list[list[int]],
-    sampling: SamplingConfig,
-    seeds: list[int],
-    *,
-    eos_token_ids: list[int],
-    pad_token_id: int,
-    tokenizer=None,
-    limits: list[int] | None = None,
-    max_sequences: int = 256,
-    group: dist.ProcessGroup | None = None,
-    device: torch.device | str = "cpu",
-    manner: Manner | None = None,
-) -> list[Completion]:
-    """One response per prompt; arguments and errors as RolloutEngine.generate's.
-
-    Batches of `max_sequences` prompts run one after the other, each until its last response ends.
-    manner: of reading rows; None: the first that fits, see choose_manner.
-    """
-    if not prompts:
-        return []
-    request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
-    request.check_context(module)
-    ending = Ending(sampling, eos_token_ids, tokenizer)
-    made: dict[int, Completion] = {}
-    manner = manner or choose_manner(module, pad_token_id, group, device)
-    with evaluating(module), padded(module), generation_linear(module):
-        for together in _groups(prompts, manner):
-            for start in range(0, len(together), max_sequences):
-                rows = together[start : start + max_sequences]
-                out = _complete(module, request, rows, ending, pad_token_id, group, device, manner)
-                made |= dict(zip(rows, out, strict=True))
-    return [made[row] for row in range(len(prompts))]
-
-
 class PaddedEngine:
-    """hf_generate with the constructor and the calls of RolloutEngine."""
+    """Has the constructor and the calls of RolloutEngine.
 
-    def __init__(self, module: nn.Module, config: RolloutConfig, **setup):
-        """setup: eos_token_ids, pad_token_id, tokenizer, group, device."""
-        self.module, self.config, self.setup = module, config, setup
-        self._manner: Manner | None = None
+    Batches of `config.max_sequences` prompts run one after the other, each until its last response
+    ends. manner: of reading rows; chosen in the first call, see choose_manner.
+    """
 
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RolloutConfig,
+        *,
+        eos_token_ids: list[int],
+        pad_token_id: int,
+        tokenizer=None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.module, self.config, self.device = module, config, device
+        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
+        self.tokenizer, self.group = tokenizer, group
+        self.manner: Manner | None = None
+
+    @torch.no_grad()
     def generate(
         self,
         prompts: list[list[int]],
@@ -90,28 +71,59 @@ class PaddedEngine:
         seeds: list[int],
         *,
         limits: list[int] | None = None,
-        progress=None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """As RolloutEngine.generate; progress is told once, at the end."""
-        if prompts and self._manner is None:
-            shared = {name: self.setup.get(name) for name in ("pad_token_id", "group", "device")}
-            self._manner = choose_manner(self.module, **shared)
-        completions = hf_generate(
-            self.module,
-            prompts,
-            sampling,
-            seeds,
-            limits=limits,
-            max_sequences=self.config.max_sequences,
-            manner=self._manner,
-            **self.setup,
-        )
+        if not prompts:
+            return []
+        request = Request(prompts=prompts, sampling=sampling, seeds=seeds, limits=limits or [])
+        request.check_context(self.module)
+        ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
+        if self.manner is None:
+            self.manner = choose_manner(self.module, self.pad_token_id, self.group, self.device)
+        made: dict[int, Completion] = {}
+        most = self.config.max_sequences
+        with evaluating(self.module), padded(self.module), generation_linear(self.module):
+            for together in _groups(prompts, self.manner):
+                for start in range(0, len(together), most):
+                    rows = together[start : start + most]
+                    done = self._complete(request, rows, ending, self.manner)
+                    made |= zip(rows, done, strict=True)
         if progress:
             progress(len(prompts), len(prompts))
-        return completions
+        return [made[row] for row in range(len(prompts))]
 
     def rest(self) -> None:
         """Nothing outlives a call."""
+
+    def _complete(
+        self, request: Request, rows: list[int], ending: Ending, manner: Manner
+    ) -> list[Completion]:
+        """The responses of one batch, the request's `rows`."""
+        tokens = [list(request.prompts[row]) for row in rows]
+        logprobs: list[list[float]] = [[] for _ in rows]
+        over = [False] * len(rows)
+        live = list(range(len(rows)))
+        reader = _Rows(self.module, tokens, self.pad_token_id, self.device, manner)
+        while live:
+            token_ids, drawn = draw(
+                reader.logits()[live],
+                request.sampling,
+                [request.seeds[rows[i]] for i in live],
+                [len(logprobs[i]) for i in live],
+                self.group,
+                ending.bans,
+            )
+            for i, token, logprob in zip(live, token_ids, drawn, strict=True):
+                tokens[i].append(token)
+                logprobs[i].append(logprob)
+                over[i] = ending.reached(tokens[i], len(logprobs[i]))
+            reader.append(dict(zip(live, token_ids, strict=True)))
+            live = [i for i in live if not over[i] and len(logprobs[i]) < request.limits[rows[i]]]
+        return [
+            Completion(token_ids=ids[-len(values) :], logprobs=values, finished=ended)
+            for ids, values, ended in zip(tokens, logprobs, over, strict=True)
+        ]
 
 
 class _Rows:
@@ -119,7 +131,8 @@ class _Rows:
 
     def __init__(self, module, tokens: list[list[int]], pad_token_id: int, device, manner: Manner):
         self.module, self.pad, self.device, self.manner = module, pad_token_id, device, manner
-        self.inputs, self.mask = _left_padded(tokens, pad_token_id, device)
+        ids, mask = left_padded(tokens, pad_token_id)
+        self.inputs, self.mask = ids.to(device), mask.long().to(device)
         self.cache = None
 
     def logits(self) -> Tensor:
@@ -149,43 +162,6 @@ class _Rows:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
 
 
-def _complete(
-    module: nn.Module,
-    request: Request,
-    rows: list[int],
-    ending: Ending,
-    pad_token_id: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device | str,
-    manner: Manner,
-) -> list[Completion]:
-    """The responses of one batch, the request's `rows`."""
-    tokens = [list(request.prompts[row]) for row in rows]
-    logprobs: list[list[float]] = [[] for _ in rows]
-    over = [False] * len(rows)
-    live = list(range(len(rows)))
-    reader = _Rows(module, tokens, pad_token_id, device, manner)
-    while live:
-        token_ids, drawn = draw(
-            reader.logits()[live],
-            request.sampling,
-            [request.seeds[rows[i]] for i in live],
-            [len(logprobs[i]) for i in live],
-            group,
-            ending.bans,
-        )
-        for i, token, logprob in zip(live, token_ids, drawn, strict=True):
-            tokens[i].append(token)
-            logprobs[i].append(logprob)
-            over[i] = ending.reached(tokens[i], len(logprobs[i]))
-        reader.append(dict(zip(live, token_ids, strict=True)))
-        live = [i for i in live if not over[i] and len(logprobs[i]) < request.limits[rows[i]]]
-    return [
-        Completion(token_ids=ids[-len(values) :], logprobs=values, finished=ended)
-        for ids, values, ended in zip(tokens, logprobs, over, strict=True)
-    ]
-
-
 def _groups(rows: list[list[int]], manner: Manner) -> list[list[int]]:
     """Which rows may be read together."""
     lengths = [0 if manner.pads else len(row) for row in rows]
@@ -197,7 +173,7 @@ def choose_manner(
     module: nn.Module,
     pad_token_id: int,
     group: dist.ProcessGroup | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Manner:
     """The first manner in which a module reads rows as its own forward reads each alone.
 
@@ -277,13 +253,3 @@ def _unlike(
 
 def _not_its_own(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error)
-
-
-def _left_padded(
-    prompts: list[list[int]], pad_token_id: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, both [B, P] int64."""
-    width = max(map(len, prompts))
-    ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

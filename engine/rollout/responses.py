@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from gearshift.engine.attention import paged
 from gearshift.engine.batch import PromptBatch, Rollout
@@ -182,12 +183,8 @@ def as_rollout(prompts: PromptBatch, completions: list[Completion]) -> Rollout:
     lengths = torch.tensor([len(row) for row in ids])
     return Rollout(
         **prompts.tensors(),
-        response_ids=_padded(ids).to(device),
+        response_ids=pad_sequence(ids, batch_first=True).to(device),
         response_mask=(torch.arange(int(lengths.max())) < lengths[:, None]).to(device),
-        rollout_logprobs=_padded(logprobs).float().to(device),
+        rollout_logprobs=pad_sequence(logprobs, batch_first=True).float().to(device),
         finished=torch.tensor([c.finished for c in completions], device=device),
     )
-
-
-def _padded(rows: list[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -76,17 +76,6 @@ def host_bytes(
     return min(fullest + 2 * largest, sum(sizes[role] for role in sleeping))
 
 
-def markdown(sleeps: Mapping[str, Sleep], *, joint: bool = False) -> str:
-    """The table of a run, for its documentation."""
-    head = [f"{role} {what}" for role in sleeps for what in ("optimizer", "gradients")]
-    lines = [f"| phase | {' | '.join(head)} |", f"|{'---|' * (len(head) + 1)}"]
-    for phase in phases(joint=joint):
-        row = where(phase, sleeps)
-        cells = [p for r in sleeps for p in (row[r].optimizer, row[r].gradients)]
-        lines.append(f"| {phase} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
 class Residence:
     """Brings the trained roles' states where the table wants them.
 

@@ -21,17 +21,15 @@ from gearshift.kernels.head.projection import Head, LogitGradient
 from gearshift.kernels.head.scores import launch_shape
 from gearshift.kernels.kl_gae import KL_ESTIMATORS
 
-if dispatch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from gearshift.kernels.head.policy import policy_terms
-
 ANCHOR_RANGE = (2.0**-60, 2.0**100)
 PROGRAMS = 1024  # enough to fill any GPU: fewer rows than this are split over the vocabulary
 
 
 if dispatch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from gearshift.kernels.head.policy import policy_terms
 
     @triton.jit
     def _anchored_kernel(

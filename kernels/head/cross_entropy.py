@@ -49,7 +49,7 @@ def linear_cross_entropy(
     """
     logit_map = LogitMap.of(temperature, logit_softcap, logit_scale)
     head = Head.build(hidden, weight, bias, logit_map, max_logits_bytes, backend)
-    arguments.check_vector("weights", weights, len(hidden), hidden.device)
+    arguments.check_tensor("weights", weights, hidden.shape[:1], hidden.device)
     arguments.check_token_ids(token_ids, len(hidden), hidden.device)
     rows = CrossEntropyRows(weights.detach().float())
     return linear_loss(hidden, token_ids, head, rows).loss

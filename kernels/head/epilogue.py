@@ -17,12 +17,6 @@ from gearshift.kernels import dispatch
 from gearshift.kernels.head.projection import Head, LogitGradient
 from gearshift.kernels.head.scores import LogitMap, Scores, blocks, launch_shape, readable_width
 
-if dispatch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from gearshift.kernels.head.scores import tanh
-
 
 class RowResults(NamedTuple):
     """Per row [C]: f32, f32, f32, bool."""
@@ -102,6 +96,10 @@ def _derivative(
 
 
 if dispatch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from gearshift.kernels.head.scores import tanh
 
     @triton.jit
     def _gradient_kernel(

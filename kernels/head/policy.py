@@ -29,13 +29,6 @@ import torch
 from gearshift.kernels import arguments, dispatch
 from gearshift.kernels.kl_gae import KL_ESTIMATORS, LOG_RATIO_LIMIT
 
-if dispatch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
-    from gearshift.kernels.kl_gae import k3
-
-
 POLICY_LOSSES = ("ppo", "gspo", "cispo", "sapo", "dis")  # the kernel knows them by their place
 SAPO_TAU = (1.0, 1.05)  # for A > 0 and otherwise, as published
 
@@ -191,6 +184,10 @@ def _surrogate_reference(logprobs: torch.Tensor, rows: PolicyRows) -> torch.Tens
 
 
 if dispatch.HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from gearshift.kernels.kl_gae import k3
 
     @triton.jit
     def policy_terms(

@@ -122,7 +122,7 @@ def linear_ppo_loss(
     if ref_logprobs is not None:
         named["ref_logprobs"] = ref_logprobs
     for name, tensor in named.items():
-        arguments.check_vector(name, tensor, len(hidden), hidden.device)
+        arguments.check_tensor(name, tensor, hidden.shape[:1], hidden.device)
     arguments.check_token_ids(token_ids, len(hidden), hidden.device)
     rows = PolicyRows(objective, *(tensor.detach().float() for tensor in named.values()))
     if policy_loss == "gspo":

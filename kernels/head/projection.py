@@ -62,7 +62,7 @@ class Head:
         backend: str,
     ) -> "Head":
         """Checks the tensors against each other; None takes the device's default budget."""
-        arguments.check_matrix("hidden", hidden)
+        arguments.check_matrix("hidden", hidden, hidden.device)
         arguments.check_matrix("weight", weight, hidden.device)
         if 0 in weight.shape:
             raise ValueError(f"weight has shape {list(weight.shape)}: it holds no token")
@@ -74,7 +74,7 @@ class Head:
         if hidden.dtype != weight.dtype:
             raise ValueError(f"weight is {weight.dtype}, hidden is {hidden.dtype}: cast one")
         if bias is not None:
-            arguments.check_vector("bias", bias, len(weight), hidden.device)
+            arguments.check_tensor("bias", bias, weight.shape[:1], hidden.device)
         if max_logits_bytes is None:
             max_logits_bytes = CUDA_LOGITS_BYTES if hidden.is_cuda else CPU_LOGITS_BYTES
         arguments.check_positive("max_logits_bytes", max_logits_bytes)

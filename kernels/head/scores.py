@@ -15,10 +15,6 @@ import torch
 
 from gearshift.kernels import arguments, dispatch
 
-if dispatch.HAS_TRITON:
-    import triton
-    import triton.language as tl
-
 # exp(-80) = 2e-35 is nothing beside the row's largest term, 1, and still a normal fp32 number:
 # -inf logits stay out of 0 * inf, and no denormals slow the CPU down.
 FLOOR = -80.0
@@ -69,6 +65,8 @@ def logprob_entropy_reference(
 
 
 if dispatch.HAS_TRITON:
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def tanh(x):
@@ -229,7 +227,7 @@ def logprob_entropy(
     at a time. Raises ValueError for wrong shapes, dtypes or devices, ids outside the vocabulary and
     a temperature that is not above 0.
     """
-    arguments.check_matrix("logits", logits)
+    arguments.check_matrix("logits", logits, logits.device)
     logit_map = LogitMap.of(temperature)
     rows, vocab = logits.shape
     arguments.check_token_ids(token_ids, rows, logits.device, vocab=vocab)

@@ -5,6 +5,7 @@ hits them alike; the least of `--repeats` counts. End tokens are off: lengths ar
 """
 
 import argparse
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -76,7 +77,11 @@ class EngineFigures:
 
 def main(args: argparse.Namespace) -> int:
     if args.ranks > 1:
-        return ranks.start("gearshift.launch.bench.zero3", args)
+        if "RANK" not in os.environ:
+            return ranks.start("generation", args)
+        from gearshift.launch.bench import zero3
+
+        return zero3.main(args)
     partitioned = sorted({"zero3", "deepspeed"} & set(args.peers))
     if partitioned:
         raise ValueError(f"--peers {' '.join(partitioned)}: needs --ranks of at least 2")

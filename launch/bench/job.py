@@ -26,7 +26,8 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
     """Raises ValueError for an argument below 1."""
     for name in names:
         if getattr(args, name) < 1:
-            raise ConfigError(f"--{name}", "at least 1", value=getattr(args, name))
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(option, "at least 1", value=getattr(args, name))
 
 
 def open_job(recipe: str, overrides: list[str], **own: Any) -> "Session":

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 
-def start(module: str, args: argparse.Namespace, launcher: Sequence[str] | None = None) -> int:
-    """Runs `module` with the same arguments on `args.ranks` processes; returns their status.
+def start(part: str, args: argparse.Namespace, launcher: Sequence[str] | None = None) -> int:
+    """Runs `gearshift bench PART` with the same arguments on `args.ranks` processes; returns their
+    status.
 
-    launcher: words between the interpreter and the module; none: torchrun's.
+    launcher: words between the interpreter and the command; none: torchrun's.
     """
     words = []
     for key, value in vars(args).items():
@@ -23,7 +24,8 @@ def start(module: str, args: argparse.Namespace, launcher: Sequence[str] | None 
     if launcher is None:
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
         launcher = (*launcher, str(args.ranks))
-    return subprocess.run([sys.executable, *launcher, "-m", module, *words]).returncode
+    command = [sys.executable, *launcher, "-m", "gearshift.launch.cli", "bench", part, *words]
+    return subprocess.run(command).returncode
 
 
 def partition(model: nn.Module, dtype: str, **zero: int) -> Any:

@@ -1,6 +1,7 @@
 """What a bench writes down: its figures as a JSON file, and the machine they were taken on."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import torch
 
 
 def write_json(path: Path | str | None, figures: dict[str, Any]) -> None:
-    """Writes the figures to `path`, where one was asked for."""
+    """Writes the figures to `path`, where one was asked for; paths among them as text."""
     if path:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        Path(path).write_text(json.dumps(figures, indent=1, default=os.fspath) + "\n")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -5,13 +5,12 @@ GatheredParameters over the whole model. Starts its own ranks unless a launcher 
 
   gearshift bench shift --ranks 2 --tp 2
   gearshift bench shift --ranks 4 --tp 2 --nodes 2      # two nodes of two, on one machine
-  deepspeed --num_gpus 8 --module gearshift.launch.bench.shift --model DIR --tp 4
+  deepspeed --no_local_rank --module gearshift.launch.cli bench shift --model DIR --tp 4
 """
 
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     if args.nodes < 1 or args.ranks % args.nodes:
         raise ConfigError(f"--nodes {args.nodes}", f"must divide the {args.ranks} ranks")
     if args.ranks > 1 and "RANK" not in os.environ:
-        return ranks.start("gearshift.launch.bench.shift", args)
+        return ranks.start("shift", args)
     if args.nodes > 1:
         os.environ["LOCAL_WORLD_SIZE"] = str(args.ranks // args.nodes)
     return _measure(args)
@@ -214,9 +213,3 @@ def _print_table(result: dict) -> None:
     )
     columns = ["", "there", "back", "received", "/ least", "staging", "held"]
     show(title, columns, rows, [note], left=1)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("bench_shift", description=__doc__)
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

@@ -16,16 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 from gearshift.engine.config.errors import ConfigError
 from gearshift.launch.bench import job
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.table import show
-
-if TYPE_CHECKING:
-    from gearshift.launch.session import Session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the JSON; raises ValueError for the user's mistakes."""
-    job.check_counts(args, "steps", "repeats")
+    job.check_counts(args, "steps", "repeats", "peer_batch")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise ConfigError("--json", "its folder does not exist", "make it", args.json)
     if args.vs_trl:
@@ -65,12 +62,9 @@ def measure(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
         session = job.open_job(recipe, overrides, dir=folder)
         built_gb = resident_gb(session.device)
         with cpu_times():
-            figures = [one_step(session) for _ in range(1 + steps)][1:]
+            taken = range(1 + steps)
+            figures = [session.trainer.step(job.next_prompts(session))[0] for _ in taken][1:]
     return job.describe(recipe, overrides) | summary(figures, built_gb)
-
-
-def one_step(session: "Session") -> dict[str, float]:
-    return session.trainer.step(job.next_prompts(session))[0]
 
 
 def resident_gb(device: Any) -> float:

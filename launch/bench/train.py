@@ -11,7 +11,6 @@ backward.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -115,7 +114,7 @@ def apart(args: argparse.Namespace, side: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "side.json"
         own = argparse.Namespace(**vars(args) | {"peers": False, "side": side, "json": str(file)})
-        status = ranks.start("gearshift.launch.bench.train", own, launcher=())
+        status = ranks.start("train", own, launcher=())
         if status:
             raise RuntimeError(f"{side}: ended with status {status}")
         return json.loads(file.read_text())["sides"][side]
@@ -308,9 +307,3 @@ def report(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
 
 def _cell(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-if __name__ == "__main__":
-    own = argparse.ArgumentParser()
-    add_arguments(own)
-    sys.exit(main(own.parse_args()))

@@ -12,12 +12,10 @@ theirs, theirs, ours. Compared are, as medians over the processes,
 
 TRL's side is this file, too, run by an interpreter that has gearshift and trl:
 
-    python -m gearshift.launch.bench.versus --check         why it cannot run; nothing if it can
     python -m gearshift.launch.bench.versus FOLDER OUT      the task in FOLDER, its figures as JSON
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
@@ -69,8 +67,6 @@ class Task:
     seed: int = 0
 
     def __post_init__(self):
-        if self.peer_batch < 1:
-            raise ConfigError(f"--peer-batch {self.peer_batch}", "at least 1")
         if self.vocab < 2 * len(job.SPECIAL):
             raise ConfigError(f"--vocab {self.vocab}", f"at least {2 * len(job.SPECIAL)}")
 
@@ -82,9 +78,11 @@ def main(args: argparse.Namespace) -> int:
     size = {"steps": args.steps, "peer_batch": args.peer_batch}
     tasks = [Task(vocab=vocab, **size) for vocab in args.vocab]
     quiet_libraries()
-    lacking = ask([args.peer_python, "-m", __name__, "--check"]).strip()
-    if lacking:
-        print(f"skipped: {args.peer_python}: {lacking}")
+    imported = [args.peer_python, "-c", "import trl.experimental.ppo"]
+    tried = subprocess.run(imported, capture_output=True, text=True)
+    if tried.returncode:
+        why, peer = tried.stderr.strip().rpartition("\n")[2], PEER.replace(" ", "==")
+        print(f"skipped: {args.peer_python}: {why}; pip install {peer}")
         return 0
     result = {"peer": PEER, "tasks": [compare(task, args) for task in tasks]}
     print_table(result)
@@ -214,22 +212,8 @@ def _write_models(task: Task, folder: Path) -> None:
 # TRL's side
 
 
-def missing() -> str | None:
-    """What to install, or None."""
-    advice = f"pip install {PEER.replace(' ', '==')}"
-    if importlib.util.find_spec("trl") is None:
-        return f"trl is not installed; {advice}"
-    if importlib.util.find_spec("trl.experimental.ppo") is None:
-        return f"trl {version('trl')} has no PPO trainer; {advice}"
-    return None
-
-
-def peer(argv: list[str]) -> int:
-    """--check, or FOLDER OUT: one step to warm up, then the task's steps."""
-    if argv == ["--check"]:
-        print(missing() or "", end="")
-        return 0
-    folder, out = map(Path, argv)
+def peer(folder: Path, out: Path) -> None:
+    """The task in `folder`: one step to warm up, then its steps, whose figures go to `out`."""
     task = json.loads((folder / "task.json").read_text())
     device = torch.device("cpu")
     clock = Clock(device)
@@ -252,7 +236,6 @@ def peer(argv: list[str]) -> int:
         "generated_tokens": task["rows"] * task["response_tokens"],
     }
     write_json(out, figures)
-    return 0
 
 
 class Clock(TrainerCallback):
@@ -322,4 +305,4 @@ def _trainer(task: dict, folder: Path, clock: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(peer(sys.argv[1:]))
+    peer(*map(Path, sys.argv[1:]))

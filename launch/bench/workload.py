@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from gearshift.engine.config import assets
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.data.streams import left_padded
 from gearshift.engine.models.shapes import PREFIX, published
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.sampling import Completion
@@ -51,11 +52,21 @@ class Timing:
         return Timing(wall_s=min(self.wall_s, other.wall_s), cpu_s=min(self.cpu_s, other.cpu_s))
 
 
-def load(path: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """The model at `path` on the device; of random weights, made there, where it is a shape's."""
+def load(
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    layers: int = 0,
+    vocabulary: int = 0,
+) -> nn.Module:
+    """The model at `path` on the device; of random weights, made there, where it is a shape's.
+
+    layers, vocabulary: of a shape; 0: its own.
+    """
     if path.startswith(PREFIX):
+        name = path.removeprefix(PREFIX)
         with torch.device(device):
-            config = published(path.removeprefix(PREFIX))
+            config = published(name, layers=layers, vocabulary=vocabulary)
             return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     place = Path(assets.resolve(path))
     options = {"gguf_file": place.name} if place.suffix == ".gguf" else {}
@@ -124,23 +135,15 @@ class RowLimits(transformers.StoppingCriteria):
         return (input_ids.shape[1] - self.width >= self.limits).to(input_ids.device)
 
 
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Left-padded ids and their mask, both [B, P] int64."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-
-
 def generate_run(model: nn.Module, work: Workload, *, synced: bool = False) -> None:
     """One left-padded batch through `generate`, until its longest response ends.
 
     synced: until that of all ranks, which ZeRO-3 needs: its gathers are collectives.
     """
-    ids, mask = padded(work.prompts, model.device)
+    ids, mask = left_padded(work.prompts, 0)
     model.generate(
-        ids,
-        attention_mask=mask,
+        ids.to(model.device),
+        attention_mask=mask.long().to(model.device),
         max_new_tokens=max(work.limits),
         do_sample=True,
         top_k=0,
@@ -178,7 +181,7 @@ def figures_of(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "machine": machine(device),
-        "arguments": {k: str(v) for k, v in vars(args).items()},
+        "arguments": vars(args),
         "tokens": work.tokens,
         "sides": {name: asdict(timing) for name, timing in timings.items()},
     }

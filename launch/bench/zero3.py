@@ -7,7 +7,6 @@ own part of the prompts. Started by `gearshift bench generation --ranks N`.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import nn
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import RolloutConfig
+from gearshift.engine.data.streams import left_padded
 from gearshift.engine.gearbox.gearbox import Gearbox
-from gearshift.launch.bench import generation, ranks, workload
+from gearshift.launch.bench import ranks, workload
 from gearshift.launch.bench.record import write_json
 from gearshift.launch.bench.workload import Timing, Workload
 
@@ -81,7 +81,7 @@ def deepspeed_run(engine: Any, work: Workload, device: torch.device) -> None:
     from deepspeed.runtime.rollout import base
     from deepspeed.runtime.rollout.hybrid_engine_rollout import HybridEngineRollout
 
-    ids, mask = workload.padded(work.prompts, device)
+    ids, mask = (x.long().to(device) for x in left_padded(work.prompts, 0))
     request = base.RolloutRequest(prompt_ids=ids, prompt_attention_mask=mask)
     # The longest of all ranks: they must make the same number of steps.
     longest = int(distributed.global_max(torch.tensor(max(work.limits))))
@@ -112,9 +112,3 @@ def report(args: argparse.Namespace, work: Workload, best: dict[str, Timing]) ->
     title = f"{len(work.prompts)} prompts, {work.tokens} tokens on {world} ranks under ZeRO-3"
     workload.show_sides(title, work, best, notes)
     write_json(args.json, workload.figures_of(args, work, best) | {"ranks": world})
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser("bench_zero3", description=__doc__)
-    generation.add_arguments(parser)
-    sys.exit(main(parser.parse_args()))

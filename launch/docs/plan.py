@@ -9,7 +9,6 @@ from pathlib import Path
 import yaml
 
 from gearshift.engine.plan.hardware import GB, Hardware, hardware
-from gearshift.engine.plan.planner import Plan
 from gearshift.launch.commands.plan import planned
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -65,12 +64,14 @@ def offline(recipe: str) -> tuple[str, list[str]]:
 def row(recipe: str, place: Hardware) -> str:
     """A line of the table."""
     made, advice = planned(*offline(recipe), place)
+    host = max(phase.host for phase in made.phases)
+    actor = made.config.actor  # the recipes leave both roles' to the plan
     cells = [
         f"`{recipe}`",
         f"{place.nodes} x {place.gpus_per_node} x {place.name}, {place.host_bytes / GB:.0f} GB",
         f"{made.peak.total / GB:.1f} of {place.usable / GB:.1f} ({made.peak.name})",
-        f"{_host_peak(made) / GB:.0f} of {max(0, place.usable_host) / GB:.0f}",
-        _chosen(made),
+        f"{host / GB:.0f} of {max(0, place.usable_host) / GB:.0f}",
+        f"{actor.sleep}, {'yes' if actor.gradient_checkpointing else 'no'}",
         str(made.tp),
         str(made.most_tokens),
         f"{made.kv_slots} of {made.kv_wanted}",
@@ -78,16 +79,6 @@ def row(recipe: str, place: Hardware) -> str:
         "FITS" if made.fits else f"DOES NOT FIT: {made.refuse_reason}; {advice}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _chosen(made: Plan) -> str:
-    """Of the actor; the recipes leave both roles' to the plan."""
-    role = made.config.actor
-    return f"{role.sleep}, {'yes' if role.gradient_checkpointing else 'no'}"
-
-
-def _host_peak(made: Plan) -> float:
-    return max(phase.host for phase in made.phases)
 
 
 def table() -> str:

@@ -1,9 +1,9 @@
 """What `gearshift doctor --config` looks at for one job: its folder, disks and attention."""
 
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 from gearshift.engine.config import deepspeed as ds_config
@@ -61,6 +61,7 @@ def _folder(config: Config, parts: list[Part]) -> Iterator[Finding]:
 
 def _attention(parts: list[Part]) -> Iterator[Finding]:
     """The backend that `attn` resolves to, for each model."""
+    installed = {package.name.lower().replace("_", "-") for package in metadata.distributions()}
     for part in parts:
         role, dtype = part.name, dtype_of(part.settings)
         try:
@@ -68,21 +69,11 @@ def _attention(parts: list[Part]) -> Iterator[Finding]:
         except ConfigError as error:
             yield Finding(f"attention of {role}", "bad", error.mistake, error.fix)
             continue
-        if picked.startswith("flash") and not _installed("flash-attn", "flash-attn-4"):
+        if picked.startswith("flash") and not installed & {"flash-attn", "flash-attn-4"}:
             fix = "pip install --no-build-isolation 'gearshift[flash]', or attn: sdpa"
             yield Finding(f"attention of {role}", "bad", f"{picked} is not installed", fix)
         else:
             yield Finding(f"attention of {role}", "ok", picked)
-
-
-def _installed(*names: str) -> bool:
-    for name in names:
-        try:
-            importlib.metadata.version(name)
-            return True
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return False
 
 
 def _nvme(parts: list[Part]) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ LIMIT_S = 240
 TAIL_LINES = 40  # of a job's output, repeated on the terminal
 _WORKER = ("-m", "gearshift.launch.gpu.parts")
 _BENCH = ("-m", "gearshift.launch.cli", "bench")
+_ALL = ("deepspeed", "transformers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +50,13 @@ class Job:
 def jobs_of(part: str, gpus: int, *, tiny: bool = False) -> list[Job]:
     """The jobs of one part, the job of that name, or all but those of `first`, which are others in
     brief. Most important first: the hour may end early. tiny: `first` at sizes of a CPU."""
-    model = "--hidden 4096 --layers 8 --vocab 128256"
+    shift = f"--ranks {gpus} --hidden 4096 --layers 8 --vocab 128256"
     every = [
-        _job("ragged", "ragged", LIMIT_S, *_WORKER, "ragged", needs=("transformers",)),
-        _job(
-            "kernels-correct",
-            "kernels-correct",
-            LIMIT_S,
-            *_WORKER,
-            "correctness",
-            needs=("triton",),
-        ),
+        _job("ragged", "", LIMIT_S, *_WORKER, "ragged", needs=("transformers",)),
+        _job("kernels-correct", "", LIMIT_S, *_WORKER, "correctness", needs=("triton",)),
         *(_speed("kernels-speed", shape, LIMIT_S, "--peers") for shape in SPEED_SHAPES),
         *(_generation("generation", batch, LIMIT_S, "--peers hf") for batch in BATCHES),
-        _job(
-            *("shift", "shift", LIMIT_S, *_BENCH, "shift", "--ranks", str(gpus), *model.split()),
-            needs=("deepspeed", "transformers"),
-        ),
+        _job("shift", "", LIMIT_S, *_BENCH, "shift", *shift.split(), needs=_ALL),
         *(_ppo("ppo", rows, limit, steps) for rows, (steps, limit) in PPO_STEPS.items()),
     ]
     first = _first(tiny)
@@ -90,8 +81,8 @@ def _first(tiny: bool) -> list[Job]:
 
 
 def _job(part: str, name: str, limit_s: int, *words: str, needs: tuple[str, ...]) -> Job:
-    """Its results go to a file of its name."""
-    name = f"first-{name}" if part == "first" else name
+    """name: "" for that of the part. Its results go to a file of its name."""
+    name = f"first-{name}" if part == "first" else name or part
     return Job(part, name, (*words, "--json", f"{{out}}/{name}.json"), limit_s, needs)
 
 
@@ -109,8 +100,7 @@ def _generation(part: str, batch: int, limit_s: int, more: str) -> Job:
 
 def _ppo(part: str, rows: int, limit_s: int, steps: int, more: str = "") -> Job:
     words = f"--rows {rows} --steps {steps} --limit-s {limit_s - 20} {more}".split()
-    needs = ("deepspeed", "transformers")
-    return _job(part, f"ppo-{rows}", limit_s, "-m", "gearshift.launch.gpu.ppo", *words, needs=needs)
+    return _job(part, f"ppo-{rows}", limit_s, "-m", "gearshift.launch.gpu.ppo", *words, needs=_ALL)
 
 
 def bootstrap(folder: Path, wheels: Path | None = None) -> dict[str, str]:

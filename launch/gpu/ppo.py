@@ -125,23 +125,6 @@ def finished(metrics: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def show(steps: list[dict[str, float]]) -> None:
-    """Seconds and memory of the last step, by phase."""
-    last = steps[-1]
-    names = [key.removeprefix("timing_s/") for key in last if key.startswith("timing_s/")]
-    memory = {key.removeprefix("memory_gb/"): v for key, v in last.items() if "memory_gb/" in key}
-    rows = [
-        [
-            name,
-            "",
-            f"{last[f'timing_s/{name}']:.2f}",
-            f"{memory[name]:.1f}" if name in memory else "",
-        ]
-        for name in names
-    ]
-    print("\n".join(plain_lines(["phase", "", "s", "GB"], rows)))
-
-
 def token_counts(steps: list[dict[str, float]], rows: int) -> list[dict[str, float]]:
     """What each step really read and wrote."""
     return [
@@ -165,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=64, help="responses per PPO step")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--new", type=int, default=512, help="tokens")
-    parser.add_argument("--steps", type=int, default=2, help="the last is shown")
+    parser.add_argument("--steps", type=int, default=2, help="PPO steps")
     parser.add_argument("--limit-s", type=float, default=460.0)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("overrides", nargs="*", help="after --: --section.key VALUE")
@@ -182,20 +165,11 @@ def main(argv: list[str] | None = None) -> int:
         left = args.limit_s - (time.monotonic() - started)
         steps, timed_out = train(folder, [*words, *args.overrides], left)
     check_work(steps, args.rows, args.prompt)
-    show(steps)
     counts = token_counts(steps, args.rows)
     lines = [[f"{value:g}" for value in row.values()] for row in counts]
     print("\n".join(plain_lines(list(counts[0]), lines, 0)))
-    work = {
-        "shape": args.shape,
-        "layers": config.num_hidden_layers,
-        "rows": args.rows,
-        "prompt": args.prompt,
-        "new": args.new,
-        "timed_out": timed_out,
-        "token_counts": counts,
-    }
-    report = {"machine": machine(device), **work, "recipe": RECIPE.name, "steps": steps}
+    report = {"machine": machine(device), "arguments": vars(args), "recipe": RECIPE.name}
+    report |= {"timed_out": timed_out, "token_counts": counts, "steps": steps}
     write_json(args.json, report)
     if timed_out:
         print(f"cut short: {len(steps)} of {args.steps} steps in {args.limit_s:.0f} s")

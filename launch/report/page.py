@@ -4,6 +4,7 @@ page.html is its template, with the style sheet; what a run fills in is made her
 """
 
 import argparse
+import json
 import math
 import os
 from itertools import zip_longest
@@ -13,10 +14,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from gearshift.launch import profiler
 from gearshift.launch.console import PHASES, printable, prompt_text
 from gearshift.launch.report.charts import chart_cards, step_names
 from gearshift.launch.report.data import Run, condense, load_run, spans
-from gearshift.launch.report.profile import profiles
 from gearshift.launch.report.svg import short, stacked_bars
 
 # The page's policy lets a browser fetch nothing, whatever a sample holds.
@@ -97,7 +98,7 @@ def render(run: Run) -> str:
         charts=chart_cards(run) if run.metrics else {},
         samples=_samples(run) if run.metrics else [],
         timeline=_timeline(run),
-        profiles=profiles(run.folder),
+        profiles=_profiles(run.folder),
         memory=_memory(run),
         command=" ".join(map(str, command)) if isinstance(command, list) else command,
         facts=_flat(facts),
@@ -235,3 +236,23 @@ def _setting(line: str) -> tuple[str, str]:
     """A line of config.yaml: what is set, and its origin, "" where the line sets nothing."""
     body, mark, origin = line.rpartition(" # ")
     return (body, origin) if mark else (line, "")
+
+
+def _profiles(folder: Path) -> list[dict[str, Any]]:
+    """What page.html shows of each profiled step of a run folder: its phases, and their costs."""
+    files = sorted((folder / profiler.FOLDER).glob(f"step_*/{profiler.TABLE}"))
+    tables = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [
+        {
+            "step": table["step"],
+            "phases": profiler.rows(table),
+            "costs": {
+                f"{phase}: costs on the {kind}": (
+                    profiler.COST_COLUMNS,
+                    profiler.cost_rows(table, phase, kind),
+                )
+                for phase, kind in profiler.costly(table)
+            },
+        }
+        for table in tables
+    ]

@@ -321,7 +321,8 @@ def test_warnings(overrides, message):
 
 def test_the_page_is_up_to_date():
     page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
-    assert page.read_text(encoding="utf-8") == config_docs.document(), "run: gearshift config-docs"
+    text = page.read_text(encoding="utf-8")
+    assert text == config_docs.document(text), "run: gearshift config-docs"
 
 
 def test_every_key_is_documented():

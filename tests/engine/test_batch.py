@@ -84,14 +84,13 @@ def test_prompt_and_response_of_equal_width_are_trimmed_apart():
     assert torch.equal(trimmed.response_ids, record.response_ids[:, :1])
 
 
-def test_prompt_batches_trim_and_join():
+def test_prompt_batches_move_and_rollouts_join_prompt_and_response():
     batch = PromptBatch(
         prompt_ids=torch.tensor([[0, 0, 5], [0, 6, 7]]),
         prompt_mask=torch.tensor([[False, False, True], [False, True, True]]),
         row_ids=torch.tensor([0, 1]),
         columns={},
     )
-    assert batch.trimmed().prompt_ids.tolist() == [[0, 5], [6, 7]]
     assert batch.to(torch.device("cpu")).row_ids.tolist() == [0, 1]
     record = experience([3])
     assert record.input_ids.shape == record.attention_mask.shape == (1, P + R)

@@ -281,10 +281,10 @@ def test_the_controller_follows_ziegler():
         (0.0, -0.2),
         (-9.0, -0.2),
     ):
-        controller = KLController.of(ppo)
+        controller = KLController(ppo)
         controller.adapt(kl, responses=50)
         assert controller.coef == pytest.approx(0.1 * (1 + error * 50 / 1000))
-    fixed = KLController.of(config(kl_coef=0.1))
+    fixed = KLController(config(kl_coef=0.1))
     fixed.adapt(60.0, responses=50)
     assert fixed.coef == 0.1
 

@@ -66,20 +66,28 @@ def test_large_mean_keeps_its_variance():
 
 
 @pytest.mark.parametrize(
-    "x, mask",
+    "x, mask, told",
     [
-        (torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.bool)),
-        (torch.zeros(2, 3), torch.ones(2, 3)),
-        (torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 4, dtype=torch.bool),
+            r"^x has shape \[2, 3\]: must be \[2, 4\]",
+        ),
+        (torch.zeros(2, 3), torch.ones(2, 3), "^mask is torch.float32: must be torch.bool"),
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.ones(2, 3, dtype=torch.bool),
+            "^x is torch.int64",
+        ),
     ],
 )
-def test_bad_input_is_named(x, mask):
-    with pytest.raises(ValueError, match="x, mask"):
+def test_bad_input_is_named(x, mask, told):
+    with pytest.raises(ValueError, match=told):
         whiten(x, mask)
 
 
 def test_two_devices_are_named():
-    with pytest.raises(ValueError, match="mask: is on meta but x is on cpu"):
+    with pytest.raises(ValueError, match="mask is on meta, the others are on cpu"):
         whiten(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"))
 
 

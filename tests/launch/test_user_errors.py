@@ -446,7 +446,7 @@ def test_more_tensor_parallel_ranks_than_there_are(refused):
         ("nowhere.py:score", "no file"),
         ("no_such_module:score", "No module named 'no_such_module'"),
         ("reward.py", "write module:function or file.py:function"),
-        ("{job}/reward.py:scores", "has no 'scores'; did you mean 'score'?"),
+        ("{job}/reward.py:scores", "has no 'scores'; did you mean score?"),
     ],
 )
 def test_reward_functions_that_are_not_there(refused, job, function, message):

@@ -394,7 +394,7 @@ def test_critic_and_reward_have_one_label(models):
 
 @pytest.mark.slow
 def test_a_gguf_file_is_converted_once_and_reads_as_transformers_reads_it(tmp_path, monkeypatch):
-    source = cache_dir() / "smollm2" / FILES["smollm2"][0]
+    source = cache_dir() / "smollm2" / next(iter(FILES["smollm2"]))
     if not source.exists():
         pytest.skip("needs an asset: gearshift fetch smollm2")
     monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path))

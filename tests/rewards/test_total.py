@@ -275,7 +275,7 @@ def test_long_text_is_shortened_in_errors(function):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("def rewards(prompts, completions): ...", "no 'reward'; did you mean 'rewards'"),
+        ("def rewards(prompts, completions): ...", "no 'reward'; did you mean rewards\\?"),
         ("reward = 3", "reward is not a function"),
         ("class reward: ...", "reward is a class; name an instance of it"),
         ("def reward(prompts, answers): ...", "signature is .prompts, answers.*write def reward"),
@@ -334,7 +334,7 @@ def test_a_mistake_on_another_rank_ends_this_one_with_the_same_line(function, mo
         ("module", "write module:function"),
         ("missing.py:reward", "no file .*missing.py"),
         ("no_such_module:reward", "importable from here"),
-        ("math:sqr", "did you mean 'sqrt'"),
+        ("math:sqr", "did you mean sqrt\\?"),
     ],
 )
 def test_a_bad_spec_is_refused(spec, told):

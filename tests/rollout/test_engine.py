@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
-from gearshift.engine.rollout.padded import PaddedEngine, hf_generate
+from gearshift.engine.rollout.padded import PaddedEngine
 from gearshift.engine.rollout.sampling import Ending
 from gearshift.kernels import ops
 from tests.tiny.on_ranks import free_port
@@ -31,6 +31,10 @@ def model():
 def make_engine(model, eos=EOS, tokenizer=None, **options):
     config = RolloutConfig(**{"block_size": 16, "max_sequences": 12} | options)
     return RolloutEngine(model, config, eos_token_ids=eos, pad_token_id=0, tokenizer=tokenizer)
+
+
+def padded_engine(model, **options):
+    return PaddedEngine(model, RolloutConfig(**options), eos_token_ids=EOS, pad_token_id=0)
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +103,8 @@ def test_samples_that_share_a_prompt_equal_lone_ones(model, options):
 
 def test_the_fallback_gives_the_same_responses(model, expected):
     for max_sequences in (12, 5):
-        fallback = hf_generate(
-            model,
-            PROMPTS,
-            SAMPLING,
-            SEEDS,
-            eos_token_ids=EOS,
-            pad_token_id=0,
-            max_sequences=max_sequences,
-        )
+        engine = padded_engine(model, max_sequences=max_sequences)
+        fallback = engine.generate(PROMPTS, SAMPLING, SEEDS)
         assert_same(fallback, expected)
 
 
@@ -191,7 +188,7 @@ def test_progress_counts_finished_responses(model):
 
 def test_no_prompts_no_work(model):
     assert make_engine(model).generate([], SAMPLING, []) == []
-    assert hf_generate(model, [], SAMPLING, [], eos_token_ids=EOS, pad_token_id=0) == []
+    assert padded_engine(model).generate([], SAMPLING, []) == []
 
 
 def test_memory_is_given_back_and_taken_again(model, expected):
@@ -250,8 +247,7 @@ def test_the_module_and_the_global_generator_are_left_as_found(failing):
         hook.remove()
     else:
         engine.generate(PROMPTS, SAMPLING, SEEDS)
-        fallback = dict(eos_token_ids=EOS, pad_token_id=0)
-        hf_generate(model, PROMPTS[:2], SAMPLING, SEEDS[:2], **fallback)
+        padded_engine(model).generate(PROMPTS[:2], SAMPLING, SEEDS[:2])
     assert [part.training for part in model.modules()] == modes
     assert [set(vars(p)) for p in model.modules()] == [set(a) for a in attributes]
     assert model.config.to_dict() == config.to_dict()
@@ -275,8 +271,10 @@ def _rank(rank, port, folder):
     config = RolloutConfig(block_size=4, max_sequences=5, kv_cache_gb=room)
     engine = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0, group=dist.group.WORLD)
     paged = engine.generate(PROMPTS, SAMPLING, SEEDS)
-    options = dict(eos_token_ids=EOS, pad_token_id=0, group=dist.group.WORLD)
-    plain = hf_generate(model, PROMPTS, SAMPLING, SEEDS, **options)
+    fallback = PaddedEngine(
+        model, RolloutConfig(), eos_token_ids=EOS, pad_token_id=0, group=dist.group.WORLD
+    )
+    plain = fallback.generate(PROMPTS, SAMPLING, SEEDS)
     torch.save([[(c.token_ids, c.logprobs) for c in x] for x in (paged, plain)], folder / f"{rank}")
     dist.destroy_process_group()
 
@@ -324,10 +322,6 @@ def test_a_real_model_speaks_as_its_own_forward_does():
 
 
 # What may not be drawn
-
-
-def padded_engine(model):
-    return PaddedEngine(model, RolloutConfig(), eos_token_ids=EOS, pad_token_id=0)
 
 
 @pytest.mark.parametrize("engine_of", [make_engine, padded_engine])

@@ -11,7 +11,7 @@ from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout import padded
 from gearshift.engine.rollout.engine import RolloutEngine
-from gearshift.engine.rollout.padded import hf_generate
+from gearshift.engine.rollout.padded import PaddedEngine
 from gearshift.engine.rollout.responses import choose_engine
 from gearshift.kernels import dispatch
 from tests.tiny.rollout import FAMILIES, MOVING, SMALL, build, forced_logits, make_prompts
@@ -23,6 +23,11 @@ LENGTHS = [11, 1, 26, 5]
 def engine_for(model, **options):
     config = RolloutConfig(block_size=4, cuda_graphs=False, **options)
     return RolloutEngine(model, config, eos_token_ids=NEVER, pad_token_id=0)
+
+
+def padded_engine(model):
+    config = RolloutConfig(max_sequences=3)
+    return PaddedEngine(model, config, eos_token_ids=NEVER, pad_token_id=0)
 
 
 def check_against_forward(model, prompts, completions, greedy: bool):
@@ -52,9 +57,7 @@ def test_sampled_logprobs_are_the_models_own_and_the_fallback_agrees(family):
     sampling, seeds = SamplingConfig(max_new_tokens=10), [3, 1, 4, 1]
     completions = engine_for(model).generate(prompts, sampling, seeds)
     check_against_forward(model, prompts, completions, greedy=False)
-    fallback = hf_generate(
-        model, prompts, sampling, seeds, eos_token_ids=NEVER, pad_token_id=0, max_sequences=3
-    )
+    fallback = padded_engine(model).generate(prompts, sampling, seeds)
     assert [c.token_ids for c in fallback] == [c.token_ids for c in completions]
     ours, theirs = (torch.tensor([c.logprobs for c in x]) for x in (completions, fallback))
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
@@ -77,19 +80,17 @@ def test_models_that_number_tokens_by_themselves_are_not_padded(family):
     for parameter in model.parameters():
         parameter.data *= 4 if parameter.ndim > 1 and parameter.std() < 0.1 else 1
     prompts, sampling = make_prompts([7, 1, 7, 12]), SamplingConfig(max_new_tokens=6)
-    settings = dict(eos_token_ids=NEVER, pad_token_id=0, max_sequences=3)
-    completions = hf_generate(model, prompts, sampling, [0, 1, 2, 3], **settings)
+    completions = padded_engine(model).generate(prompts, sampling, [0, 1, 2, 3])
     check_against_forward(model, prompts, completions, greedy=False)
 
 
 def judged(model, caplog):
     """The manner that is chosen for a model, and what was warned of."""
-    found = padded.choose_manner(model, pad_token_id=0)
+    engine = padded_engine(model)
     prompts, sampling = make_prompts([7, 1, 7, 12]), SamplingConfig(max_new_tokens=6)
-    settings = dict(eos_token_ids=NEVER, pad_token_id=0, manner=found)
-    completions = hf_generate(model, prompts, sampling, [0, 1, 2, 3], **settings)
+    completions = engine.generate(prompts, sampling, [0, 1, 2, 3])
     check_against_forward(model, prompts, completions, greedy=False)
-    return found, [record.getMessage() for record in caplog.records]
+    return engine.manner, [record.getMessage() for record in caplog.records]
 
 
 def test_a_model_that_is_right_is_padded_and_keeps_a_cache(caplog):

@@ -28,7 +28,7 @@ def test_table_and_json_report_the_bytes_moved(tmp_path):
     sizes = ["--hidden", "128", "--layers", "1", "--vocab", "256", "--repeats", "2"]
     options = ["--ranks", "2", *sizes, "--bucket-mb", "0.05", "--json", str(file)]
     run = subprocess.run(
-        [sys.executable, "-m", "gearshift.launch.bench.shift", *options],
+        [sys.executable, "-m", "gearshift.launch.cli", "bench", "shift", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

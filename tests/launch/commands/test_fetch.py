@@ -47,10 +47,9 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("GEARSHIFT_CACHE", str(tmp_path / "cache"))
-    asset = dataclasses.replace(
-        fetch.ASSETS[NAME], sha256=sha256(make_wheel(folder)), files={FILE: sha256(CONTENT)}
-    )
+    asset = dataclasses.replace(fetch.ASSETS[NAME], sha256=sha256(make_wheel(folder)))
     monkeypatch.setitem(fetch.ASSETS, NAME, asset)
+    monkeypatch.setitem(assets.FILES, NAME, {FILE: sha256(CONTENT)})
     return folder
 
 
@@ -83,8 +82,7 @@ def test_a_changed_package_is_refused_by_pip(index, tmp_path, capsys):
 
 
 def test_changed_contents_are_refused(index, tmp_path, monkeypatch, capsys):
-    changed = dataclasses.replace(fetch.ASSETS[NAME], files={FILE: sha256(b"expected")})
-    monkeypatch.setitem(fetch.ASSETS, NAME, changed)
+    monkeypatch.setitem(assets.FILES, NAME, {FILE: sha256(b"expected")})
     assert cli.main(["fetch", NAME]) == 2
     assert "nothing was kept" in capsys.readouterr().err
     assert not (tmp_path / "cache" / NAME / FILE).exists()
@@ -105,10 +103,9 @@ def test_npm_is_needed_only_for_its_asset(tmp_path, monkeypatch, capsys):
     assert "install Node.js" in capsys.readouterr().err
 
 
-def test_pins_are_whole_and_name_the_files_that_paths_may_use():
+def test_pins_are_whole():
     for name, asset in fetch.ASSETS.items():
-        assert set(assets.FILES[name]) == set(asset.files)
-        assert all(len(pin) == 64 for pin in (asset.sha256, *asset.files.values()))
+        assert all(len(pin) == 64 for pin in (asset.sha256, *assets.FILES[name].values()))
     assert set(assets.FILES) == set(fetch.ASSETS)
 
 
