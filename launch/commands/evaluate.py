@@ -22,7 +22,7 @@ from gearshift.engine.cluster import distributed
 from gearshift.engine.config import check as config_check
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.schema import Config, SamplingConfig
+from gearshift.engine.config.schema import Config, LoraConfig, SamplingConfig
 from gearshift.engine.data.heldout import read_held_out
 from gearshift.engine.evaluate import Evaluation, check_columns
 from gearshift.engine.gearbox.adapters import fold
@@ -65,6 +65,9 @@ def main(args: argparse.Namespace) -> int:
     problem = f"reward models, as {models}, score in a run alone"
     refuse_if(models, "eval.rewards", problem, "give functions or endpoints")
     part, load = chosen(config, args.model)
+    packed = part.lora is not None and part.lora.settings.load_in_4bit
+    problem, fix = "such a model is not evaluated as it is", "give --model what it exported"
+    refuse_if(packed, "actor.lora.load_in_4bit", problem, fix, "true")
     check_context(config, part)
     rewards = RewardSum(judges, config.guards)
     sets = read_held_out(config.eval, config.data, part.tokenizer)
@@ -88,7 +91,8 @@ def chosen(config: Config, model: str | None) -> tuple[Part, Callable[[], nn.Mod
         return saved, lambda: restored(folder, state, saved, seed)
     actor = config.actor
     if model:
-        actor = replace(actor, path=model, revision=None, lora=replace(actor.lora, r=0))
+        whole = LoraConfig(base=actor.lora.base)  # adapters in a directory have their own settings
+        actor = replace(actor, path=model, revision=None, lora=whole)
     part = cast(replace(config, actor=actor))["actor"]
     return part, lambda: unpartitioned(part, seed)[0]
 

@@ -78,7 +78,19 @@ def test_an_adapter_of_peft_is_added(finished, tmp_path):
     tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(tmp_path / "merged")
     found = [
         evaluate(path, tmp_path / "found.json", *words)["samples"]
-        for words in ([], ["--model", tmp_path / "adapter"], ["--model", tmp_path / "merged"])
+        for words in (
+            [],
+            ["--model", tmp_path / "adapter"],
+            # As the export of a run in 4 bit, whose YAML has this.
+            [
+                "--model",
+                tmp_path / "merged",
+                "--actor.lora.r",
+                2,
+                "--actor.lora.load_in_4bit",
+                "true",
+            ],
+        )
     ]
     assert found[0] != found[1] == found[2]
 
@@ -95,6 +107,7 @@ def test_the_policy_has_moved(finished):
         (["--eval.sources", "[]"], "eval.sources=[]: nothing to evaluate on; as --eval.sources.0"),
         (["--eval.sampling.max_new_tokens", "999"], "max_new_tokens=999: with data.max_prompt_tok"),
         (["--model", "nowhere"], "nowhere"),
+        (["--actor.lora.r", "2", "--actor.lora.load_in_4bit", "true"], "lora.load_in_4bit=true: "),
         (
             ["--eval.rewards.0.kind", "model", "--eval.rewards.0.path", "x"],
             "eval.rewards.0.kind=model: reward models are loaded for the run's own rewards only",
