@@ -28,8 +28,8 @@ LEVELS = [group.split() for group in ORDER.split("|")]
 
 # Who may know DeepSpeed, at module level or inside a function.
 DEEPSPEED = {"config", "cluster", "zero", "gearbox", "streaming", "models", "roles"}
-# Its logger's level, its version, what a benchmark compares with, and an import before forks.
-LAUNCH_WITH_DEEPSPEED = re.compile(r"train|session|bench/.*|docs/families")
+# Its logger's level, its version, and what a benchmark compares with.
+LAUNCH_WITH_DEEPSPEED = re.compile(r"train|session|bench/.*")
 # Its fields of a parameter and of an optimizer, which one file reads. `ds_opt_adam` is no part of
 # them: DeepSpeedCPUAdam's own arithmetic.
 PRIVATE = re.compile(

@@ -12,7 +12,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from gearshift.launch.docs.forks import forked
+from tests.families.forks import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gearshift.launch.docs import families
+from tests.families import page as families
 from tests.tiny import job as tiny_job
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "families.md"
 
 
 def test_the_page_lists_every_family():
@@ -24,13 +25,17 @@ def test_the_page_lists_every_family():
 @pytest.mark.slow
 def test_families_are_tried(tmp_path):
     """One that works, one that is padded and cached by another name, one that is refused."""
-    command = [sys.executable, "-m", "gearshift.launch.docs.families", "llama", "mamba", "bert"]
-    page = tmp_path / "families.md"
+    command = [sys.executable, "-m", "tests.families.page", "llama", "mamba", "bert"]
+    made = tmp_path / "families.md"
     subprocess.run(
-        [*command, "--out", str(page)], check=True, env=tiny_job.environment(), timeout=1500
+        [*command, "--out", str(made)],
+        check=True,
+        env=tiny_job.environment(),
+        timeout=1500,
+        cwd=ROOT,
     )
-    found = families.read(page)
+    found = families.read(made)
     assert found["llama"][1:] == ["works", "packed", "paged", "yes", "2", ""]
     assert found["mamba"][1:5] == ["works padded", "padded", "padded", "none"]
     assert found["bert"][1] == "refused" and "supported" in found["bert"][-1]
-    assert found == {name: families.read(page)[name] for name in ("llama", "mamba", "bert")}
+    assert found == {name: families.read(made)[name] for name in ("llama", "mamba", "bert")}

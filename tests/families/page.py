@@ -1,6 +1,6 @@
 """Write docs/families.md: every causal-LM family of transformers, made tiny and put through a run.
 
-    python -m gearshift.launch.docs.families [--out FILE] [FAMILY ...]
+    python -m tests.families.page [--out FILE] [FAMILY ...]
 
 A family's run has three parts, each in processes of its own with limits of time and memory: a tiny
 checkpoint is written; one rank makes a PPO step; two ranks make the same under ZeRO-3 with tensor
@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
 from gearshift.launch import train
-from gearshift.launch.docs.forks import forked
-from gearshift.launch.docs.tiny import make, tokenizer
+from tests.families.forks import forked
+from tests.families.tiny import make, tokenizer
 
 SECONDS = 150
 OUTCOMES = ("works", "works padded", "refused", "wrong", "traceback", "not built")
@@ -57,7 +57,7 @@ two ranks under ZeRO-3 with `rollout.tp: 2`, or 1 where that is refused. A famil
 - training's log-probs are those of sampling, and gradients are finite and not zero;
 - two ranks sample the same tokens as one, and all figures of their steps are equal to 0.2 %.
 
-Made by `python -m gearshift.launch.docs.families`, which tries what this page does not have yet.
+Made by `python -m tests.families.page`, which tries what this page does not have yet.
 Kernels of GPUs, bf16, long texts and real weights are no part of it.
 
 {counts}
