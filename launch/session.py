@@ -34,7 +34,7 @@ from gearshift.engine.plan import compare as ledger
 from gearshift.engine.plan import start as plan_start
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rollout.responses import limit_in
-from gearshift.engine.rollout.stragglers import check_row
+from gearshift.engine.rollout.stragglers import check_row, next_prompts
 from gearshift.kernels.checks.self_check import self_check
 from gearshift.launch import alike, profiler
 from gearshift.launch.bench.table import plain_lines
@@ -163,10 +163,7 @@ class Session:
 
     def _step(self, log: RunLog | None) -> Alarm | None:
         """Returns the alarm of a guard that stops the run: a step to look at, not to save."""
-        stream, backlog = self.streams["prompts"], self.trainer.backlog
-        if backlog and backlog.is_empty:
-            backlog.fill(stream.next_batch())
-        prompts = stream.next_batch().to(self.device)
+        prompts = next_prompts(self.streams["prompts"], self.trainer.backlog).to(self.device)
         step = self.trainer.steps_done + 1
         due = step in self.config.run.profile.steps
         trace = profiler.place(self.folder, step) if due else None

@@ -21,11 +21,18 @@ class Linear4bit(nn.Linear):
 
     weight: then [out * in / 2, 1] uint8, two elements a byte; what else belongs to it is in
     `state`, of bitsandbytes. The product is of the input's dtype and sums as PyTorch's.
+    rounds: dtype to which the weight is rounded before.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, state: Any = None):
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        state: Any = None,
+        rounds: torch.dtype | None = None,
+    ):
         super().__init__(1, 1, bias=False, device="meta")
-        self.weight, self.bias, self.state = weight, bias, state
+        self.weight, self.bias, self.state, self._rounds = weight, bias, state, rounds
         self.out_features, self.in_features = weight.shape if state is None else state.shape
 
     @torch.no_grad()
@@ -36,8 +43,9 @@ class Linear4bit(nn.Linear):
         from bitsandbytes.functional import quantize_4bit
 
         weight = self.weight.cuda() if torch.cuda.is_available() else self.weight
+        values = weight.data.to(self._rounds or weight.dtype).to(weight.dtype)
         packed, self.state = quantize_4bit(
-            weight.data, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+            values, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         self.weight = nn.Parameter(packed, requires_grad=False)
 

@@ -392,7 +392,10 @@ def _fill(
             if source is not None:
                 buffer.copy_(files.read(source))
         if isinstance(part, Linear4bit):
+            whole = id(part.weight)
             part.pack()
+            # Else all of the model in 16 bit would be there until the end.
+            made = {of: parameter for of, parameter in made.items() if id(parameter) != whole}
 
 
 def _read(

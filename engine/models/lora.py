@@ -71,12 +71,16 @@ class Lora:
                 named = [name for name in named if name != "classifier"]
         return own + [name for name in named if name not in own]
 
-    def swap(self, module: nn.Module) -> None:
-        """Puts layers that `pack` quantises in the place of those that are to be in 4 bit. Raises
-        ConfigError."""
+    def swap(self, module: nn.Module, trained_in: torch.dtype | None = None) -> None:
+        """Puts layers that `pack` quantises in the place of those that are to be in 4 bit.
+
+        trained_in: a narrower dtype than the module's, that a run has quantised from. Raises
+        ConfigError.
+        """
         check_bitsandbytes(self)
         for name, layer in quantisable(module, self).items():
-            module.set_submodule(name, Linear4bit(layer.weight, layer.bias))  # type: ignore[arg-type]
+            packed = Linear4bit(layer.weight, layer.bias, rounds=trained_in)  # type: ignore[arg-type]
+            module.set_submodule(name, packed)
 
 
 def adapts(section: TrainedConfig) -> bool:

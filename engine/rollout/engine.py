@@ -161,7 +161,8 @@ class RolloutEngine:
                 index=index,
                 prefix=prefixes.setdefault(tuple(prompt), Prefix(tokens=prompt)),
                 seed=seed,
-                limit=limit,
+                # One begun under a higher limit ends with its next token.
+                limit=max(limit, len(drawn.token_ids) + 1) if drawn else limit,
                 tokens=[*prompt, *(drawn.token_ids if drawn else ())],
                 logprobs=[*drawn.logprobs] if drawn else [],
             )

@@ -124,6 +124,9 @@ def _complete(
     shares = distributed.all_gather_objects(mine, group) if group else [mine]
     counts = [len(share[0]) for share in shares]
     more: dict[str, Any] = {}
+    if deferring and max(share[3]["wanted"] for share in shares) <= 0:
+        nothing = Completion(token_ids=[], logprobs=[], finished=False, ended=False)
+        return [drawn or nothing for drawn in deferring["begun"]]
     if deferring:
         more["begun"] = [drawn for share in shares for drawn in share[3]["begun"]]
         more["enough"] = _enough(counts, [share[3]["wanted"] for share in shares])

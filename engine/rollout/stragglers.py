@@ -16,7 +16,8 @@ import torch
 
 from gearshift.engine.batch import PromptBatch
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.errors import said
+from gearshift.engine.config.errors import ConfigError, said
+from gearshift.engine.data.streams import PromptStream, left_padded
 from gearshift.engine.rollout.sampling import Completion
 
 
@@ -110,25 +111,28 @@ def _rows(prompts: PromptBatch) -> list[Waiting]:
 
 def as_prompts(rows: Sequence[Waiting], like: PromptBatch) -> PromptBatch:
     """The prompts of `rows` as a record, on the device of `like`."""
-    width = max(len(w.prompt) for w in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, w in enumerate(rows):
-        ids[i, width - len(w.prompt) :] = torch.tensor(w.prompt)
-        mask[i, width - len(w.prompt) :] = True
+    ids, mask = left_padded([w.prompt for w in rows], pad=0)
     record = PromptBatch(
         prompt_ids=ids,
         prompt_mask=mask,
         row_ids=torch.tensor([w.row_id for w in rows]),
-        columns={name: [w.columns[name] for w in rows] for name in like.columns},
+        # A dataset may have got a column since a row began to wait.
+        columns={name: [w.columns.get(name) for w in rows] for name in like.columns},
     )
     return record.to(like.prompt_ids.device)
 
 
+def next_prompts(stream: PromptStream, backlog: Backlog | None) -> PromptBatch:
+    """The prompts of a step; before the first, those of one more are left to wait."""
+    if backlog and backlog.is_empty:
+        backlog.fill(stream.next_batch())
+    return stream.next_batch()
+
+
 def check_row(row: dict[str, Any]) -> None:
-    """Raises ValueError for a row of a dataset that a checkpoint cannot hold while it waits."""
+    """Raises ConfigError for a row of a dataset that a checkpoint cannot hold while it waits."""
     try:
         json.dumps(row)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         problem = f"a checkpoint cannot hold a row that waits ({said(error)})"
-        raise ValueError(f"rollout.defer_stragglers: {problem}; drop the column") from None
+        raise ConfigError("rollout.defer_stragglers", problem, "drop the column") from None

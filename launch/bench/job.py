@@ -45,7 +45,10 @@ def open_job(recipe: str, overrides: list[str], **own: Any) -> "Session":
 
 def next_prompts(session: "Session") -> Any:
     """A PromptBatch of one step, on the device."""
-    return session.streams["prompts"].next_batch().to(session.device)
+    from gearshift.engine.rollout import stragglers
+
+    prompts = stragglers.next_prompts(session.streams["prompts"], session.trainer.backlog)
+    return prompts.to(session.device)
 
 
 def describe(recipe: str, overrides: list[str]) -> dict[str, Any]:

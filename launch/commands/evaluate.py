@@ -116,8 +116,9 @@ def standing(config: Config, part: Part, model: nn.Module) -> Standing:
         for parameter in model.parameters():  # buffers, as of rotary embeddings, stay float32
             parameter.data = parameter.data.bfloat16()
     tokenizer, ends = part.tokenizer, end_token_ids(part.tokenizer, model)
-    engine = choose_engine(model, config.rollout.engine)(
-        model.to(device),
+    model = model.to(device)  # type: ignore[arg-type]
+    engine = choose_engine(model, config.rollout.engine, device)(
+        model,
         config.rollout,
         eos_token_ids=ends,
         pad_token_id=ends[0],

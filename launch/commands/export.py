@@ -7,6 +7,7 @@ process reads the pieces of all ranks. `--dtype bfloat16` rounds them as trainin
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gearshift.engine.config.schema import Config
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.models.heads import Policy, ValueModel
-from gearshift.engine.models.load import load_model
+from gearshift.engine.models.load import dtype_of, load_model
 from gearshift.engine.zero.state import whole
 from gearshift.kernels.adamw import join_master
 
@@ -81,7 +82,7 @@ def restored(checkpoint: Path, state: dict[str, Any], part: Part, seed: int) -> 
 def unpartitioned(part: Part, seed: int) -> tuple[nn.Module, nn.Module]:
     """A role's model in float32, as it was before training, and what its engine calls it in."""
     own, fresh = part.lora, part.fresh_head
-    swap = own.swap if own else None
+    swap = partial(own.swap, trained_in=dtype_of(part.settings)) if own else None
     with part.errors():
         model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=fresh, swap=swap)
         if own:

@@ -90,8 +90,9 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
         lora.adapt(model, adapter, settings, seed=0)
         fold(model)
     ends = end_token_ids(tokenizer, model)
-    engine = choose_engine(model, "auto")(
-        model.to(device), RolloutConfig(), eos_token_ids=ends, pad_token_id=ends[0], device=device
+    model = model.to(device)  # type: ignore[arg-type]
+    engine = choose_engine(model, "auto", device)(
+        model, RolloutConfig(), eos_token_ids=ends, pad_token_id=ends[0], device=device
     )
     seeds = [sequence_seed(args.seed, i) for i in range(len(ids))]
     completions = engine.generate(ids, sampling, seeds)

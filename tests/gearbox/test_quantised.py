@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import weakref
 from dataclasses import replace
 
 import peft
@@ -84,6 +85,37 @@ def test_a_weight_is_nf4_of_blocks_of_64_in_half_a_byte_an_element():
     torch.testing.assert_close(x.grad, layer.whole().sum(0).expand_as(x))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), y)
+
+
+@needs_packing
+def test_a_wider_copy_of_what_a_run_quantised_has_the_same_bits():
+    """As an export has, in fp32, of a checkpoint that bf16 has trained on."""
+    torch.manual_seed(0)
+    wide = torch.randn(8, BLOCK)
+    layers = [
+        Linear4bit(torch.nn.Parameter(wide.bfloat16()), None),
+        Linear4bit(torch.nn.Parameter(wide.clone()), None, rounds=torch.bfloat16),
+        Linear4bit(torch.nn.Parameter(wide.clone()), None),
+    ]
+    for layer in layers:
+        layer.pack()
+    trained, exported, other = (layer.whole() for layer in layers)
+    assert exported.dtype == torch.float32 and torch.equal(exported.bfloat16(), trained)
+    assert not torch.equal(other.bfloat16(), trained)
+
+
+@needs_packing
+def test_weights_are_let_go_of_once_they_are_packed(models, monkeypatch):
+    alive, counts, real = [], [], Linear4bit.pack
+
+    def pack(layer):
+        alive.append(weakref.ref(layer.weight))
+        real(layer)
+        counts.append(sum(weight() is not None for weight in alive))
+
+    monkeypatch.setattr(Linear4bit, "pack", pack)
+    tiny_run.trainer(config(models))
+    assert len(counts) == 28 and max(counts) <= 2
 
 
 @needs_packing

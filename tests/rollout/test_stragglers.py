@@ -9,11 +9,13 @@ from gearshift.engine.batch import PromptBatch
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import load as config_load
 from gearshift.engine.config.check import check
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout import responses
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.responses import generate_deferring, generate_responses
-from gearshift.engine.rollout.stragglers import Backlog, check_row
+from gearshift.engine.rollout.sampling import Completion
+from gearshift.engine.rollout.stragglers import Backlog, check_row, next_prompts
 from gearshift.launch import train
 from tests.tiny import job as tiny_job
 from tests.tiny.rollout import build, make_prompts
@@ -158,8 +160,59 @@ def test_it_is_dealt_anew_on_other_ranks(model, monkeypatch):
 
 def test_a_column_that_no_checkpoint_holds_is_told():
     check_row({"prompt": "a", "gold": [1, None]})
-    with pytest.raises(ValueError, match="rollout.defer_stragglers: .*; drop the column"):
+    with pytest.raises(ConfigError, match="rollout.defer_stragglers: .*; drop the column"):
         check_row({"prompt": "a", "picture": b"..."})
+
+
+def test_a_response_longer_than_a_new_limit_ends_with_its_next_token(model):
+    prompt, made = make_prompts([3])[0], engine(model, block_size=4)
+    whole = SamplingConfig(max_new_tokens=30, suppress_tokens=EOS)
+    first = made.generate([prompt], whole, [5])[0]
+    for drawn in (7, 8, 20):
+        begun = Completion(
+            token_ids=first.token_ids[:drawn], logprobs=first.logprobs[:drawn], finished=False
+        )
+        less = SamplingConfig(max_new_tokens=8, suppress_tokens=EOS)
+        (found,) = made.generate([prompt], less, [5], begun=[begun])
+        assert found.ended and found.token_ids == first.token_ids[: max(8, drawn + 1)]
+
+
+def test_nothing_is_generated_where_enough_has_ended(model):
+    backlog, made = Backlog(1, 0.5), engine(model)
+    steps = [batch(step).rows(torch.tensor([1])) for step in range(4)]
+    for some in steps:
+        some.columns["most"] = [1]
+    backlog.fill(steps[0])
+    first = generate_deferring(made, steps[1], SAMPLING, 0, None, None, backlog)
+    assert backlog.waiting[0].ended
+    count = forwards(made)
+    second = generate_deferring(made, steps[2], SAMPLING, 0, None, None, backlog)
+    assert count == [0] and [names(first), names(second)] == [names(steps[0]), names(steps[1])]
+    generate_deferring(made, steps[3], SAMPLING, 0, None, None, backlog)
+    assert count[0] > 0
+
+
+def test_rows_that_wait_lack_a_column_that_the_dataset_got_since(model):
+    backlog, more = Backlog(ROWS, 0.5), batch(1)
+    backlog.fill(batch(0))
+    more.columns["new"] = [1] * ROWS
+    rollout = generate_deferring(engine(model), more, SAMPLING, 0, None, None, backlog)
+    assert rollout.columns["new"].count(None) >= 3
+
+
+def test_the_first_step_draws_the_prompts_of_two():
+    class Stream:
+        step = 0
+
+        def next_batch(self):
+            self.step += 1
+            return batch(self.step)
+
+    stream, backlog = Stream(), Backlog(ROWS, 0.5)
+    for seen in (2, 3):
+        prompts = next_prompts(stream, backlog)
+        assert torch.equal(prompts.row_ids, batch(seen).row_ids) and stream.step == seen
+    assert next_prompts(stream, None).row_ids[0] == 4 * ROWS
 
 
 @pytest.mark.parametrize(
