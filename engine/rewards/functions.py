@@ -82,19 +82,19 @@ class FunctionReward:
         wanted = wanted - self._filled
         return {name: values for name, values in offered.items() if name in wanted}
 
-    def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, Exception | None]:
+    def _call(self, arguments: dict[str, list[Any]]) -> tuple[Any, BaseException | None]:
         """What the function does to its arguments, others do not see."""
         try:
             answer = self._function(**deepcopy(arguments))
             return asyncio.run(_awaited(answer)) if isawaitable(answer) else answer, None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return None, error
 
     def _errors_by_row(
         self, arguments: dict[str, list[Any]], rows: Sequence[int]
-    ) -> dict[int, Exception]:
+    ) -> dict[int, BaseException]:
         """Calls again, a row at a time, until more fail than a few poisoned samples would."""
-        errors = {}
+        errors: dict[int, BaseException] = {}
         for i in rows:
             _, error = self._call(_picked(arguments, [i]))
             if error is not None:
@@ -103,7 +103,7 @@ class FunctionReward:
                 break
         return errors
 
-    def _fault(self, error: Exception, row: str) -> RewardError:
+    def _fault(self, error: BaseException, row: str) -> RewardError:
         fault = RewardError(f"reward {self.name!r} raised {_cause(error)}; {row}")
         fault.__cause__ = error
         return fault
@@ -140,7 +140,7 @@ def checked_scores(
         for part in parts:
             if part is not None and not isinstance(part, (bool, int, float)):
                 raise RewardError(f"reward {name!r} is {part!r}, not a number; {rows.row(i)}")
-        total = math.nan if None in parts else math.fsum(parts)
+        total = math.nan if None in parts else _sum(parts)
         if not abs(total) <= _MAX_FLOAT32:
             what, wrong = ("not a number", None) if None in parts else ("not finite", total)
             found.faults[i] = RewardError(f"reward {name!r} is {wrong}, {what}; {rows.row(i)}")
@@ -149,6 +149,13 @@ def checked_scores(
         if tokens is not None:
             found.tokens[i] = list(map(float, tokens))
     return found
+
+
+def _sum(parts: list[Any]) -> float:
+    try:
+        return math.fsum(parts)
+    except (OverflowError, ValueError):  # beyond float64; infinities of both signs
+        return math.inf
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +217,7 @@ def _import(name: str, spec: str, where: str) -> Any:
         raise _refusal(name, spec, problem)
     try:
         return _import_file(path) if path.suffix == ".py" else importlib.import_module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         problem = f"importing it raised {_cause(error)}"
         fix = "A module must be importable from here (PYTHONPATH); a file is file.py:function"
         raise _refusal(name, spec, f"{problem}. {fix}") from error
@@ -241,7 +248,7 @@ def _signature(name: str, spec: str, function: Callable) -> tuple[bool, set[str]
     return accepts_all, named, {p.name for p in by_name if p.default is p.empty}
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """Type, message and place of an error in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())

@@ -238,6 +238,9 @@ def test_arrays_and_scalars_are_numbers(function, kind):
         ("[1.0, float('nan')]", "nan, not finite.*a pear"),
         ("[float('inf'), 1.0]", "inf, not finite.*an apple"),
         ("[1.0, 1e39]", "1e.39, not finite"),
+        ("[1.0, 10**400]", "inf, not finite.*a pear"),
+        ("[1.0, [float('inf'), float('-inf')]]", "inf, not finite.*a pear"),
+        ("exit(0)", "raised SystemExit: 0 .*an apple"),
         ("[1.0, [2.0]]", "returned 1 token rewards for a completion of 2 tokens"),
         ("[1.0, {2.0}]", r"\{2.0\}, not a number"),
     ],
@@ -282,6 +285,7 @@ def test_long_text_is_shortened_in_errors(function):
         ("def reward(prompts, completions, /): ...", "write def reward"),
         ("import no_such_module", "ModuleNotFoundError.*no_such_module.*:1"),
         ("def reward(:", "SyntaxError"),
+        ("raise SystemExit", "importing it raised SystemExit"),
     ],
 )
 def test_a_bad_function_is_refused_before_the_run(function, source, told):
