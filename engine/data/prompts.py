@@ -62,7 +62,9 @@ class PromptEncoder:
             as_read = self._arguments([_as_text(turn) for turn in prompt], row)
         elif not isinstance(prompt, str):
             problem = "must be a string or a list of messages with role and content"
-            raise ConfigError(key, problem, value=repr(str(prompt)[:60]))
+            if prompt == [] != row[source]:
+                problem = "has no turn before the answer"
+            raise ConfigError(source, problem, value=repr(str(row.get(source))[:60]))
         rendered = as_read if isinstance(as_read, str) else self._render(as_read)
         require_unicode(rendered, key)
         return PromptText(prompt, as_read, rendered)

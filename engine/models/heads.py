@@ -6,6 +6,7 @@ log-probs in chunks, so no tensor of all logits exists.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.attention import packed
 from gearshift.engine.cluster import distributed
+from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.models.reading import Reading, hidden_states, lay_out
 from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.zero.layout import gathered
@@ -142,6 +144,13 @@ def verify_head(engine: Any) -> None:
         _pad(lm)
         found = error()
     if not found <= most:
+        refuse_if(
+            math.isnan(found),
+            "path",
+            "its logits are NaN",
+            "compare its files with their source",
+            repr(lm.name_or_path),
+        )
         raise ValueError(
             f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
             "supported, or they depend on later tokens: its log-probs differ from ours by "

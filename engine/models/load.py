@@ -52,6 +52,10 @@ AUTO_CLASSES = {
     "critic": AutoModelForTokenClassification,
     "reward": AutoModelForSequenceClassification,
 }
+OVERRIDDEN = {  # of generation_config.json
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+}  # fmt: skip
 # What transformers dequantises without a GPU and a package of its own.
 DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
@@ -79,6 +83,8 @@ def location(config: ModelConfig) -> str:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
             fix = "actor, critic and rewards take adapters" if is_adapter(path) else ""
+            if (Path(path) / "state.json").exists():
+                fix = f"it is a checkpoint: gearshift export {path} makes models of it"
             raise ConfigError("path", "the directory has no config.json", fix, repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError("path", "no such directory", value=repr(path))
@@ -101,8 +107,11 @@ def load_config(config: ModelConfig, role: str) -> Any:
         )
     except Exception as error:  # of a config.json with wrong values, any
         reason = said(error)
-        alone = "without a network give a directory; `gearshift plan` also takes shape:NAME"
-        fix = alone if "connect to" in reason else ""
+        fix = ""
+        if "connect to" in reason:
+            fix = "without a network give a directory; `gearshift plan` also takes shape:NAME"
+        elif not config.trust_remote_code and "custom code" in reason:
+            fix = "trust_remote_code: true runs it"
         raise ConfigError("path", reason, fix, value=repr(config.path)) from None
     _refuse_quantised(config, getattr(loaded, "quantization_config", None))
     try:
@@ -328,8 +337,9 @@ def _generation_config(config: ModelConfig, directory: Path, module: nn.Module) 
     wrong = any(type(end) is not int for end in each)
     problem = f"generation_config.json: eos_token_id={ends!r} is neither an id nor a list of them"
     refuse_if(wrong, "path", problem, value=repr(config.path))
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    told = [f"{name}={value}" for name, value in stored.to_diff_dict().items() if name in names]
+    told = [
+        f"{name}={value}" for name, value in stored.to_diff_dict().items() if name in OVERRIDDEN
+    ]
     if told:
         _say(
             f"{config.path}: generation_config.json asks for {', '.join(told)}; this run samples "

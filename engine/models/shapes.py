@@ -187,7 +187,8 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None, *, still: bool = F
         reason = said(error)
         way_out = ", or ppo.estimator=rloo, which has no critic" if role == "critic" else ""
         problem = f"no {auto.__name__} of {family}: {reason}"
-        raise ConfigError(role, problem, f"choose another family{way_out}") from None
+        key = "actor.path" if role == "policy" else role
+        raise ConfigError(key, problem, f"choose another family{way_out}") from None
     module.tie_weights()
     text = hf_config.get_text_config()
     head = module.get_output_embeddings() if role == "policy" else None

@@ -17,7 +17,7 @@ from torch import nn
 from gearshift.engine.checkpoint import resume
 from gearshift.engine.checkpoint.export import export_role
 from gearshift.engine.config import load as config_load
-from gearshift.engine.config.errors import ConfigError
+from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models import lora
 from gearshift.engine.models.cast import Part, cast
@@ -45,6 +45,9 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
     state = read_state(checkpoint)
     out = Path(args.out or checkpoint.resolve().parent.parent / "export")
+    refuse_if(
+        out.exists() and not out.is_dir(), "--out", "is a file", "name a folder", repr(str(out))
+    )
     config = saved_config(state)
     parts = cast(config)  # neither rewards nor what the run fits on are asked for
     for role in state["roles"]:

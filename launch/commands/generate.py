@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
         top_p=args.top_p,
     )
     refuse_if(not (args.model or args.adapter), "--model", "give a model, or --adapter")
+    refuse_if(args.samples < 1, "--samples", "must be at least 1", value=args.samples)
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("prompts", "give a text, or lines on standard input")
@@ -65,6 +66,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     from gearshift.engine.data.prompts import PromptEncoder
     from gearshift.engine.gearbox.adapters import fold
     from gearshift.engine.models import lora
+    from gearshift.engine.models.files import is_adapter
     from gearshift.engine.models.load import load_config, load_model, load_tokenizer
     from gearshift.engine.rollout.context import positions
     from gearshift.engine.rollout.responses import choose_engine, end_token_ids, sequence_seed
@@ -74,14 +76,25 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     adapter = args.adapter and adapter_of(args.adapter, args.model)
     config = ModelConfig(path=adapter.base if adapter else args.model)
     bf16 = {"enabled": device.type == "cuda"}
-    tokenizer, limit = load_tokenizer(config), positions(load_config(config, "policy"))
+    fix = f"give it as --adapter {args.model}, or take adapter_config.json out"
+    ignored, problem = not adapter and is_adapter(args.model), "holds adapters"
+    refuse_if(ignored, "--model", problem, fix, repr(args.model))
+    hf_config = load_config(config, "policy")
+    tokenizer, limit, rows = load_tokenizer(config), positions(hf_config), hf_config.vocab_size
     if args.chat and not tokenizer.chat_template:
         raise ConfigError("--chat", "the model's tokenizer has no chat template")
     encoder = PromptEncoder(DataConfig(chat_template="always" if args.chat else "auto"), tokenizer)
     ids = [encoder.encode(encoder.read({"prompt": prompt}, "prompt")) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         refuse_if(not tokens, "prompts", "the tokenizer makes no token of it", value=repr(prompt))
+        refuse_if(
+            max(tokens) >= rows,
+            "prompts",
+            f"the tokenizer makes id {max(tokens)} of it and the model has {rows}",
+            value=repr(prompt),
+        )
         problem = f"a prompt has {len(tokens)} tokens and the model {limit} positions"
+        refuse_if(limit is not None and len(tokens) >= limit, "prompts", problem, "shorten it")
         long = limit is not None and len(tokens) + args.max_new_tokens > limit
         refuse_if(long, "--max-new-tokens", problem, "lower it", args.max_new_tokens)
     settings = {"zero_optimization": {"stage": 0}, "bf16": bf16}

@@ -386,7 +386,7 @@ def test_a_dataset_without_tokens_is_refused(tmp_path):
         ({"prompt": [USER]}, {"chat_template": "never"}, "row 0: .*data.chat_template=auto"),
         ({"prompt": 5}, {}, "row 0: prompt='5': must be a string or a list of messages"),
         ({"prompt": []}, {}, "row 0: prompt='\\[\\]'"),
-        ({"messages": [ANSWER]}, {}, "row 0: prompt='\\[\\]'"),
+        ({"messages": [ANSWER]}, {}, "row 0: messages=.*: has no turn before the answer"),
         ({"prompt": [{"role": "user"}]}, {}, "role and content"),
         ({"prompt": [{"role": "user", "content": 5}]}, {}, "content='5': must be a text"),
         (

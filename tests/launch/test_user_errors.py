@@ -275,6 +275,9 @@ def test_empty_and_broken_data(refused, tmp_path):
     refused("x.jsonl: not UTF-8 text", "--data.sources.0.path", tmp_path / "x.jsonl")
     tiny_job.write_rows(tmp_path / "x.jsonl", [{"prompt": 7}])
     refused("x.jsonl, row 0: prompt='7'", "--data.sources.0.path", tmp_path / "x.jsonl")
+    answer = [{"messages": [{"role": "assistant", "content": "w4"}]}]
+    tiny_job.write_rows(tmp_path / "x.jsonl", answer)
+    refused("has no turn before the answer", "--data.sources.0.path", tmp_path / "x.jsonl")
 
 
 def test_overlong_prompts(refused):
@@ -367,6 +370,21 @@ def test_a_family_without_a_critic(refused, job, tmp_path):
     (model / "config.json").write_text(json.dumps(config.to_diff_dict()))
     message = "critic: no AutoModelForTokenClassification of granite ... or ppo.estimator=rloo"
     assert len(refused(message, "--actor.path", model)) < 400
+
+
+def test_a_model_that_is_no_language_model(refused, job, tmp_path):
+    model = shutil.copytree(job / "policy", tmp_path / "model")
+    config = AutoConfig.for_model("t5", vocab_size=16, d_model=16, num_layers=1, num_heads=2)
+    (model / "config.json").write_text(json.dumps(config.to_dict()))
+    refused("actor.path: no AutoModelForCausalLM of t5: ", "--actor.path", model)
+
+
+def test_code_of_a_checkpoint(refused, job, tmp_path):
+    model = shutil.copytree(job / "policy", tmp_path / "model")
+    settings = {"model_type": "nonesuch", "auto_map": {"AutoConfig": "code.C"}}
+    (model / "config.json").write_text(json.dumps(settings))
+    refused("actor.path= ... custom code ... ; trust_remote_code: true runs it",
+            "--actor.path", model)  # fmt: skip
 
 
 def test_attention_that_is_not_there(refused):

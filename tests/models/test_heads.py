@@ -146,6 +146,14 @@ def test_the_check_refuses_what_depends_on_the_length_of_a_row():
         verify_head(engine_of(lm))
 
 
+def test_weights_that_are_no_numbers_are_told_as_such():
+    lm = build("llama")
+    with torch.no_grad():
+        lm.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="path=.*: its logits are NaN; compare its files"):
+        verify_head(engine_of(lm))
+
+
 def test_the_check_refuses_what_looks_ahead():
     lm = build("llama")
     lm.set_attn_implementation("eager")

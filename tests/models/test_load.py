@@ -307,10 +307,12 @@ def test_a_head_that_comes_before_the_embedding_it_shares_is_read(tmp_path):
         torch.testing.assert_close(lm(ids).logits, whole(ids).logits)
 
 
-def test_the_end_ids_of_a_generation_config_are_read(models, tmp_path):
+def test_the_end_ids_of_a_generation_config_are_read(models, tmp_path, caplog):
     path = copy(models, "policy", tmp_path / "ends")
-    (path / "generation_config.json").write_text('{"eos_token_id": [2, 4, 5], "top_p": 0.9}')
+    stored = {"eos_token_id": [2, 4, 5], "top_p": 0.9, "suppress_tokens": [6]}
+    (path / "generation_config.json").write_text(json.dumps(stored))
     assert load(path).generation_config.eos_token_id == [2, 4, 5]
+    assert "asks for top_p=0.9, suppress_tokens=[6]; this run samples as its own" in caplog.text
     (path / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match="generation_config.json"):
         load(path)

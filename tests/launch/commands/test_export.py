@@ -24,6 +24,8 @@ def test_a_checkpoint_is_what_the_run_exports(tmp_path, capsys, zero):
     checkpoint, out = tmp_path / "run" / "checkpoints" / "step_000002", tmp_path / "out"
     assert cli.main(["export", str(checkpoint), "--out", str(out)]) == 0
     assert f"exported {out / 'critic'}" in capsys.readouterr().out
+    assert cli.main(["export", str(checkpoint), "--out", str(path)]) == 2
+    assert f"--out='{path}': is a file; name a folder" in capsys.readouterr().err
     for role, auto in CLASSES.items():
         exact, info = auto.from_pretrained(out / role, output_loading_info=True)
         assert not any(info.values()), info

@@ -1,6 +1,7 @@
 """`gearshift generate`: what it prints, and what it refuses."""
 
 import io
+import shutil
 
 import peft
 import pytest
@@ -128,6 +129,8 @@ def test_a_model_that_the_paged_engine_cannot_run(tmp_path, capsys):
         ([""], "prompts='': the tokenizer makes no token of it"),
         (["--max-new-tokens", "0", "w4"], "max_new_tokens=0: must be at least 1"),
         ([], "prompts: give a text, or lines on standard input"),
+        (["--samples", "0", "w4"], "--samples=0: must be at least 1"),
+        ([" ".join(["w4"] * 128)], "prompts: a prompt has 128 tokens and the model 128 positions"),
     ],
 )
 def test_mistakes(model, arguments, message, capsys, monkeypatch):
@@ -138,3 +141,24 @@ def test_mistakes(model, arguments, message, capsys, monkeypatch):
     assert told.out == ""
     assert told.err.startswith("gearshift: error: ") and told.err.count("\n") == 1
     assert message in told.err
+
+
+def test_ids_that_the_model_has_no_row_for(model, tmp_path, capsys):
+    """As of a tokenizer with tokens that were added for another model of the family."""
+    shutil.copytree(model, tmp_path / "model")
+    tiny.tokenizer(18).save_pretrained(tmp_path / "model")
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "w4 w17"]) == 2
+    told = capsys.readouterr().err
+    assert "prompts='w4 w17': the tokenizer makes id 17 of it and the model has 16" in told
+    assert cli.main(["generate", "--model", str(tmp_path / "model"), "w4 w15"]) == 0
+
+
+def test_folders_that_hold_more_or_other_things(model, tmp_path, capsys):
+    both = shutil.copytree(model, tmp_path / "both")
+    (both / "adapter_config.json").write_text("{}")
+    assert cli.main(["generate", "--model", str(both), "w4"]) == 2
+    assert f"holds adapters; give it as --adapter {both}" in capsys.readouterr().err
+    (tmp_path / "step_000001").mkdir()
+    (tmp_path / "step_000001" / "state.json").write_text("{}")
+    assert cli.main(["generate", "--model", str(tmp_path / "step_000001"), "w4"]) == 2
+    assert "it is a checkpoint: gearshift export" in capsys.readouterr().err
