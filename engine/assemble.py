@@ -278,17 +278,19 @@ def _check_adapters(config: Config, actor: Part) -> None:
 def _check_vocabulary(part: Part, actor: Part) -> None:
     """Every model that reads the actor's token ids must have an embedding for each of them.
 
-    Also for those that its vocabulary is padded with: nothing keeps a policy from sampling one.
+    Also for those that its vocabulary is padded with: nothing keeps a policy from sampling one. Its
+    tokenizer may have more, which no row of a dataset may hold, but none that every text has.
     """
-    key = f"{part.start.key}.path"
-    tokens, found = len(actor.tokenizer), part.hf_config.vocab_size
+    key, tokens = f"{part.start.key}.path", len(actor.tokenizer)
+    rows, found = actor.hf_config.vocab_size, part.hf_config.vocab_size
+    marks = (getattr(actor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    used = max([rows, *(1 + mark for mark in marks if mark is not None)])
     refuse_if(
-        found < tokens,
+        found < min(tokens, used),
         key,
         f"its vocabulary of {found} is smaller than the actor's tokenizer ({tokens} tokens)",
         "use a model with the same tokenizer",
     )
-    rows = actor.hf_config.vocab_size
     refuse_if(
         found < rows,
         key,

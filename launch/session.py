@@ -270,6 +270,7 @@ class Session:
 
     def _open_streams(self, blueprint: assemble.Blueprint) -> dict[str, Any]:
         config, place = self.config, (distributed.rank(), distributed.world_size())
+        ids = blueprint.cast["actor"].hf_config.vocab_size
         prompts = PromptStream(
             config.data,
             blueprint.tokenizer,
@@ -278,11 +279,12 @@ class Session:
             seed=config.run.seed,
             rank=place[0],
             world_size=place[1],
+            ids=ids,
         )
         streams: dict[str, Any] = {"prompts": prompts}
         if config.ppo.ptx_coef:
             streams["pretrain"] = TextStream(
-                config.pretrain, blueprint.tokenizer, config.run.seed, *place
+                config.pretrain, blueprint.tokenizer, config.run.seed, *place, ids
             )
         return streams
 
@@ -298,7 +300,9 @@ class Session:
     def _read_held_out(self) -> list[HeldOut]:
         """Raises ConfigError for a row or a column that evaluation cannot use."""
         config = self.config
-        sets = read_held_out(config.eval, config.data, self.blueprint.tokenizer)
+        actor = self.blueprint.cast["actor"]
+        ids = actor.hf_config.vocab_size
+        sets = read_held_out(config.eval, config.data, actor.tokenizer, ids)
         check_columns(sets, self.blueprint.eval_rewards)
         for held in sets:
             dropped = f", {held.dropped} dropped by their length" if held.dropped else ""

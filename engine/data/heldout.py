@@ -52,11 +52,14 @@ class HeldOut:
         return as_batch(mine, own, self.columns, tokenizer, **sizes), counts
 
 
-def read_held_out(config: EvalConfig, data: DataConfig, tokenizer: Any) -> list[HeldOut]:
-    """The datasets of `eval.sources`; ConfigError as for those of `data.sources`."""
+def read_held_out(
+    config: EvalConfig, data: DataConfig, tokenizer: Any, ids: int | None = None
+) -> list[HeldOut]:
+    """The datasets of `eval.sources`; ConfigError as for those of `data.sources`. ids: as of
+    PromptEncoder."""
     if not config.sources:
         return []
-    encoder = PromptEncoder(data, tokenizer)
+    encoder = PromptEncoder(data, tokenizer, ids)
     mixture = open_prompts(config.sources, "eval.sources", encoder, seed=0, shuffle=False)
     return [
         _read(encoder, walk, source)

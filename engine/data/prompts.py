@@ -35,8 +35,10 @@ class PromptEncoder:
     a BOS token where it begins with one.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any):
+    def __init__(self, config: DataConfig, tokenizer: Any, ids: int | None = None):
+        """ids: that the model has rows for; None: all of the tokenizer's."""
         self.config, self.tokenizer = config, tokenizer
+        self.ids = ids if ids is not None and ids < len(tokenizer) else None
         end = tokenizer.eos_token_id
         self.appends_end = end is not None and tokenizer("a")["input_ids"][-1:] == [end]
         begin = tokenizer.bos_token_id
@@ -67,7 +69,10 @@ class PromptEncoder:
             raise ConfigError(source, problem, value=repr(str(row.get(source))[:60]))
         rendered = as_read if isinstance(as_read, str) else self._render(as_read)
         require_unicode(rendered, key)
-        return PromptText(prompt, as_read, rendered)
+        text = PromptText(prompt, as_read, rendered)
+        if self.ids is not None:
+            require_rows(self.encode(text), self.ids, source, rendered)
+        return text
 
     def encode(self, text: PromptText) -> list[int]:
         """Token ids; none where the tokenizer makes nothing of the text."""
@@ -121,6 +126,14 @@ class PromptEncoder:
             problem = f"{reason}, but the tokenizer has no chat template"
             fix = "set actor.tokenizer to one that has, or use string prompts"
             raise ConfigError("", problem, fix)
+
+
+def require_rows(ids: list[int], count: int, key: str, text: str) -> None:
+    """Raises ConfigError where a text has a token beyond the model's: Gemma 3's tokenizer has one
+    for images that its models of text have no row for."""
+    most = max(ids, default=0)
+    problem = f"the tokenizer makes id {most} of it, and the model has rows for {count}"
+    refuse_if(most >= count, key, problem, value=repr(text[:60]))
 
 
 def _is_chat(prompt: Any) -> bool:

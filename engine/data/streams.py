@@ -16,7 +16,7 @@ from gearshift.engine.batch import AS_READ, PromptBatch
 from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import DataConfig, PretrainConfig, SourceConfig
 from gearshift.engine.data.mixture import Mixture, Walk
-from gearshift.engine.data.prompts import PromptEncoder
+from gearshift.engine.data.prompts import PromptEncoder, require_rows
 from gearshift.engine.data.readers import Row, columns_of, require_unicode
 
 # Between the row ids, and so the seeds, of one attempt to draw a step's prompts and the next.
@@ -134,8 +134,9 @@ class PromptStream:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        ids: int | None = None,
     ):
-        """prompts_per_step: of all ranks.
+        """prompts_per_step: of all ranks. ids: as of PromptEncoder.
 
         Raises ConfigError for unreadable data or a missing column.
         """
@@ -143,7 +144,7 @@ class PromptStream:
         self.config, self.tokenizer = config, tokenizer
         self.prompts_per_step, self.samples_per_prompt = prompts_per_step, samples_per_prompt
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.encoder = PromptEncoder(config, tokenizer)
+        self.encoder = PromptEncoder(config, tokenizer, ids)
         self.mixture = open_prompts(
             config.sources, "data.sources", self.encoder, seed=seed, shuffle=config.shuffle
         )
@@ -271,8 +272,15 @@ class TextStream:
     """
 
     def __init__(
-        self, config: PretrainConfig, tokenizer: Any, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        config: PretrainConfig,
+        tokenizer: Any,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        ids: int | None = None,
     ):
+        """ids: as of PromptEncoder."""
         assert config.rows % world_size == 0
         problem = "the tokenizer has no end token to join texts with"
         refuse_if(tokenizer.eos_token_id is None, "pretrain.sources", problem)
@@ -282,6 +290,8 @@ class TextStream:
         self.mixture.require_columns()
         for walk in self.mixture.walks:
             walk.sift(partial(_check_text, key=walk.source.prompt_key))
+            if ids is not None and ids < len(tokenizer):
+                walk.sift(partial(self._check_ids, key=walk.source.prompt_key, count=ids))
         self.seed = seed
         self.left_over: list[int] = []
 
@@ -314,10 +324,16 @@ class TextStream:
         for _ in range(2 * len(walk)):  # at least one whole epoch
             _, row = walk.next()
             text = row[walk.source.prompt_key]
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = self._ids(text)
             if ids:
                 return [*ids, self.tokenizer.eos_token_id]
         raise ConfigError(walk.source.path, f"all its {len(walk)} texts are empty")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _check_ids(self, row: Row, key: str, count: int) -> None:
+        require_rows(self._ids(row[key]), count, key, row[key])
 
 
 def _check_text(row: Row, key: str) -> None:

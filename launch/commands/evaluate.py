@@ -70,7 +70,8 @@ def main(args: argparse.Namespace) -> int:
     refuse_if(packed, "actor.lora.load_in_4bit", problem, fix, "true")
     check_context(config, part)
     rewards = RewardSum(judges, config.guards)
-    sets = read_held_out(config.eval, config.data, part.tokenizer)
+    ids = part.hf_config.vocab_size
+    sets = read_held_out(config.eval, config.data, part.tokenizer, ids)
     check_columns(sets, rewards)
     actor = standing(config, part, load())
     figures, samples = Evaluation(config, actor, sets, rewards).run()

@@ -80,19 +80,14 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     ignored, problem = not adapter and is_adapter(args.model), "holds adapters"
     refuse_if(ignored, "--model", problem, fix, repr(args.model))
     hf_config = load_config(config, "policy")
-    tokenizer, limit, rows = load_tokenizer(config), positions(hf_config), hf_config.vocab_size
+    tokenizer, limit = load_tokenizer(config), positions(hf_config)
     if args.chat and not tokenizer.chat_template:
         raise ConfigError("--chat", "the model's tokenizer has no chat template")
-    encoder = PromptEncoder(DataConfig(chat_template="always" if args.chat else "auto"), tokenizer)
+    data = DataConfig(chat_template="always" if args.chat else "auto")
+    encoder = PromptEncoder(data, tokenizer, hf_config.vocab_size)
     ids = [encoder.encode(encoder.read({"prompt": prompt}, "prompt")) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         refuse_if(not tokens, "prompts", "the tokenizer makes no token of it", value=repr(prompt))
-        refuse_if(
-            max(tokens) >= rows,
-            "prompts",
-            f"the tokenizer makes id {max(tokens)} of it and the model has {rows}",
-            value=repr(prompt),
-        )
         problem = f"a prompt has {len(tokens)} tokens and the model {limit} positions"
         refuse_if(limit is not None and len(tokens) >= limit, "prompts", problem, "shorten it")
         long = limit is not None and len(tokens) + args.max_new_tokens > limit

@@ -407,6 +407,32 @@ def test_vocabularies_that_differ(refused, tmp_path, role):
     assert "vocabulary of 8 is smaller than the actor's tokenizer (16 tokens)" in told
 
 
+def test_tokens_that_the_model_has_no_row_for(refused, job, tmp_path):
+    """Gemma 3's tokenizer has one, for images; what matters is whether a text has it."""
+    model = shutil.copytree(job / "policy", tmp_path / "model")
+    tiny.tokenizer(tiny_job.VOCABULARY + 2).save_pretrained(model)
+    path = tiny_job.write_rows(tmp_path / "x.jsonl", [{"prompt": "w4"}, {"prompt": "w4 w16"}])
+    asked, beyond = ["--actor.path", model], "='w4 w16': the tokenizer makes id 16 of it, and the"
+    refused(f"x.jsonl, row 1: prompt{beyond}", *asked, "--data.sources.0.path", path)
+    refused(f"x.jsonl, row 1: prompt{beyond}", *asked, "--eval.sources.0.path", path)
+    texts = ["--ppo.ptx_coef", 1, "--pretrain.sources.0.path", path, "--pretrain.rows", 1]
+    refused(f"x.jsonl, row 1: prompt{beyond}", *asked, *texts, "--pretrain.sources.0.prompt_key",
+            "prompt")  # fmt: skip
+    run = [
+        "--config",
+        str(job / "run.yaml"),
+        "--run.dir",
+        str(tmp_path / "done"),
+        "--run.steps",
+        "1",
+    ]
+    assert train.main([*run, *map(str, asked)]) == 0
+    tokenizer = tiny.tokenizer(tiny_job.VOCABULARY)
+    tokenizer.add_special_tokens({"pad_token": "<new>"})
+    tokenizer.save_pretrained(model)
+    refused("actor.path: its vocabulary of 16 is smaller than the actor's tokenizer (17", *asked)
+
+
 def test_a_reward_model_without_the_rows_that_pad_the_actor_s_vocabulary(refused, tmp_path):
     actor = tiny.save_policy(tmp_path / "padded", 64)
     tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(actor)

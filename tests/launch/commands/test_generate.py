@@ -149,7 +149,7 @@ def test_ids_that_the_model_has_no_row_for(model, tmp_path, capsys):
     tiny.tokenizer(18).save_pretrained(tmp_path / "model")
     assert cli.main(["generate", "--model", str(tmp_path / "model"), "w4 w17"]) == 2
     told = capsys.readouterr().err
-    assert "prompts='w4 w17': the tokenizer makes id 17 of it and the model has 16" in told
+    assert "prompt='w4 w17': the tokenizer makes id 17 of it, and the model has rows for 16" in told
     assert cli.main(["generate", "--model", str(tmp_path / "model"), "w4 w15"]) == 0
 
 
