@@ -76,5 +76,6 @@ class SamplingConfig:
     )
 
     def __post_init__(self):
+        refuse_if("" in self.stop, "stop", "an empty string ends every response", value=self.stop)
         problem, least = f"more than max_new_tokens={self.max_new_tokens}", self.min_new_tokens
         refuse_if(least > self.max_new_tokens, "min_new_tokens", problem, value=least)

@@ -184,7 +184,8 @@ class Part:
             if error.key == "lora.base" and not self.trained:  # which has no such key
                 error = ConfigError("path", error.problem, error.fix, repr(self.section.path))
             own = hasattr(self.section, error.key.split(".")[0])
-            raise (error.under(self.key) if own else error) from None
+            section = self.start.key if error.key == "path" else self.key  # whose path it is
+            raise (error.under(section) if own else error) from None
 
     @cached_property
     def _start(self) -> tuple["Part", list[str]]:

@@ -203,7 +203,7 @@ def test_dump_keeps_awkward_strings(tmp_path, text):
     config = dataclasses.replace(
         Config(),
         data=dataclasses.replace(Config().data, system_prompt=text),
-        sampling=dataclasses.replace(Config().sampling, stop=[text, "x"]),
+        sampling=dataclasses.replace(Config().sampling, stop=[text or "x", "x"]),
     )
     resolved = config_load.Resolved(config, load(None, []).origin)
     path = tmp_path / "config.yaml"

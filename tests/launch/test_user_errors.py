@@ -86,6 +86,7 @@ def reward(folder: Path, body: str) -> str:
             ["--sampling.min_new_tokens", "9"],
             "sampling.min_new_tokens=9: more than max_new_tokens=6",
         ),
+        (["--sampling.stop", "[w4, '']"], "sampling.stop=['w4', '']: an empty string ends every"),
         (["--sampling.suppress_tokens", "[3, 16]"], "sampling.suppress_tokens=[16]: the actor has"),
         (
             ["--sampling.limit_key", "prompt"],
@@ -359,6 +360,9 @@ def test_a_broken_configuration(refused, job, tmp_path):
     model = shutil.copytree(job / "policy", tmp_path / "model")
     (model / "config.json").write_text("{,")
     refused("actor.path= ... not a valid JSON file", "--actor.path", model)
+    shutil.copy(job / "policy" / "config.json", model)
+    (model / "generation_config.json").write_text("{,")  # the reference reads it first
+    refused("actor.path= ... generation_config.json: ", "--actor.path", model)
 
 
 def test_a_family_without_a_critic(refused, job, tmp_path):
