@@ -53,8 +53,7 @@ AUTO_CLASSES = {
     "reward": AutoModelForSequenceClassification,
 }
 OVERRIDDEN = {  # of generation_config.json
-    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-    "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "suppress_tokens",
 }  # fmt: skip
 # What transformers dequantises without a GPU and a package of its own.
 DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
@@ -82,9 +81,9 @@ def location(config: ModelConfig) -> str:
         return str(as_directory(Path(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").exists():
-            fix = "actor, critic and rewards take adapters" if is_adapter(path) else ""
-            if (Path(path) / "state.json").exists():
-                fix = f"it is a checkpoint: gearshift export {path} makes models of it"
+            made = f"it is a checkpoint: gearshift export {path} makes models of it"
+            fix = made if (Path(path) / "state.json").exists() else ""
+            fix = "actor, critic and rewards take adapters" if is_adapter(path) else fix
             raise ConfigError("path", "the directory has no config.json", fix, repr(path))
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError("path", "no such directory", value=repr(path))
@@ -107,11 +106,9 @@ def load_config(config: ModelConfig, role: str) -> Any:
         )
     except Exception as error:  # of a config.json with wrong values, any
         reason = said(error)
-        fix = ""
-        if "connect to" in reason:
-            fix = "without a network give a directory; `gearshift plan` also takes shape:NAME"
-        elif not config.trust_remote_code and "custom code" in reason:
-            fix = "trust_remote_code: true runs it"
+        alone = "without a network give a directory; `gearshift plan` also takes shape:NAME"
+        fix = alone if "connect to" in reason else ""
+        fix = "trust_remote_code: true runs it" if "contains custom code" in reason else fix
         raise ConfigError("path", reason, fix, value=repr(config.path)) from None
     _refuse_quantised(config, getattr(loaded, "quantization_config", None))
     try:
