@@ -263,7 +263,14 @@ def _check_files(part: Part) -> None:
 
 def _check_adapters(config: Config, actor: Part) -> None:
     """Raises ConfigError where nobody can play the reference: what the actor started from is
-    adapters and whole modules, which are no checkpoint together."""
+    adapters and whole modules, which are no checkpoint together; or it is other adapters."""
+    path = config.reference.path
+    other = config.ppo.kl_coef and path not in (None, config.actor.path) and is_adapter(path)
+    problem, fix = (
+        "holds adapters, which a reference of its own does not read",
+        "merge them by peft",
+    )
+    refuse_if(other, "reference.path", problem, f"{fix} and name the result", repr(path))
     mixed = actor.lora and actor.lora.folder and actor.lora.whole
     refuse_if(
         mixed and config.ppo.kl_coef and config.reference.path in (None, config.actor.path),

@@ -1,6 +1,7 @@
 """Adapters of a role: which layers have them, what they compute, and their directories."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -333,6 +334,15 @@ def test_directories_that_do_not_fit_are_refused(models, tmp_path, change, key):
     config = tiny_run.config(models)
     with pytest.raises(ConfigError, match=key):
         tiny_run.trainer(replace(config, actor=replace(config.actor, path=str(folder))))
+
+
+def test_a_reference_with_adapters_beside_its_weights_is_refused(models, tmp_path):
+    folder = shutil.copytree(models / "policy", tmp_path / "both")
+    (folder / ADAPTER_CONFIG).write_text("{}")
+    config = tiny_run.config(models)
+    config = replace(config, reference=replace(config.reference, path=str(folder)))
+    with pytest.raises(ConfigError, match="^reference.path='.*both': holds adapters, which a ref"):
+        assemble.draw_up(config)
 
 
 def test_the_start_is_drawn_alike_and_is_kaiming_s(models):
