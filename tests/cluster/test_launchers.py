@@ -86,7 +86,7 @@ def saved_on_two_ranks(folder: Path) -> None:
     assert len(environment["hosts"]) == 2
 
 
-@pytest.mark.parametrize("launcher", ("srun", "mpirun"))
+@pytest.mark.parametrize("launcher", ("srun", pytest.param("mpirun", marks=pytest.mark.slow)))
 def test_a_signal_reaches_the_ranks_and_saves(start, tmp_path, launcher):
     """As `#SBATCH --signal=USR1@300` sends it to the tasks of srun."""
     words = [launcher, sys.executable, str(tiny_job.TRAIN), "--config", str(job(tmp_path))]

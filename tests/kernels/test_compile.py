@@ -85,7 +85,15 @@ CASES = {  # -> (case, register ceiling, 128-bit loads at least)
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+# Hopper in `make test`, the others in `make test-all`, too.
+CAPABILITIES = [
+    pytest.param(80, marks=pytest.mark.slow),
+    90,
+    pytest.param(100, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_no_spill_no_double_wide_loads(capability):
     reports = compile_kernels([case for case, _, _ in CASES.values()], capability)
     for (name, (case, registers, loads)), report in zip(CASES.items(), reports, strict=True):

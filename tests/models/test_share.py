@@ -173,7 +173,8 @@ def split(made):
         ("zero3", {"update": "joint"}, sleeping),
         ("zero1_bf16_split", {}, split),
         ("zero3_bf16_split", {}, split),
-        ("zero3_offload", {}, None),
+        # DeepSpeed builds its CPU optimizer first.
+        pytest.param("zero3_offload", {}, None, marks=pytest.mark.slow),
     ],
 )
 def test_alone_it_computes_the_same_and_holds_the_base_once(models, alone, zero, ppo, change):

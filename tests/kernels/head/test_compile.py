@@ -77,7 +77,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+# Hopper in `make test`, the others in `make test-all`, too.
+CAPABILITIES = [
+    pytest.param(80, marks=pytest.mark.slow),
+    90,
+    pytest.param(100, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills(capability):
     reports = compile_kernels([case for case, *_ in CASES.values()], capability)
     for (name, (_, loads, stores, ceiling, keep_nan)), report in zip(

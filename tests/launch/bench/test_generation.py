@@ -138,6 +138,7 @@ def test_partitioned_peers_need_ranks(model):
         bench.main(parse("--model", model, "--peers", "zero3"))
 
 
+@pytest.mark.slow
 def test_figures_of_two_ranks_under_zero3(model, tmp_path):
     file = tmp_path / "figures.json"
     words = ["generation", "--model", model, *SIZES, "--ranks", 2, "--json", file]

@@ -23,6 +23,7 @@ def test_bad_sizes_are_refused(words):
         main(parse(*words))
 
 
+@pytest.mark.slow
 def test_table_and_json_report_the_bytes_moved(tmp_path):
     file = tmp_path / "shift.json"
     sizes = ["--hidden", "128", "--layers", "1", "--vocab", "256", "--repeats", "2"]
