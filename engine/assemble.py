@@ -266,11 +266,9 @@ def _check_adapters(config: Config, actor: Part) -> None:
     adapters and whole modules, which are no checkpoint together; or it is other adapters."""
     path = config.reference.path
     other = config.ppo.kl_coef and path not in (None, config.actor.path) and is_adapter(path)
-    problem, fix = (
-        "holds adapters, which a reference of its own does not read",
-        "merge them by peft",
-    )
-    refuse_if(other, "reference.path", problem, f"{fix} and name the result", repr(path))
+    problem = "holds adapters, which a reference of its own does not read"
+    fix = "merge them by peft and name the result"
+    refuse_if(other, "reference.path", problem, fix, repr(path))
     mixed = actor.lora and actor.lora.folder and actor.lora.whole
     refuse_if(
         mixed and config.ppo.kl_coef and config.reference.path in (None, config.actor.path),

@@ -64,6 +64,11 @@ class PromptBatch:
         }
         return type(self)(**moved)
 
+    def token_ids(self) -> list[list[int]]:
+        """Each prompt without its padding."""
+        pairs = zip(self.prompt_ids, self.prompt_mask, strict=True)
+        return [row[live].tolist() for row, live in pairs]
+
     def rows(self, index: Tensor) -> Self:
         """The rows `index` [n] int64, in that order."""
         order, own = index.tolist(), self.tensors()

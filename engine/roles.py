@@ -41,7 +41,6 @@ from gearshift.engine.rollout.padded import PaddedEngine
 from gearshift.engine.rollout.responses import (
     choose_engine,
     end_token_ids,
-    generate_deferring,
     generate_responses,
 )
 from gearshift.engine.rollout.stragglers import Backlog
@@ -178,11 +177,12 @@ class Actor(Trained):
         With a backlog as many responses, of which some were begun in earlier steps.
         If it fails, training state and memory are as before, and the call can be repeated.
         """
-        way = generate_deferring if backlog else generate_responses
-        given = prompts, sampling, self.config.run.seed, self.gearbox.tp_group, progress
+        place = self.config.run.seed, self.gearbox.tp_group
         with self.gearbox.generation():
             try:
-                rollout = way(self.sampler, *given, *([backlog] if backlog else []))
+                rollout = generate_responses(
+                    self.sampler, prompts, sampling, *place, progress, backlog
+                )
             finally:
                 self.sampler.rest()
         self.gearbox.wait_for_groups()

@@ -46,8 +46,11 @@ _LEAST_SHARE = 0.01  # phases below this share of the step are not worth their w
 
 
 @contextmanager
-def stdout_for_the_answer() -> Iterator[None]:
-    """What anything prints inside, C libraries included, goes to stderr."""
+def stdout_for_the_answer(wanted: bool = True) -> Iterator[None]:
+    """What anything prints inside, C libraries included, goes to stderr, where that is wanted."""
+    if not wanted:
+        yield
+        return
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)

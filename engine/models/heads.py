@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gearshift.engine.attention import packed
+from gearshift.engine.attention import packed, trial
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import refuse_if
 from gearshift.engine.models.reading import Reading, hidden_states, lay_out
@@ -180,8 +180,7 @@ def verify_packing(engine: Any) -> None:
 
 def _alike(engine: Any) -> bool:
     """Whether all tokens but the last of a row are read alone as before another last one and beside
-    another row, on every rank: all read in one way. Rounding may send some of a mixture's tokens
-    to other experts, but not half of them."""
+    another row, on every rank: all read in one way."""
     model, last = engine.module.model, _ROW - 1
     ids = torch.arange(_ROW, device=engine.device)[None] * 7 % min(model.config.vocab_size, 61)
     others = torch.cat([ids[:, :-1], ids[:, :1]], 1)
@@ -190,9 +189,8 @@ def _alike(engine: Any) -> bool:
         reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=False)
         alone = _alone(engine, lambda: hidden_states(model, reading)[places[0]])[:last]
     error = (together - alone).abs().amax(1) / alone.abs().max()
-    unlike = (~(error <= torch.finfo(alone.dtype).eps ** 0.5)).float().mean()
-    allowed = 0.5 if has_experts(model.config.get_text_config()) else 0.0
-    return bool(distributed.global_max(unlike) <= allowed)
+    excess = trial.excess(error, alone.dtype, has_experts(model.config.get_text_config()))
+    return bool(distributed.global_max(excess) <= 0)
 
 
 def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
@@ -202,9 +200,9 @@ def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
     """
     try:
         return engine.together([call])[0] if hasattr(engine, "together") else call()
-    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error):
-            raise  # no fault of the model's
+    except trial.FAULTS as error:
+        if not trial.is_its_own(error):
+            raise
         model = engine.module.model
         raise ValueError(
             f"path={model.name_or_path!r}: {type(model).__name__} fails on a few tokens "

@@ -384,7 +384,8 @@ def _fill(
     empty = [(name, p) for name, p in module.named_parameters() if p.is_meta]
     values = in_order(partial(_read, files, names), empty)
     for path, part in module.named_modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
+        hollow = dict(part.named_parameters(recurse=False))
+        for name, parameter in hollow.items():
             if not parameter.is_meta:
                 continue
             if id(parameter) not in made:
@@ -399,10 +400,8 @@ def _fill(
             if source is not None:
                 buffer.copy_(files.read(source))
         if isinstance(part, Linear4bit):
-            whole = id(part.weight)
+            made.pop(id(hollow["weight"]), None)  # else all in 16 bit would be there to the end
             part.pack()
-            # Else all of the model in 16 bit would be there until the end.
-            made = {of: parameter for of, parameter in made.items() if id(parameter) != whole}
 
 
 def _read(

@@ -27,7 +27,7 @@ from gearshift.engine.rollout.burst import Burst, Ended
 from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
 from gearshift.engine.rollout.linear import generation_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
-from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
+from gearshift.engine.rollout.sampling import Completion, Ending, Request, Sampler, draw
 from gearshift.engine.rollout.scheduler import Prefix, Scheduler, Sequence
 
 GB = 1e9
@@ -35,7 +35,7 @@ GB = 1e9
 CPU_BATCH_TOKENS = 512
 
 
-class RolloutEngine:
+class RolloutEngine(Sampler):
     """Generates responses with one module, call after call.
 
     module: causal LM on `device`; put back exactly as found after every call. Its weights may
@@ -48,19 +48,13 @@ class RolloutEngine:
         self,
         module: nn.Module,
         config: RolloutConfig,
-        *,
-        eos_token_ids: list[int],
-        pad_token_id: int,
-        tokenizer=None,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
+        **setup: Any,
     ):
+        """setup: as of Sampler."""
         reason = paged.supports(module)
         if reason:
             raise ValueError(f"rollout.engine=paged: {reason}; use rollout.engine: hf")
-        self.module, self.config, self.device = module, config, torch.device(device)
-        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
-        self.tokenizer, self.group = tokenizer, group
+        super().__init__(module, config, **setup)
         most = config.max_batch_tokens
         self._batch_tokens = min(most, CPU_BATCH_TOKENS) if self.device.type == "cpu" else most
         self._shapes: dict[nn.Module, LayerShape] = {}

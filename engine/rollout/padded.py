@@ -12,20 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gearshift.engine.attention import trial
 from gearshift.engine.attention.packed import LAYER_TYPES, accepts, padded
 from gearshift.engine.attention.paged import evaluating
-from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import ConfigError, said
-from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
+from gearshift.engine.config.schema import SamplingConfig
 from gearshift.engine.data.streams import left_padded
 from gearshift.engine.rollout.context import positions
 from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.rollout.linear import generation_linear
-from gearshift.engine.rollout.sampling import Completion, Ending, Request, draw
+from gearshift.engine.rollout.sampling import Completion, Ending, Request, Sampler, draw
 
 logger = logging.getLogger("gearshift")
 _LENGTHS, _STEPS = (5, 17), 4  # of rows that show how a module reads them; the tokens compared
-_FAULTS = (TypeError, AttributeError, LookupError, RuntimeError, ValueError)  # of a model's code
 
 
 @dataclass(frozen=True)
@@ -40,28 +39,14 @@ class Manner:
     cache: str
 
 
-class PaddedEngine:
-    """Has the constructor and the calls of RolloutEngine.
+class PaddedEngine(Sampler):
+    """Has the calls of RolloutEngine.
 
     Batches of `config.max_sequences` prompts run one after the other, each until its last response
     ends. manner: of reading rows; chosen in the first call, see choose_manner.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        config: RolloutConfig,
-        *,
-        eos_token_ids: list[int],
-        pad_token_id: int,
-        tokenizer=None,
-        group: dist.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
-    ):
-        self.module, self.config, self.device = module, config, device
-        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
-        self.tokenizer, self.group = tokenizer, group
-        self.manner: Manner | None = None
+    manner: Manner | None = None
 
     @torch.no_grad()
     def generate(
@@ -211,8 +196,8 @@ def _alone(
     ids = [torch.tensor([row], device=device) for row in rows]
     try:
         return [module(input_ids=row, use_cache=False).logits[0, -_STEPS:] for row in ids]
-    except _FAULTS as error:
-        if group is None or _not_its_own(error):
+    except trial.FAULTS as error:
+        if group is None or not trial.is_its_own(error):
             raise
         problem = f"{type(module).__name__} fails when it is cut: {said(error)}"
         raise ConfigError("rollout.tp", problem, "set 1", dist.get_world_size(group)) from error
@@ -226,11 +211,7 @@ def _unlike(
     device: torch.device | str,
     manner: Manner,
 ) -> str | None:
-    """What tells the last logits of rows, read in a manner, from those of each row alone.
-
-
-    Rounding may send some of a mixture's tokens to other experts, but not half of them.
-    """
+    """What tells the last logits of rows, read in a manner, from those of each row alone."""
     errors, steps = [], len(alone[0])
     try:
         for together in _groups(rows, manner):
@@ -241,15 +222,11 @@ def _unlike(
                 distance = (reader.logits() - expected).abs().amax(1)
                 errors.append(distance / expected.abs().amax())
                 reader.append({n: rows[i][step + 1 - steps] for n, i in enumerate(together)})
-    except _FAULTS as error:
-        if _not_its_own(error):
+    except trial.FAULTS as error:
+        if not trial.is_its_own(error):
             raise
         return said(error)
     found = torch.cat(errors).float()
-    unlike = (~(found <= torch.finfo(alone[0].dtype).eps ** 0.5)).float().mean()
-    allowed = 0.5 if has_experts(module.config.get_text_config()) else 0.0  # type: ignore[union-attr,operator]
-    return f"logits differ by {float(found.max()):.2g} of the largest" if unlike > allowed else None
-
-
-def _not_its_own(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or distributed.peer_left(error)
+    experts = has_experts(module.config.get_text_config())  # type: ignore[union-attr,operator]
+    unlike = trial.excess(found, alone[0].dtype, experts) > 0
+    return f"logits differ by {float(found.max()):.2g} of the largest" if unlike else None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,11 @@ from gearshift.engine.attention import paged
 from gearshift.engine.batch import PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.errors import refuse_if
-from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.engine import RolloutEngine
 from gearshift.engine.rollout.padded import PaddedEngine
 from gearshift.engine.rollout.sampling import Completion
-from gearshift.engine.rollout.stragglers import Backlog, as_prompts
+from gearshift.engine.rollout.stragglers import Backlog, Waiting, as_prompts
 
 logger = logging.getLogger("gearshift")
 
@@ -71,6 +71,25 @@ def choose_engine(
     return PaddedEngine
 
 
+def engine_alone(
+    lm: nn.Module, config: RolloutConfig, tokenizer: Any, device: torch.device
+) -> RolloutEngine | PaddedEngine:
+    """Generates with a whole model, which goes to the device, in this process."""
+    lm, ends = lm.to(device), end_token_ids(tokenizer, lm)
+    setup = {"eos_token_ids": ends, "pad_token_id": ends[0], "tokenizer": tokenizer}
+    return choose_engine(lm, config.engine, device)(lm, config, **setup, device=device)
+
+
+class Share(NamedTuple):
+    """What a rank brings to the generation of its TP group; seeds, limits and begun by prompt."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    limits: list[int]
+    begun: list[Completion | None]
+    wanted: int  # of these must end before generation may stop
+
+
 def generate_responses(
     engine: RolloutEngine | PaddedEngine,
     prompts: PromptBatch,
@@ -78,77 +97,64 @@ def generate_responses(
     seed: int,
     group: dist.ProcessGroup | None,
     progress: Callable[[int, int], None] | None = None,
+    backlog: Backlog | None = None,
 ) -> Rollout:
-    """Samples one response for each row. The ranks of a TP group generate their rows together."""
-    return as_rollout(prompts, _complete(engine, prompts, sampling, seed, group, progress))
+    """Samples one response for each row. The ranks of a TP group generate their rows together.
 
-
-def generate_deferring(
-    engine: RolloutEngine | PaddedEngine,
-    prompts: PromptBatch,
-    sampling: SamplingConfig,
-    seed: int,
-    group: dist.ProcessGroup | None,
-    progress: Callable[[int, int], None] | None,
-    backlog: Backlog,
-) -> Rollout:
-    """As many responses as there are prompts, to these or to those of earlier steps; the others
-    wait in the backlog. The rows get the places of `prompts` in the step. The engine is paged."""
-    flying, wanted = backlog.launch(prompts)
-    asked, begun = as_prompts(flying, prompts), [w.drawn for w in flying]
-    completions = _complete(
-        engine, asked, sampling, seed, group, progress, begun=begun, wanted=wanted
-    )
+    With a backlog, which only a paged engine takes, they are responses to these prompts or to those
+    of earlier steps, and the others wait in it. The rows get the places of `prompts` in the step.
+    """
+    flying: list[Waiting] = []
+    asked, wanted = prompts, len(prompts)
+    if backlog:
+        flying, wanted = backlog.launch(prompts)
+        asked = as_prompts(flying, prompts)
+    seeds = [sequence_seed(seed, row) for row in asked.row_ids.tolist()]
+    limits, begun = limits_of(asked, sampling), [w.drawn for w in flying]
+    own = Share(asked.token_ids(), seeds, limits, begun, wanted)
+    shares = [*distributed.all_gather_objects(own, group)] if group else [own]
+    before = dist.get_rank(group) if group else 0
+    completions = _generate(engine, shares, sampling, progress, bool(backlog))[before]
+    if not backlog:
+        return as_rollout(prompts, completions)
     ended = backlog.land(flying, completions)
     places = as_prompts(ended, prompts).tensors() | {"row_ids": prompts.row_ids}
     return as_rollout(PromptBatch(**places), [w.drawn for w in ended if w.drawn])
 
 
-def _complete(
+def _generate(
     engine: RolloutEngine | PaddedEngine,
-    prompts: PromptBatch,
+    shares: list[Share],
     sampling: SamplingConfig,
-    seed: int,
-    group: dist.ProcessGroup | None,
     progress: Callable[[int, int], None] | None,
-    **deferring: Any,
-) -> list[Completion]:
-    """Of this rank's prompts. deferring: begun, what they have of their responses; wanted, how many
-    of these must end before generation may stop."""
-    ids = [
-        row[live].tolist()
-        for row, live in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)
-    ]
-    seeds = [sequence_seed(seed, row) for row in prompts.row_ids.tolist()]
-    mine = ids, seeds, limits_of(prompts, sampling), deferring
-    shares = distributed.all_gather_objects(mine, group) if group else [mine]
-    counts = [len(share[0]) for share in shares]
-    more: dict[str, Any] = {}
-    if deferring and max(share[3]["wanted"] for share in shares) <= 0:
+    defers: bool,
+) -> list[list[Completion]]:
+    """The responses to each share's prompts; those that did not end, too, where one may defer."""
+    deferring: dict[str, Any] = {}
+    if defers:
+        deferring["begun"] = [drawn for share in shares for drawn in share.begun]
+        deferring["enough"] = _enough(shares)
+    if max(share.wanted for share in shares) <= 0:
         nothing = Completion(token_ids=[], logprobs=[], finished=False, ended=False)
-        return [drawn or nothing for drawn in deferring["begun"]]
-    if deferring:
-        more["begun"] = [drawn for share in shares for drawn in share[3]["begun"]]
-        more["enough"] = _enough(counts, [share[3]["wanted"] for share in shares])
-    completions = engine.generate(
-        [row for share in shares for row in share[0]],
-        sampling,
-        [seed for share in shares for seed in share[1]],
-        limits=[limit for share in shares for limit in share[2]] or None,
-        progress=progress,
-        **more,
+        return [[drawn or nothing for drawn in share.begun] for share in shares]
+    completions = iter(
+        engine.generate(
+            [prompt for share in shares for prompt in share.prompts],
+            sampling,
+            [seed for share in shares for seed in share.seeds],
+            limits=[limit for share in shares for limit in share.limits] or None,
+            progress=progress,
+            **deferring,
+        )
     )
-    first = sum(counts[: dist.get_rank(group) if group else 0])
-    return completions[first : first + len(ids)]
+    return [[next(completions) for _ in share.prompts] for share in shares]
 
 
-def _enough(counts: list[int], wanted: list[int]) -> Callable[[int], bool]:
-    """Whether every rank of a TP group has as many responses as it wants, told of each that ends.
-
-    counts: prompts of each rank, which follow one another.
-    """
-    owner = [rank for rank, count in enumerate(counts) for _ in range(count)]
-    left = list(wanted)
+def _enough(shares: list[Share]) -> Callable[[int], bool]:
+    """Whether every rank has as many responses as it wants, told of each prompt of all whose
+    response ends."""
+    owner = [rank for rank, share in enumerate(shares) for _ in share.prompts]
+    left = [share.wanted for share in shares]
 
     def enough(place: int) -> bool:
         left[owner[place]] -= 1

@@ -1,12 +1,13 @@
 """What both ways to generate share: the request, the draw of a token and the end of a response."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gearshift.engine.config.schema import SamplingConfig
+from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.context import positions
 from gearshift.kernels import ops
 
@@ -59,6 +60,28 @@ class Request:
                     f"the model {limit} positions; lower it to {limit - len(prompt)} or shorten "
                     "data.max_prompt_tokens"
                 )
+
+
+class Sampler:
+    """What generates with one module: the two engines.
+
+    group: the tensor-parallel group. tokenizer: needed for stop strings alone.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: RolloutConfig,
+        *,
+        eos_token_ids: list[int],
+        pad_token_id: int,
+        tokenizer: Any = None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.module, self.config, self.device = module, config, torch.device(device)
+        self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
+        self.tokenizer, self.group = tokenizer, group
 
 
 class Bans:

@@ -99,13 +99,14 @@ class Backlog:
 
 
 def _rows(prompts: PromptBatch) -> list[Waiting]:
+    pairs = zip(prompts.token_ids(), prompts.row_ids.tolist(), strict=True)
     return [
         Waiting(
-            prompt=prompts.prompt_ids[i][prompts.prompt_mask[i]].tolist(),
+            prompt=prompt,
             row_id=row_id,
             columns={name: values[i] for name, values in prompts.columns.items()},
         )
-        for i, row_id in enumerate(prompts.row_ids.tolist())
+        for i, (prompt, row_id) in enumerate(pairs)
     ]
 
 

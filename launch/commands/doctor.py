@@ -7,7 +7,6 @@ Exit status: 0 nothing is red, 1 something is, 2 a mistake.
 
 import argparse
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 
 from rich.console import Console
@@ -31,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    machine_reads = args.facts or args.json
-    with stdout_for_the_answer() if machine_reads else nullcontext():
+    with stdout_for_the_answer(args.facts or args.json):
         findings, config = examine(args.config, args.overrides, args.hostfile)
     if args.facts:
         from gearshift.launch.examine import hosts

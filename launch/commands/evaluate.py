@@ -29,7 +29,7 @@ from gearshift.engine.gearbox.adapters import fold
 from gearshift.engine.models.cast import Part, cast
 from gearshift.engine.rewards.total import RewardSum
 from gearshift.engine.rollout.context import positions
-from gearshift.engine.rollout.responses import choose_engine, end_token_ids, generate_responses
+from gearshift.engine.rollout.responses import engine_alone, generate_responses
 from gearshift.launch.commands.export import read_state, restored, saved_config, unpartitioned
 
 
@@ -116,14 +116,5 @@ def standing(config: Config, part: Part, model: nn.Module) -> Standing:
     if part.settings.get("bf16", {}).get("enabled"):
         for parameter in model.parameters():  # buffers, as of rotary embeddings, stay float32
             parameter.data = parameter.data.bfloat16()
-    tokenizer, ends = part.tokenizer, end_token_ids(part.tokenizer, model)
-    model = model.to(device)  # type: ignore[arg-type]
-    engine = choose_engine(model, config.rollout.engine, device)(
-        model,
-        config.rollout,
-        eos_token_ids=ends,
-        pad_token_id=ends[0],
-        tokenizer=tokenizer,
-        device=device,
-    )
-    return Standing(engine=engine, tokenizer=tokenizer, device=device, seed=config.run.seed)
+    engine = engine_alone(model, config.rollout, part.tokenizer, device)
+    return Standing(engine=engine, tokenizer=part.tokenizer, device=device, seed=config.run.seed)

@@ -69,7 +69,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     from gearshift.engine.models.files import is_adapter
     from gearshift.engine.models.load import load_config, load_model, load_tokenizer
     from gearshift.engine.rollout.context import positions
-    from gearshift.engine.rollout.responses import choose_engine, end_token_ids, sequence_seed
+    from gearshift.engine.rollout.responses import engine_alone, sequence_seed
 
     distributed.forbid_cudnn_attention()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,11 +97,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     if adapter:
         lora.adapt(model, adapter, settings, seed=0)
         fold(model)
-    ends = end_token_ids(tokenizer, model)
-    model = model.to(device)  # type: ignore[arg-type]
-    engine = choose_engine(model, "auto", device)(
-        model, RolloutConfig(), eos_token_ids=ends, pad_token_id=ends[0], device=device
-    )
+    engine = engine_alone(model, RolloutConfig(), tokenizer, device)
     seeds = [sequence_seed(args.seed, i) for i in range(len(ids))]
     completions = engine.generate(ids, sampling, seeds)
     return [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]

@@ -7,7 +7,6 @@ Exit status: 0 it fits, 3 it does not, 2 a mistake. Seconds are estimates until 
 
 import argparse
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -41,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
     place = hardware(args.gpu, args.gpus, args.nodes, args.host_gb)
     if args.config is None and not args.overrides:
         raise ConfigError("--config", "missing", "give a run's YAML")
-    with stdout_for_the_answer() if args.json else nullcontext():
+    with stdout_for_the_answer(args.json):
         made, advice = planned(args.config, args.overrides, place)
     if args.json:
         print(json.dumps(as_json(made, advice), indent=2))

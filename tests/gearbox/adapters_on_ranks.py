@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import LoraConfig, RolloutConfig
 from gearshift.engine.gearbox.transfer import minimum_bytes
@@ -34,10 +33,7 @@ def run(models: Path, out: Path, case: str) -> dict:
         found, rows = trainer.step(tiny_run.prompts(made.ppo, step))
         figures.append(found)
         if case == "lora1" and step == 1:
-            checkpoints = Checkpoints(out / "checkpoints", keep=1, background=False)
-            checkpoints.take(trainer, {}, reward=0.0)
-            checkpoints.publish()
-            checkpoints.settle()
+            tiny_run.save(trainer, out / "checkpoints")
     gearbox = trainer.actor.gearbox
     return {
         "figures": figures,

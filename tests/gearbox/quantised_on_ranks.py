@@ -16,9 +16,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.schema import Config, LoraConfig, RolloutConfig
+from gearshift.engine.config.schema import LoraConfig, RolloutConfig
 from tests.tiny import models as tiny
 from tests.tiny import run as tiny_run
 
@@ -49,14 +48,6 @@ def config(models: Path, generate: str = "unmerged", tp: int = 1, zero: str = "z
     return replace(made, actor=actor, critic=critic, rollout=RolloutConfig(tp=tp))
 
 
-def save(trainer, made: Config, folder: Path) -> None:
-    about = {"config": asdict(made)}
-    checkpoints = Checkpoints(folder, keep=1, background=False, about=about)
-    checkpoints.take(trainer, {}, reward=0.0)
-    checkpoints.publish()
-    checkpoints.settle()
-
-
 def run(models: Path, out: Path, case: str) -> dict:
     made = config(models, *CASES[case])
     trainer, figures = tiny_run.trainer(made), []
@@ -64,7 +55,7 @@ def run(models: Path, out: Path, case: str) -> dict:
         found, rows = trainer.step(tiny_run.prompts(made.ppo, step))
         figures.append(found)
         if case == "unmerged1" and step == 1:
-            save(trainer, made, out / "checkpoints")
+            tiny_run.save(trainer, out / "checkpoints", about={"config": asdict(made)})
     return {"figures": figures, "tokens": rows.response_ids.tolist()}
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import peft
 import pytest
@@ -23,7 +23,7 @@ from gearshift.engine.plan import planner
 from gearshift.engine.plan.hardware import GPUS, Hardware
 from gearshift.engine.zero.state import whole
 from gearshift.launch.commands import export
-from tests.gearbox.quantised_on_ranks import config, needs_packing, save, write_models
+from tests.gearbox.quantised_on_ranks import config, needs_packing, write_models
 from tests.gearbox.test_adapters import close
 from tests.models.share_on_ranks import run
 from tests.tiny import on_ranks
@@ -230,15 +230,10 @@ def test_a_run_goes_on_exactly_and_on_another_rank_count(two_ranks, models, tmp_
     checkpoint.load(saved, other, {})
     figures, _ = other.step(tiny_run.prompts(made.ppo, 2))
     close(figures, two_ranks[0][0]["unmerged1"]["figures"][2])
-    save(other, made, tmp_path / "checkpoints")
+    tiny_run.save(other, tmp_path / "checkpoints", about={"config": asdict(made)})
     again = tiny_run.trainer(made)
     checkpoint.load(tmp_path / "checkpoints" / "step_000003", again, {})
-    pair = [trainer.step(tiny_run.prompts(made.ppo, 3)) for trainer in (other, again)]
-    costs = ("timing_s/", "memory_gb/", "states_gb/", "throughput/")
-    for key, value in pair[0][0].items():
-        assert key.startswith(costs) or pair[1][0][key] == value, key
-    states = [trainer.actor.lm.state_dict() for trainer in (other, again)]
-    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    tiny_run.same_step(other, again, 3)
 
 
 @needs_packing

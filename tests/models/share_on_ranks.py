@@ -15,7 +15,6 @@ from pathlib import Path
 
 from gearshift.engine.checkpoint import save as checkpoint
 from gearshift.engine.checkpoint.export import export_role
-from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.schema import Config, LoraConfig, RewardConfig
 from gearshift.engine.ppo import PPOTrainer
@@ -48,13 +47,6 @@ def run(made: Config, steps: range, trainer: PPOTrainer | None = None) -> tuple[
     return trainer, {"figures": figures, "tokens": rows.response_ids.tolist(), "views": views}
 
 
-def save(trainer: PPOTrainer, folder: Path) -> None:
-    checkpoints = Checkpoints(folder, keep=1, background=False)
-    checkpoints.take(trainer, {}, reward=0.0)
-    checkpoints.publish()
-    checkpoints.settle()
-
-
 def judged(models: Path, path: str = "judge") -> Config:
     """Four roles on one base: the actor is its own reference."""
     made = config(models, True)
@@ -82,7 +74,7 @@ def main() -> None:
         made = config(models, share)
         trainer, begun = run(made, range(2))
         held = trainer.residence.device_bytes()
-        save(trainer, out / case)
+        tiny_run.save(trainer, out / case)
         for role, module in (("actor", trainer.actor.lm), ("critic", trainer.critic.model)):
             export_role(module, trainer.actor.tokenizer, out / case / role)
         _, straight = run(made, range(2, 3), trainer)

@@ -13,7 +13,7 @@ from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout import responses
 from gearshift.engine.rollout.engine import RolloutEngine
-from gearshift.engine.rollout.responses import generate_deferring, generate_responses
+from gearshift.engine.rollout.responses import Share, generate_responses
 from gearshift.engine.rollout.sampling import Completion
 from gearshift.engine.rollout.stragglers import Backlog, check_row, next_prompts
 from gearshift.launch import train
@@ -85,7 +85,7 @@ def test_every_prompt_gets_the_response_that_it_gets_alone(model, options):
     backlog.fill(batch(0))
     for step in range(STEPS):
         prompts = batch(step + 1)
-        rollout = generate_deferring(deferring, prompts, SAMPLING, 0, None, None, backlog)
+        rollout = generate_responses(deferring, prompts, SAMPLING, 0, None, None, backlog)
         assert torch.equal(rollout.row_ids, prompts.row_ids), "the places of the step"
         assert len(rollout) == ROWS and len(backlog.waiting) == ROWS
         stale += backlog.stale_tokens
@@ -104,7 +104,7 @@ def test_a_step_does_not_wait_for_its_longest(model):
     backlog.fill(batch(0))
     for step in range(STEPS):
         generate_responses(plain, batch(step), SAMPLING, 0, None)
-        generate_deferring(deferring, batch(step + 1), SAMPLING, 0, None, None, backlog)
+        generate_responses(deferring, batch(step + 1), SAMPLING, 0, None, None, backlog)
     assert counts[1][0] < 0.6 * counts[0][0]
 
 
@@ -115,17 +115,18 @@ def test_what_has_ended_too_many_is_not_generated_again(model):
     for some in prompts:
         some.columns["most"] = [1] * ROWS
     backlog.fill(prompts[0])
-    first = generate_deferring(made, prompts[1], SAMPLING, 0, None, None, backlog)
+    first = generate_responses(made, prompts[1], SAMPLING, 0, None, None, backlog)
     assert first.columns["name"] == prompts[0].columns["name"]
     assert sum(w.ended for w in backlog.waiting) == 3 and backlog.stale_tokens == 0
     flying, wanted = backlog.launch(prompts[2])
     assert wanted == 3 and not any(w.ended for w in flying)
-    second = generate_deferring(made, prompts[2], SAMPLING, 0, None, None, backlog)
+    second = generate_responses(made, prompts[2], SAMPLING, 0, None, None, backlog)
     assert second.columns["name"] == prompts[1].columns["name"] and backlog.stale_tokens == 3
 
 
 def test_every_rank_of_a_group_gets_what_it_wants():
-    enough = responses._enough([3, 3], [1, 2])
+    shares = [Share([[1]] * 3, [0] * 3, [], [None] * 3, wanted) for wanted in (1, 2)]
+    enough = responses._enough(shares)
     assert [enough(place) for place in (0, 1, 3, 5)] == [False, False, False, True]
 
 
@@ -133,12 +134,12 @@ def test_its_state_is_json_and_goes_on(model):
     backlog, made = Backlog(ROWS, 0.5), engine(model)
     backlog.fill(batch(0))
     for step in range(2):
-        generate_deferring(made, batch(step + 1), SAMPLING, 0, None, None, backlog)
+        generate_responses(made, batch(step + 1), SAMPLING, 0, None, None, backlog)
     again = Backlog(ROWS, 0.5)
     again.load_state_dict(json.loads(json.dumps(backlog.state_dict())))
     assert backlog.begun > 0
     one, two = (
-        generate_deferring(made, batch(3), SAMPLING, 0, None, None, b) for b in (backlog, again)
+        generate_responses(made, batch(3), SAMPLING, 0, None, None, b) for b in (backlog, again)
     )
     assert one.columns == two.columns
     assert torch.equal(one.response_ids, two.response_ids)
@@ -183,12 +184,12 @@ def test_nothing_is_generated_where_enough_has_ended(model):
     for some in steps:
         some.columns["most"] = [1]
     backlog.fill(steps[0])
-    first = generate_deferring(made, steps[1], SAMPLING, 0, None, None, backlog)
+    first = generate_responses(made, steps[1], SAMPLING, 0, None, None, backlog)
     assert backlog.waiting[0].ended
     count = forwards(made)
-    second = generate_deferring(made, steps[2], SAMPLING, 0, None, None, backlog)
+    second = generate_responses(made, steps[2], SAMPLING, 0, None, None, backlog)
     assert count == [0] and [names(first), names(second)] == [names(steps[0]), names(steps[1])]
-    generate_deferring(made, steps[3], SAMPLING, 0, None, None, backlog)
+    generate_responses(made, steps[3], SAMPLING, 0, None, None, backlog)
     assert count[0] > 0
 
 
@@ -196,7 +197,7 @@ def test_rows_that_wait_lack_a_column_that_the_dataset_got_since(model):
     backlog, more = Backlog(ROWS, 0.5), batch(1)
     backlog.fill(batch(0))
     more.columns["new"] = [1] * ROWS
-    rollout = generate_deferring(engine(model), more, SAMPLING, 0, None, None, backlog)
+    rollout = generate_responses(engine(model), more, SAMPLING, 0, None, None, backlog)
     assert rollout.columns["new"].count(None) >= 3
 
 

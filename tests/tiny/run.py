@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gearshift.engine import assemble
 from gearshift.engine.batch import PromptBatch
+from gearshift.engine.checkpoint.save import Checkpoints
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import deepspeed as ds_config
 from gearshift.engine.config.schema import (
@@ -116,3 +118,21 @@ def prompts(ppo: PPOConfig, step: int) -> PromptBatch:
         for p in range(rank, count, world)
     ]
     return PromptBatch(prompt_ids=ids, prompt_mask=mask, row_ids=torch.tensor(row_ids), columns={})
+
+
+def save(trainer: PPOTrainer, folder: Path, **settings: Any) -> None:
+    """One whole checkpoint in `folder`. settings: as of Checkpoints."""
+    checkpoints = Checkpoints(folder, keep=1, background=False, **settings)
+    checkpoints.take(trainer, {}, reward=0.0)
+    checkpoints.publish()
+    checkpoints.settle()
+
+
+def same_step(one: PPOTrainer, other: PPOTrainer, step: int) -> None:
+    """Both make a step, and are then the same to the bit: figures and the actor's state."""
+    pair = [trainer.step(prompts(trainer.ppo, step)) for trainer in (one, other)]
+    costs = ("timing_s/", "memory_gb/", "states_gb/", "throughput/")
+    for key, value in pair[0][0].items():
+        assert key.startswith(costs) or pair[1][0][key] == value, key
+    states = [trainer.actor.lm.state_dict() for trainer in (one, other)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
