@@ -5,16 +5,23 @@ Further arguments go to the job, as --run.steps 20 --run.seed 1.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import FrameType
 
 from gearshift.engine.config import assets
+from gearshift.engine.config import load as config_load
 from gearshift.launch.commands import fetch
 
 ASSETS = ("smollm2", "movie-prompts")
 LAUNCH = Path(__file__).resolve().parents[1]
+RECIPE = LAUNCH / "recipes" / "demo.yaml"
+POLL_S = 0.5
 _MOST_RANKS = 2  # what the recipe's batch is made for
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +35,55 @@ def main(args: argparse.Namespace) -> int:
     for name in ASSETS:
         if fetch.fetch(name, assets.cache_dir()):
             print(f"fetched {name}", flush=True)
-    return subprocess.run(command(args.ranks, args.overrides), env=environment()).returncode
+    folder = Path(config_load.load(RECIPE, args.overrides).config.run.dir)
+    return see_through(command(args.ranks, args.overrides), folder)
+
+
+def see_through(command: list[str], folder: Path) -> int:
+    """Runs a job on this machine; returns its exit status. A signal lets it save and end.
+
+    For that it finds the file `stop` in its folder: the launcher of DeepSpeed, given the signal,
+    would kill ranks whose step takes half a minute more.
+    """
+    request, stop = Request(), folder / "stop"
+    # A session of its own: a terminal sends Ctrl-C to the launcher and to every rank, too.
+    job = subprocess.Popen(command, env=environment(), start_new_session=True)
+    while job.poll() is None and request.asked < 2:
+        if request.asked:
+            folder.mkdir(parents=True, exist_ok=True)
+            stop.touch()
+        time.sleep(POLL_S)
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGKILL)
+    stop.unlink(missing_ok=True)
+    return job.wait()
+
+
+class Request:
+    """The signals of this process: the first asks the run to save and end, the second ends it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        for number in _SIGNALS:
+            signal.signal(number, self._hear)
+
+    def sleep(self, seconds: float) -> None:
+        """Until then, or until a signal comes."""
+        end = time.monotonic() + seconds
+        while not self.asked and time.monotonic() < end:
+            time.sleep(POLL_S)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
+        told = "ending now" if self.asked > 1 else "ending after this step, with a checkpoint"
+        os.write(2, f"gearshift: {signal.Signals(number).name}: {told}\n".encode())
 
 
 def command(ranks: int, overrides: list[str]) -> list[str]:
     """The launch line of the demo."""
     gpus = gpu_count()
     ranks = ranks or min(_MOST_RANKS, gpus or _MOST_RANKS)
-    recipe = ["--config", str(LAUNCH / "recipes" / "demo.yaml"), "--rollout.tp", str(ranks)]
+    recipe = ["--config", str(RECIPE), "--rollout.tp", str(ranks)]
     return [*launcher(ranks), str(LAUNCH / "train.py"), *recipe, *overrides]
 
 

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
 from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster.claim import LOCK
@@ -27,8 +26,6 @@ from gearshift.launch import hosts as machines
 from gearshift.launch.commands import demo
 
 _OUTCOMES = {"finished": 0, "stopped": 3}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_POLL_S = 0.5
 _GRACE_S = 20.0  # for ranks to name the one that is gone, and to end
 _SILENCE_S = 30.0  # after which a lock that nobody touches belongs to no living rank
 
@@ -52,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         refuse_if(not shutil.which("pdsh"), "pdsh", "not installed here", "apt install pdsh")
         machines.look(hosts, Path.cwd())
     job = ["--config", args.config, *args.overrides]
-    folder, request = Path(config.run.dir).absolute(), Request()
+    folder, request = Path(config.run.dir).absolute(), demo.Request()
     for retry in range(args.retries + 1):
         before = _last_step(folder)
         attempt = Attempt(hosts, args.ranks, job, folder, request)
@@ -75,31 +72,16 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
-class Request:
-    """The signals of this process: the first asks the run to save and end, the second ends it."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        for number in _SIGNALS:
-            signal.signal(number, self._hear)
-
-    def sleep(self, seconds: float) -> None:
-        """Until then, or until a signal comes."""
-        end = time.monotonic() + seconds
-        while not self.asked and time.monotonic() < end:
-            time.sleep(_POLL_S)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked += 1
-        told = "ending now" if self.asked > 1 else "ending after this step, with a checkpoint"
-        os.write(2, f"launch: {signal.Signals(number).name}: {told}\n".encode())
-
-
 class Attempt:
     """One start of the job, from `deepspeed` to the outcome that the run has left in its folder."""
 
     def __init__(
-        self, hosts: Mapping[str, int], ranks: int, job: list[str], folder: Path, request: Request
+        self,
+        hosts: Mapping[str, int],
+        ranks: int,
+        job: list[str],
+        folder: Path,
+        request: demo.Request,
     ):
         self.hosts, self.folder, self.request = hosts, folder, request
         self.name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -206,7 +188,7 @@ class Attempt:
         if self.request.asked or self._without_ssh:
             self.stop.touch()
         self._show()
-        time.sleep(_POLL_S)
+        time.sleep(demo.POLL_S)
 
     def _alive(self) -> bool:
         """Whether rank 0 holds the run folder still."""

@@ -8,7 +8,6 @@ launcher instead: any run can be profiled so.
 
 import argparse
 import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gearshift.engine.config import load as config_load
 from gearshift.engine.config.errors import ConfigError
 from gearshift.launch import profiler
 from gearshift.launch.bench.table import plain_lines, show
-from gearshift.launch.commands.demo import LAUNCH, environment, launcher
+from gearshift.launch.commands.demo import LAUNCH, launcher, see_through
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +46,7 @@ def main(args: argparse.Namespace) -> int:
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     job = [str(LAUNCH / "train.py"), "--config", args.config, *args.overrides, *words]
-    status = subprocess.run([*launcher(args.ranks), *job], env=environment()).returncode
+    status = see_through([*launcher(args.ranks), *job], out)
     if status == 0:
         report(out, args.step)
     return status

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,21 +27,21 @@ def split(command: list[str]) -> tuple[list[str], list[str]]:
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What `gearshift demo` would have run: a list of (command, environment)."""
+    """What `gearshift demo` would have run: a list of (command, environment, run folder)."""
     calls = []
 
-    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
-        calls.append((command, env))
-        return subprocess.CompletedProcess(command, 3)
+    def see_through(command: list[str], folder: Path) -> int:
+        calls.append((command, demo.environment(), folder))
+        return 3
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(demo, "see_through", see_through)
     monkeypatch.setattr(fetch, "fetch", lambda name, cache: False)
     return calls
 
 
 def test_the_launch_line(launched):
     assert cli.main(["demo", "--run.steps", "5", "--ranks", "1", "--run.dir=there"]) == 3
-    ((command, _),) = launched
+    ((command, _, folder),) = launched
     assert Path(command[0]).name == "deepspeed"
     launcher, job = split(command)
     assert "--num_gpus" in launcher or not torch.cuda.is_available()
@@ -47,7 +49,7 @@ def test_the_launch_line(launched):
     path, overrides, _ = train.parse(job)
     config = config_load.load(path, overrides).config
     assert (config.run.steps, config.run.dir, config.actor.path) == (5, "there", "asset:smollm2")
-    assert config.rollout.tp == 1
+    assert config.rollout.tp == 1 and folder == Path("there")
     port = int(command[command.index("--master_port") + 1])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
@@ -59,7 +61,41 @@ def test_deepspeed_is_told_of_the_device(launched, monkeypatch):
     assert cli.main(["demo"]) == 3
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
     assert cli.main(["demo"]) == 3
-    assert [env["DS_ACCELERATOR"] for _, env in launched] == ["cpu", "xpu"]
+    assert [env["DS_ACCELERATOR"] for _, env, _ in launched] == ["cpu", "xpu"]
+
+
+JOB = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a terminal's Ctrl-C must not reach it
+print("up", flush=True)
+while not pathlib.Path(sys.argv[1], "stop").exists():
+    time.sleep(0.05)
+print("saving", flush=True)
+time.sleep(float(sys.argv[2]))
+sys.exit(5)
+"""
+
+
+@pytest.mark.parametrize(("signals", "seconds", "status"), [(1, 1, 5), (2, 600, -signal.SIGKILL)])
+def test_a_signal_lets_the_job_save_and_a_second_ends_it(tmp_path, signals, seconds, status):
+    """As in a terminal, which sends SIGINT to the whole process group."""
+    (tmp_path / "job.py").write_text(JOB)
+    call = f"""
+from pathlib import Path
+from gearshift.launch.commands import demo
+command = [{sys.executable!r}, {str(tmp_path / "job.py")!r}, {str(tmp_path)!r}, "{seconds}"]
+print(demo.see_through(command, Path({str(tmp_path)!r})))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", call], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "up\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    if signals == 2:
+        os.killpg(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == f"{int(status)}\n"
+    assert not (tmp_path / "stop").exists()
 
 
 def test_help_names_the_overrides(capsys):

@@ -28,7 +28,7 @@ esac
 
 @pytest.fixture(autouse=True)
 def handlers():
-    before = {number: signal.getsignal(number) for number in launch._SIGNALS}
+    before = {number: signal.getsignal(number) for number in launch.demo._SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -96,7 +96,7 @@ def test_what_ranks_get_of_the_environment(tmp_path, monkeypatch):
     for secret in ("HF_TOKEN", "WANDB_API_KEY"):
         monkeypatch.setenv(secret, "hidden")
     hosts = {"n1": 2, "n2": 1}
-    attempt = launch.Attempt(hosts, 0, ["--config", "a.yaml"], tmp_path, launch.Request())
+    attempt = launch.Attempt(hosts, 0, ["--config", "a.yaml"], tmp_path, launch.demo.Request())
     lines = (attempt.logs / "environment").read_text().splitlines()
     assert {"NCCL_DEBUG=WARN", "GEARSHIFT_HOSTS=n1:2,n2:1"} <= set(lines)
     assert f"GEARSHIFT_LAUNCH={attempt.name}" in lines and "hidden" not in "".join(lines)
@@ -104,7 +104,7 @@ def test_what_ranks_get_of_the_environment(tmp_path, monkeypatch):
     assert attempt.job[-3:] == [str(tiny_job.TRAIN), "--config", "a.yaml"]
     monkeypatch.setenv("NCCL_DEBUG", "$(id)")
     with pytest.raises(ValueError, match="NCCL_DEBUG='.*: ssh cannot pass it"):
-        launch.Attempt(hosts, 0, [], tmp_path / "two", launch.Request())
+        launch.Attempt(hosts, 0, [], tmp_path / "two", launch.demo.Request())
 
 
 JOB = """
@@ -136,7 +136,7 @@ def attempt(tmp_path, monkeypatch, capfd):
     )
     monkeypatch.setattr(launch.demo, "environment", lambda: dict(os.environ))
 
-    def run(what: str, request: launch.Request) -> tuple[int, list[str]]:
+    def run(what: str, request: launch.demo.Request) -> tuple[int, list[str]]:
         (tmp_path / "do").write_text(what)
         status = launch.Attempt({}, 0, [], tmp_path / "run", request).run()
         return status, capfd.readouterr().out.splitlines()
@@ -158,14 +158,14 @@ def attempt(tmp_path, monkeypatch, capfd):
     ],
 )
 def test_the_status_is_what_the_run_says(attempt, what, status, said):
-    found, lines = attempt(what, launch.Request())
+    found, lines = attempt(what, launch.demo.Request())
     assert found == status
     assert lines[:2] == ["step 1", "gearshift: error (rank 1 on n1): mine"] or "remote" in what
     assert lines[-1].startswith(f"launch: {said}; a log of each rank is in ")
 
 
 def test_a_signal_is_passed_on_and_waited_for(attempt):
-    request = launch.Request()
+    request = launch.demo.Request()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert attempt("wait stopped 1", request)[0] == 3
     assert request.asked == 1
