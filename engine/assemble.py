@@ -173,28 +173,28 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     }
     own = parts["actor"]
     lm = _load(config, own) if any(part.base for part in parts.values()) else None
-    scorers = {
-        name: RewardModel(
-            _load(config, part, stores.get(name), lm),
-            part.tokenizer,
-            config.ppo,
-            part.source.batch_size,
-            part.settings,
-        )
-        for name, part in parts.items()
-        if part.kind == "reward"
-    }
+    scorers: dict[str, RewardModel] = {}
+    for name, judge in parts.items():
+        if judge.kind == "reward":
+            model, rows = _load(config, judge, stores.get(name), lm), judge.source.batch_size
+            given = judge.tokenizer, config.ppo, rows, judge.settings
+            with judge.errors():
+                scorers[name] = RewardModel(model, *given)
     blueprint.rewards.join(scorers)
     reference: Reference | ActorsStart | None = None
     critic = None
     if part := parts.get("reference"):
         model, temperature = _load(config, part, stores["reference"]), config.sampling.temperature
-        reference = Reference(model, config.ppo, temperature, part.settings)
+        with part.errors():
+            reference = Reference(model, config.ppo, temperature, part.settings)
     if part := parts.get("critic"):
         updates = steps * config.ppo.updates("critic")
-        critic = Critic(_load(config, part, base=lm), config, part.settings, updates)
+        model = _load(config, part, base=lm)
+        with part.errors():
+            critic = Critic(model, config, part.settings, updates)
     lm = _load(config, own) if lm is None else lm
-    actor = Actor(lm, own.tokenizer, config, own.settings, acting)
+    with own.errors():
+        actor = Actor(lm, own.tokenizer, config, own.settings, acting)
     if played := within_actor(config):
         reference = ActorsStart(actor, adapter=STARTED if played == "start" else None)
     return Roles(

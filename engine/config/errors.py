@@ -1,7 +1,8 @@
 """A user's mistake, as data: which key, which value, what is wrong with it, and what helps."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 
@@ -38,6 +39,16 @@ class ConfigError(ValueError):
     def _placed(self, place: str, joint: str) -> Self:
         key = joint.join(filter(None, (place, self.key)))
         return type(self)(key, self.problem, self.fix, self.value)
+
+
+@contextmanager
+def told_as(options: Mapping[str, str]) -> Iterator[None]:
+    """Mistakes in values of these keys are told of the options of a command that gave them."""
+    try:
+        yield
+    except ConfigError as error:
+        key = options.get(error.key, error.key)
+        raise ConfigError(key, error.problem, error.fix, error.value) from None
 
 
 def said(error: Exception) -> str:

@@ -28,7 +28,8 @@ class PromptText:
 class PromptEncoder:
     """Applies the chat template once and tokenises once.
 
-    Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}. A last turn of the
+    Formats of a row: {key: "text"}, {key: [messages]}, {"messages": [...]}; messages may be a text
+    that is their JSON, since CSV has no lists. A last turn of the
     assistant is continued in a column called `prompt`, as in TRL; in any other it is the answer,
     which is dropped. A column `tools` goes to the template. A templated prompt is tokenised without
     further special tokens. A plain string gets those of its tokenizer, but never an end token, nor
@@ -54,7 +55,7 @@ class PromptEncoder:
     def read(self, row: Row, key: str) -> PromptText:
         """Raises ConfigError for a row without a prompt, and where the chat template refuses it."""
         source = "messages" if key not in row and "messages" in row else key
-        prompt: Any = row.get(source)
+        prompt = _from_json(row.get(source))
         if source != "prompt" and _is_chat(prompt) and prompt[-1]["role"] == "assistant":
             prompt = prompt[:-1]
         as_read: Any = prompt
@@ -134,6 +135,17 @@ def require_rows(ids: list[int], count: int, key: str, text: str) -> None:
     most = max(ids, default=0)
     problem = f"the tokenizer makes id {most} of it, and the model has rows for {count}"
     refuse_if(most >= count, key, problem, value=repr(text[:60]))
+
+
+def _from_json(prompt: Any) -> Any:
+    """The messages, where a text is the JSON of messages; else what was given."""
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("["):
+        return prompt
+    try:
+        found = json.loads(prompt)
+    except ValueError:
+        return prompt
+    return found if _is_chat(found) else prompt
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.attention import packed, trial
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.models.reading import Reading, hidden_states, lay_out
 from gearshift.engine.rollout.graphs import has_experts
 from gearshift.engine.zero.layout import gathered
@@ -143,29 +143,31 @@ def verify_head(engine: Any) -> None:
     if policy.packs and not found <= most:
         _pad(lm)
         found = error()
+    if math.isnan(found):
+        problem, fix = "its logits are NaN", "compare its files with their source"
+        raise ConfigError("path", problem, fix, repr(lm.name_or_path))
     if not found <= most:
-        refuse_if(
-            math.isnan(found),
-            "path",
-            "its logits are NaN",
-            "compare its files with their source",
-            repr(lm.name_or_path),
-        )
-        raise ValueError(
-            f"path={lm.name_or_path!r}: {type(lm).__name__} makes its logits in a way that is not "
-            "supported, or they depend on later tokens: its log-probs differ from ours by "
-            f"{found:.2g} nats; choose another family"
+        raise _unfit(
+            lm,
+            "makes its logits in a way that is not supported, or they depend on later tokens: its "
+            f"log-probs differ from ours by {found:.2g} nats",
         )
     alike = _alike(engine)
     if policy.packs and not alike:
         _pad(lm)
         alike = _alike(engine)
     if not alike:
-        raise ValueError(
-            f"path={lm.name_or_path!r}: {type(lm).__name__} reads tokens otherwise where others "
-            "follow them or rows are longer, so that sampling and training would not agree; "
-            "choose another family"
+        raise _unfit(
+            lm,
+            "reads tokens otherwise where others follow them or rows are longer, so that sampling "
+            "and training would not agree",
         )
+
+
+def _unfit(model: Any, problem: str) -> ConfigError:
+    """Of a model whose code is not what the trainer needs; the caller knows whose path it is."""
+    problem = f"{type(model).__name__} {problem}"
+    return ConfigError("path", problem, "choose another family", repr(model.name_or_path))
 
 
 @torch.no_grad()
@@ -196,18 +198,15 @@ def _alike(engine: Any) -> bool:
 def _alone(engine: Any, call: Callable[[], Tensor]) -> Tensor:
     """What a call of the engine's module returns; an engine that streams brings the weights.
 
-    Raises ValueError where the model's own code fails on a few tokens.
+    Raises ConfigError where the model's own code fails on a few tokens.
     """
     try:
         return engine.together([call])[0] if hasattr(engine, "together") else call()
     except trial.FAULTS as error:
         if not trial.is_its_own(error):
             raise
-        model = engine.module.model
-        raise ValueError(
-            f"path={model.name_or_path!r}: {type(model).__name__} fails on a few tokens "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); choose another family"
-        ) from error
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise _unfit(engine.module.model, f"fails on a few tokens ({problem})") from error
 
 
 def _beside_another(model: nn.Module, ids: Tensor) -> Tensor:

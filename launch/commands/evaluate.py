@@ -21,7 +21,7 @@ from gearshift.engine.batch import PromptBatch, Rollout
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config import check as config_check
 from gearshift.engine.config import load as config_load
-from gearshift.engine.config.errors import refuse_if
+from gearshift.engine.config.errors import refuse_if, told_as
 from gearshift.engine.config.schema import Config, LoraConfig, SamplingConfig
 from gearshift.engine.data.heldout import read_held_out
 from gearshift.engine.evaluate import Evaluation, check_columns
@@ -56,6 +56,11 @@ class Standing:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the figures."""
+    with told_as(dict.fromkeys(["actor.path", "actor.lora.base"], "--model") if args.model else {}):
+        return evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> int:
     config = config_load.load(args.config, args.overrides).config
     config_check.check(config)
     judges = config.eval.rewards or config.rewards

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gearshift.engine.cluster import distributed
-from gearshift.engine.config.errors import ConfigError, refuse_if
+from gearshift.engine.config.errors import ConfigError, refuse_if, told_as
 from gearshift.engine.config.schema import (
     DataConfig,
     LoraConfig,
@@ -31,6 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints `prompt -> response` for every sample."""
+    keys = {key: f"--{key.replace('_', '-')}" for key in vars(args) if key != "prompts"}
+    keys |= dict.fromkeys(["path", "lora.base"], "--model" if args.model else "--adapter")
+    with told_as(keys):
+        for prompt, response in answered(args):
+            print(f"{prompt} -> {response}")
+    return 0
+
+
+def answered(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(prompt, response) of every sample."""
     sampling = SamplingConfig(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -40,12 +50,9 @@ def main(args: argparse.Namespace) -> int:
     refuse_if(not (args.model or args.adapter), "--model", "give a model, or --adapter")
     refuse_if(args.samples < 1, "--samples", "must be at least 1", value=args.samples)
     prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ConfigError("prompts", "give a text, or lines on standard input")
+    refuse_if(not prompts, "prompts", "give a text, or lines on standard input")
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
-    for prompt, response in zip(prompts, respond(args, prompts, sampling), strict=True):
-        print(f"{prompt} -> {response}")
-    return 0
+    return list(zip(prompts, respond(args, prompts, sampling), strict=True))
 
 
 def adapter_of(folder: str, model: str | None) -> Any:
@@ -66,6 +73,7 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     from gearshift.engine.data.prompts import PromptEncoder
     from gearshift.engine.gearbox.adapters import fold
     from gearshift.engine.models import lora
+    from gearshift.engine.models.cast import is_decoder
     from gearshift.engine.models.files import is_adapter
     from gearshift.engine.models.load import load_config, load_model, load_tokenizer
     from gearshift.engine.rollout.context import positions
@@ -80,6 +88,9 @@ def respond(args: argparse.Namespace, prompts: list[str], sampling: SamplingConf
     ignored, problem = not adapter and is_adapter(args.model), "holds adapters"
     refuse_if(ignored, "--model", problem, fix, repr(args.model))
     hf_config = load_config(config, "policy")
+    reads_on = not (is_decoder(hf_config) or getattr(hf_config, "is_decoder", False))
+    problem = f"{hf_config.model_type} reads what follows a token, too: it writes no text"
+    refuse_if(reads_on, "--model", problem, "choose a decoder", repr(config.path))
     tokenizer, limit = load_tokenizer(config), positions(hf_config)
     if args.chat and not tokenizer.chat_template:
         raise ConfigError("--chat", "the model's tokenizer has no chat template")

@@ -263,8 +263,10 @@ CHAT = [0, 3, 9, 1, 0, 4]  # <s> user w1 </s> <s> assistant
         ({"messages": [USER, ANSWER, USER]}, "auto", [0, 3, 9, 1, 0, 4, 17, 1, *CHAT]),
         ({"prompt": [USER, ANSWER]}, "auto", [0, 3, 9, 1, 0, 4, 17]),
         ({"prompt": [{"role": "user", "content": PARTS}]}, "auto", CHAT),
+        ({"messages": json.dumps([USER, ANSWER])}, "auto", CHAT),
+        ({"prompt": "[ w1"}, "auto", [0, 2, 9]),
     ],
-    ids=["string", "wrapped", "chat", "answered", "long chat", "begun answer", "parts"],
+    ids=["string", "wrapped", "chat", "answered", "long chat", "begun", "parts", "JSON", "[ text"],
 )
 def test_formats(tmp_path, row, mode, expected):
     path = write(tmp_path / "p.jsonl", [row])

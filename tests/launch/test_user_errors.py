@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gearshift.engine.checkpoint import store as checkpoint_store
 from gearshift.engine.config import deepspeed as ds_config
@@ -381,6 +381,19 @@ def test_a_model_that_is_no_language_model(refused, job, tmp_path):
     config = AutoConfig.for_model("t5", vocab_size=16, d_model=16, num_layers=1, num_heads=2)
     (model / "config.json").write_text(json.dumps(config.to_dict()))
     refused("actor.path: no AutoModelForCausalLM of t5: ", "--actor.path", model)
+
+
+def test_a_model_whose_head_is_not_one_product(refused, tmp_path):
+    """BERT transforms its hidden states once more before the output embedding."""
+    config = AutoConfig.for_model(
+        "bert", vocab_size=tiny_job.VOCABULARY, hidden_size=8, num_attention_heads=1,
+        intermediate_size=8, num_hidden_layers=1, is_decoder=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny.tokenizer(tiny_job.VOCABULARY).save_pretrained(tmp_path / "model")
+    rloo = ["--ppo.estimator", "rloo", "--ppo.samples_per_prompt", "2", "--rollout.engine", "hf"]
+    message = f"actor.path='{tmp_path / 'model'}': BertLMHeadModel makes its logits in a way"
+    refused(message, "--actor.path", tmp_path / "model", "--ppo.kl_coef", "0", *rloo)
 
 
 def test_code_of_a_checkpoint(refused, job, tmp_path):

@@ -106,7 +106,7 @@ def test_the_policy_has_moved(finished):
     [
         (["--eval.sources", "[]"], "eval.sources=[]: nothing to evaluate on; as --eval.sources.0"),
         (["--eval.sampling.max_new_tokens", "999"], "max_new_tokens=999: with data.max_prompt_tok"),
-        (["--model", "nowhere"], "nowhere"),
+        (["--model", "/nowhere"], "error: --model='/nowhere': no such directory"),
         (["--actor.lora.r", "2", "--actor.lora.load_in_4bit", "true"], "lora.load_in_4bit=true: "),
         (
             ["--eval.rewards.0.kind", "model", "--eval.rewards.0.path", "x"],

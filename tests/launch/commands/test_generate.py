@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gearshift.launch import cli
 from tests.tiny import models as tiny
@@ -121,13 +121,13 @@ def test_a_model_that_the_paged_engine_cannot_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/nowhere", "x"], "/nowhere': no such directory"),
+        (["--model", "/nowhere", "x"], "--model='/nowhere': no such directory"),
         (["--chat", "w4"], "--chat: the model's tokenizer has no chat template"),
-        (["--temperature", "-1", "w4"], "temperature=-1.0: must be at least 0"),
-        (["--top-p", "0", "w4"], "top_p=0.0: must be above 0"),
+        (["--temperature", "-1", "w4"], "error: --temperature=-1.0: must be at least 0"),
+        (["--top-p", "0", "w4"], "error: --top-p=0.0: must be above 0"),
         (["--max-new-tokens", "128", "w4"], "--max-new-tokens=128: a prompt has 1 tokens and the"),
         ([""], "prompts='': the tokenizer makes no token of it"),
-        (["--max-new-tokens", "0", "w4"], "max_new_tokens=0: must be at least 1"),
+        (["--max-new-tokens", "0", "w4"], "error: --max-new-tokens=0: must be at least 1"),
         ([], "prompts: give a text, or lines on standard input"),
         (["--samples", "0", "w4"], "--samples=0: must be at least 1"),
         ([" ".join(["w4"] * 128)], "prompts: a prompt has 128 tokens and the model 128 positions"),
@@ -151,6 +151,14 @@ def test_ids_that_the_model_has_no_row_for(model, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "prompt='w4 w17': the tokenizer makes id 17 of it, and the model has rows for 16" in told
     assert cli.main(["generate", "--model", str(tmp_path / "model"), "w4 w15"]) == 0
+
+
+def test_a_model_that_fills_in_words_writes_none(tmp_path, capsys):
+    config = AutoConfig.for_model("bert", vocab_size=16, hidden_size=8, num_attention_heads=1)
+    config.save_pretrained(tmp_path)
+    tiny.tokenizer(16).save_pretrained(tmp_path)
+    assert cli.main(["generate", "--model", str(tmp_path), "w4"]) == 2
+    assert "bert reads what follows a token, too: it writes no text" in capsys.readouterr().err
 
 
 def test_folders_that_hold_more_or_other_things(model, tmp_path, capsys):
