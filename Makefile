@@ -5,8 +5,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-# Two processes: a file's cases stay together, since they share models and ranks.
-PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile
+# Two processes: a file's cases stay together, since they share models and ranks. The files' order
+# is that of tests/conftest.py.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-processors test-all lint gpu-check
 

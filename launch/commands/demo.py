@@ -60,10 +60,13 @@ def see_through(command: list[str], folder: Path) -> int:
 
 
 class Request:
-    """The signals of this process: the first asks the run to save and end, the second ends it."""
+    """The signals of this process: the first asks the run to save and end, the second ends it.
 
-    def __init__(self) -> None:
-        self.asked = 0
+    name: who says so.
+    """
+
+    def __init__(self, name: str = "gearshift") -> None:
+        self.asked, self.name = 0, name
         for number in _SIGNALS:
             signal.signal(number, self._hear)
 
@@ -76,7 +79,7 @@ class Request:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked += 1
         told = "ending now" if self.asked > 1 else "ending after this step, with a checkpoint"
-        os.write(2, f"gearshift: {signal.Signals(number).name}: {told}\n".encode())
+        os.write(2, f"{self.name}: {signal.Signals(number).name}: {told}\n".encode())
 
 
 def command(ranks: int, overrides: list[str]) -> list[str]:

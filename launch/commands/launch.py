@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         refuse_if(not shutil.which("pdsh"), "pdsh", "not installed here", "apt install pdsh")
         machines.look(hosts, Path.cwd())
     job = ["--config", args.config, *args.overrides]
-    folder, request = Path(config.run.dir).absolute(), demo.Request()
+    folder, request = Path(config.run.dir).absolute(), demo.Request("launch")
     for retry in range(args.retries + 1):
         before = _last_step(folder)
         attempt = Attempt(hosts, args.ranks, job, folder, request)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gearshift.kernels.kl_gae import KL_ESTIMATORS, kl_estimate, kl_reward_gae
+from gearshift.kernels.kl_gae import KL_ESTIMATORS, SCAN_BLOCK, kl_estimate, kl_reward_gae
 
 BACKENDS = ("torch", "triton")
 COEFFICIENTS = dict(kl_coef=0.05, gamma=0.97, lam=0.9)
@@ -97,10 +97,10 @@ def test_two_derivations_of_gae_agree():
         (1, 7, torch.float32, "k3"),
         (3, 7, torch.float32, "k2"),
         (3, 7, torch.bfloat16, "k1"),
-        (3, 1024, torch.float32, "k1"),
-        (3, 1025, torch.float32, "k3"),
-        (1, 1025, torch.bfloat16, "k2"),
-        (3, 3000, torch.float32, "k1"),
+        (3, SCAN_BLOCK, torch.float32, "k1"),
+        (3, SCAN_BLOCK + 1, torch.float32, "k3"),
+        (1, SCAN_BLOCK + 1, torch.bfloat16, "k2"),
+        (3, 3 * SCAN_BLOCK - 7, torch.float32, "k1"),
     ],
 )
 def test_matches_float64(backend, B, R, dtype, estimator, nan_memory):
@@ -121,7 +121,7 @@ def row_by_row(inputs, lams):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("R", [70, 1100])  # within a block of the kernel, and beyond
+@pytest.mark.parametrize("R", [SCAN_BLOCK - 9, SCAN_BLOCK + 76])
 def test_returns_have_a_lambda_of_their_own(backend, R, nan_memory):
     """VC-PPO: the critic's target is V_t + the sum of (gamma lam_critic)^l delta_t+l."""
     inputs = make_inputs(3, R)
@@ -174,7 +174,7 @@ def test_a_score_of_a_fully_masked_row_goes_nowhere(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_undiscounted_monte_carlo_returns_are_the_score(backend):
     """gamma = lam = 1 and no penalty: the sum telescopes, whatever the critic says."""
-    *grids, mask, scores = make_inputs(3, 1100)
+    *grids, mask, scores = make_inputs(3, SCAN_BLOCK + 76)
     out = kl_reward_gae(*grids, mask, scores, kl_coef=0.0, gamma=1.0, lam=1.0, backend=backend)
     expected = torch.where(mask, scores[:, None], 0)
     torch.testing.assert_close(out.returns, expected, rtol=0, atol=2e-5)
