@@ -1,1 +1,1 @@
-"""Attention while generating: over prompts of different lengths, and over the paged cache."""
+"""Attention of rows that lie end to end, in training, scoring and prefill, and over the paged cache."""
