@@ -1,1 +1,1 @@
-"""Attention of rows that lie end to end, in training, scoring and prefill, and over the paged cache."""
+"""Attention of rows that lie end to end, as in training and prefill, and over the paged cache."""
