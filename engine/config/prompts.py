@@ -19,7 +19,8 @@ class SourceConfig:
     prompt_key: str = knob(
         "prompt",
         "column of the prompt: a string or a list of messages (or its JSON). A last turn of the "
-        "assistant is continued in a column `prompt`; in any other it is the answer, which is dropped",
+        "assistant is continued in a column `prompt`; in any other it is the answer, which is "
+        "dropped",
     )
     weight: Number = knob(1.0, "share of the prompts drawn from this dataset", gt=0)
     weight_key: str | None = knob(
