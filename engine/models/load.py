@@ -490,7 +490,8 @@ def _load_with_transformers(
     if missing or info["mismatched_keys"]:
         first = (missing + [str(k) for k in info["mismatched_keys"]])[:3]
         problem = f"missing or misshapen tensors: {first}"
-        raise ConfigError("path", problem, value=repr(config.path))
+        fix = "if its files have them, transformers loses them under ZeRO-3: use a stage 2 JSON"
+        raise ConfigError("path", problem, fix if zero3 else "", repr(config.path))
     _tell(config, role, files.left_out(module, files.names - set(info["unexpected_keys"])))
     logger.warning(
         "%s: its tensors are renamed by transformers, so its loader read them (whole on rank 0)",
