@@ -142,7 +142,8 @@ def _idle_lora_keys(config: Config, role: str) -> list[str]:
     plain = LoraConfig()  # type: ignore[call-arg]  # every key has a default
     idle, why = ["base"], f"{role}.path is no directory of adapters"
     if is_adapter(section.path):
-        idle, why = ["alpha", "rslora", "targets", "init"], f"those in {role}.path have their own"
+        idle = ["alpha", "rslora", "dora", "targets", "init"]
+        why = f"those in {role}.path have their own"
     elif not section.lora.r:
         idle, why = [field.name for field in fields(plain)], f"{role}.lora.r=0: every weight trains"
     values = {key: getattr(section.lora, key) for key in idle}

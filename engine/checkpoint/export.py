@@ -14,7 +14,7 @@ from gearshift.engine.cluster.progress import beat
 from gearshift.engine.gearbox.adapters import TRAINED, adapters, plain_name, plain_parameters
 from gearshift.engine.gearbox.module import meta_twin
 from gearshift.engine.gearbox.quantised import packed_layers
-from gearshift.engine.models.lora import PREFIX, WEIGHTS
+from gearshift.engine.models.lora import PREFIX, WEIGHTS, stored_name
 from gearshift.engine.zero.layout import gathered
 
 
@@ -58,7 +58,7 @@ def export_adapter(model: nn.Module, tokenizer: Any, directory: Path) -> None:
         if parameter.requires_grad:
             with gathered(parameter):
                 if distributed.is_main():
-                    kept[PREFIX + name.replace(f".{TRAINED}", "")] = _on_host(parameter)
+                    kept[PREFIX + stored_name(name)] = _on_host(parameter)
             beat()
     if distributed.is_main():
         config: Any = copy.deepcopy(model.peft_config[TRAINED])  # type: ignore[index,union-attr]
@@ -83,13 +83,13 @@ def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     packed = {id(layer.weight): layer for _, layer in packed_layers(model)}
     for name, parameter in plain_parameters(model).items():
         adapter = adapted.get(id(parameter))
-        with gathered(parameter, *((adapter.a, adapter.b) if adapter else ())):
+        with gathered(parameter, *(adapter.parts if adapter else ())):
             if distributed.is_main():
                 layer = packed.get(id(parameter))
                 value = layer.whole().to(model.dtype) if layer else parameter
                 kept[name] = _on_host(value)
                 if adapter:
-                    adapter.add_to(kept[name], _on_host(adapter.a), _on_host(adapter.b))
+                    adapter.add_to(kept[name], [_on_host(part) for part in adapter.parts])
         beat()
     if distributed.is_main():
         tied = plain_parameters(model, tied=True)

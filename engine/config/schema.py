@@ -72,6 +72,9 @@ class LoraConfig:
     r: Whole = knob(0, "rank; 0: no adapters, every weight trains", ge=0)
     alpha: Number = knob(32.0, "the product B A is scaled by alpha / r", gt=0)
     rslora: Flag = knob(False, "scale by alpha / sqrt(r) instead (Kalajdzievski 2023)")
+    dora: Flag = knob(
+        False, "DoRA (Liu et al. 2024): the length of each row of a weight trains beside B A"
+    )
     targets: list[str] | Literal["auto"] = knob(
         "auto", "names of linear layers, as [q_proj, v_proj]; auto: all inside the decoder layers"
     )

@@ -1,17 +1,19 @@
 """Low-rank adapters on the linear layers of a module, and what they add to its weights.
 
 A layer with an adapter computes W x + s B (A x), with A [r, in], B [out, r], and W frozen
-(Hu et al. 2022). The layers are peft's (seen in 0.21), told by their attributes: a run without
+(Hu et al. 2022); under DoRA each row of W + s B A is then scaled to a trained length (Liu et al.
+2024). The layers are peft's (seen in 0.19 and 0.21), told by their attributes: a run without
 adapters needs no peft.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gearshift.engine.gearbox.spec import Spec
@@ -19,12 +21,16 @@ from gearshift.engine.zero.layout import whole_shape
 
 TRAINED, STARTED = "default", "started"  # names of an adapter and of its frozen first state
 _BASE = "base_layer."
+LEAST = 1e-12  # of a row's length, by which is divided: a row of zeros stays one
 BLOCK = 1 << 24  # elements of a weight that are merged at once: 64 MB in float32
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapted layer; `weight` is W, or its transpose where `transposed` (GPT-2's Conv1D)."""
+    """One adapted layer; `weight` is W, or its transpose where `transposed` (GPT-2's Conv1D).
+
+    m: [out], the lengths of the rows under DoRA.
+    """
 
     name: str  # of the layer
     weight: nn.Parameter
@@ -32,28 +38,113 @@ class Adapter:
     b: nn.Parameter
     scaling: float
     transposed: bool
+    m: nn.Parameter | None = None
 
-    def add_to(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
-        """weight += s B A in place, summed in float32 and rounded once, for parts that fit
-        together: all of W, or a rank's rows or columns of it with the same of B or A."""
-        left, right = (a.t(), b.t()) if self.transposed else (b, a)
-        rows = max(1, BLOCK // weight.shape[1])
-        for some, factor in zip(weight.split(rows), left.split(rows), strict=True):
-            summed = some.float().addmm_(factor.float(), right.float(), alpha=self.scaling)
+    @property
+    def parts(self) -> tuple[nn.Parameter, ...]:
+        """A, B and, where there is one, m."""
+        return (self.a, self.b) if self.m is None else (self.a, self.b, self.m)
+
+    def add_to(
+        self, weight: Tensor, parts: Sequence[Tensor], group: dist.ProcessGroup | None = None
+    ) -> None:
+        """weight += s B A in place, and its rows then of lengths m, computed in float32 and rounded
+        once, for parts that fit together: all of W, or a rank's rows of it with the same of B and
+        m, or its columns with the same of A. group: see row_norms."""
+        a, b, *m = parts
+        whole, first = (weight, a, b, self.scaling, self.transposed), 0
+        scale = m[0].float() / row_norms(*whole, group).float() if m else None
+        for some, summed in _sums(*whole):
+            if scale is not None:
+                rows = slice(first, first := first + len(some))
+                summed *= scale if self.transposed else scale[rows, None]
             some.copy_(summed)
 
-    def specs(self, cut: tuple[Spec, ...]) -> tuple[tuple[Spec, ...], tuple[Spec, ...]]:
-        """What each rank needs of A and of B, given its part of `weight`."""
-        a, b = whole_shape(self.a), whole_shape(self.b)
-        outputs = int(self.transposed)  # the dimension of weight that is B's rows
-        ours = [self._specs(spec, tuple(a), tuple(b), outputs) for spec in cut]
-        return tuple(spec for spec, _ in ours), tuple(spec for _, spec in ours)
+    def specs(self, cut: tuple[Spec, ...]) -> list[tuple[Spec, ...]]:
+        """What each rank needs of each of `parts`, given its part of `weight`."""
+        shapes = [tuple(whole_shape(part)) for part in self.parts]
+        return list(zip(*(self._specs(spec, *shapes) for spec in cut), strict=True))
 
-    @staticmethod
-    def _specs(spec: Spec, a: tuple[int, ...], b: tuple[int, ...], outputs: int):
-        if spec.dim == outputs:
-            return Spec.whole(a), Spec.cut(b, 0, spec.intervals)
-        return Spec.cut(a, 1, spec.intervals), Spec.whole(b)
+    def _specs(self, spec: Spec, a: tuple[int, ...], *by_rows: tuple[int, ...]) -> list[Spec]:
+        if spec.dim == int(self.transposed):  # the dimension of weight that is B's rows
+            return [Spec.whole(a), *(Spec.cut(shape, 0, spec.intervals) for shape in by_rows)]
+        return [Spec.cut(a, 1, spec.intervals), *map(Spec.whole, by_rows)]
+
+
+def _sums(
+    weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of some rows of `weight` after another, and what they are with s B A, in float32."""
+    left, right = (a.t(), b.t()) if transposed else (b, a)
+    rows = max(1, BLOCK // weight.shape[1])
+    for some, factor in zip(weight.split(rows), left.split(rows), strict=True):
+        own = some.to(torch.float32, copy=True)
+        yield some, own.addmm_(factor.float(), right.float(), alpha=scaling)
+
+
+def row_norms(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    transposed: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """[out]: lengths of the rows of W + s B A, which is made in float32, in weight's dtype.
+
+    Squares are summed in float64: a GPU and a CPU, and any cut, then round to the same lengths, so
+    a magnitude that starts as these is 1 times them to the bit. group: of the ranks that have the
+    other columns of W and of A; it is then a collective.
+    """
+    side = int(not transposed)
+    parts = [
+        summed.square_().sum(side, dtype=torch.float64)
+        for _, summed in _sums(weight, a, b, scaling, transposed)
+    ]
+    squares = torch.stack(parts).sum(0) if transposed else torch.cat(parts)
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return squares.sqrt().clamp_min(LEAST).to(weight.dtype)
+
+
+class Magnitude(nn.Module):
+    """m of a layer under DoRA (Liu et al. 2024), which computes m (W + s B A) x / |W + s B A|: the
+    length of each row is a constant in the gradient (section 4.3).
+
+    weight: [out]. peft calls it in the place of its own (tuners/lora/dora.py), and it computes the
+    same, dropout included, without an identity matrix of [in, in] and W + s B A whole in every
+    forward, and keeps half as much for backward.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, device="meta"))
+
+    def forward(
+        self, layer: Any, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """x: [..., in]. result: [..., out], W x and the bias. Returns [..., out]."""
+        a, b = layer.lora_A[active_adapter], layer.lora_B[active_adapter]
+        dropout, base = layer.lora_dropout[active_adapter], layer.base_layer
+        scaling, plain = layer.scaling[active_adapter], result
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            x = dropout(x)
+            plain = base(x)
+        if base.bias is not None:
+            plain = plain - base.bias
+        with torch.no_grad():
+            whole = base.weight, a.weight, b.weight, scaling, layer.fan_in_fan_out
+            norms = row_norms(*whole).float()
+        # Less 1 before it is rounded: in bf16 a factor near 1 has steps of 0.4 to 0.8 %.
+        beyond = (self.weight.float() / norms - 1).to(x.dtype)
+        lift = b(a(x)) * scaling
+        return result + lift + beyond * (plain + lift)
+
+
+def add_magnitude(layer: Any, adapter: str) -> None:
+    """Makes an adapter one of DoRA; m is without values."""
+    made = Magnitude(layer.lora_B[adapter].weight.shape[0])
+    layer.lora_magnitude_vector[adapter] = layer.lora_variant[adapter] = made
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -73,6 +164,7 @@ def adapters(module: nn.Module) -> list[Adapter]:
             layer.lora_B[TRAINED].weight,  # type: ignore[index,union-attr]
             layer.scaling[TRAINED],  # type: ignore[index]
             bool(layer.fan_in_fan_out),
+            layer.lora_magnitude_vector[TRAINED].weight if layer.lora_magnitude_vector else None,
         )
         for name, layer in adapted_layers(module)
     ]
@@ -126,6 +218,6 @@ def fold(module: nn.Module) -> None:
     For a module whose parameters are whole.
     """
     for adapter in adapters(module):
-        adapter.add_to(adapter.weight.data, adapter.a, adapter.b)
+        adapter.add_to(adapter.weight.data, adapter.parts)
         layer = module.get_submodule(adapter.name)
         module.set_submodule(adapter.name, layer.base_layer)  # type: ignore[arg-type]

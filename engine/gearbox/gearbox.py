@@ -86,7 +86,7 @@ class Gearbox:
         place = Rank(self.tp_rank, self.tp_size, self.tp_group)
         self._shards = localize(self.module, hf_module, plan, place, self.device)
         self._merges = merges(self._shards, hf_module, place, self.device) if merged else []
-        self._passing = [shard for merge in self._merges for shard in (merge.a, merge.b)]
+        self._passing = [shard for merge in self._merges for shard in merge.parts]
         self._packed = [shard for shard in self._shards if shard.packed]
         self._own = {id(shard) for shard in self._packed}  # never views
         self._own |= {id(merge.weight) for merge in self._merges}

@@ -47,21 +47,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class Merge:
-    """An adapter of the training module and what it is added to; a and b are this rank's parts."""
+    """An adapter of the training module and what it is added to; parts: this rank's of its own.
+
+    group: of the ranks that have the other columns of the weight.
+    """
 
     adapter: Adapter
     weight: Shard
-    a: Shard
-    b: Shard
+    parts: list[Shard]
+    group: dist.ProcessGroup | None
 
     def run(self) -> None:
-        """Once all three are filled."""
-        parts = (shard.parameter.data for shard in (self.weight, self.a, self.b))
-        self.adapter.add_to(*parts)
+        """Once all are filled. A collective of the group for DoRA, whose rows have one length."""
+        parts = [shard.parameter.data for shard in self.parts]
+        self.adapter.add_to(self.weight.parameter.data, parts, self.group)
 
 
 def merges(shards: list[Shard], source: nn.Module, rank: Rank, device: torch.device) -> list[Merge]:
-    """For each adapter of source the shard of its weight, and new ones of A and B, cut as that."""
+    """For each adapter of source the shard of its weight, and new ones of its own, cut as that."""
     of_weight = {id(shard.source): shard for shard in shards}
 
     def part(parameter: nn.Parameter, specs: tuple[Spec, ...]) -> Shard:
@@ -71,8 +74,9 @@ def merges(shards: list[Shard], source: nn.Module, rank: Rank, device: torch.dev
     found = []
     for adapter in adapters(source):
         weight = of_weight[id(adapter.weight)]
-        of_a, of_b = adapter.specs(weight.specs)
-        found.append(Merge(adapter, weight, part(adapter.a, of_a), part(adapter.b, of_b)))
+        specs = adapter.specs(weight.specs)
+        group = rank.group if len(set(specs[0])) > 1 else None  # different columns of A
+        found.append(Merge(adapter, weight, list(map(part, adapter.parts, specs)), group))
     return found
 
 

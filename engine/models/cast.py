@@ -17,7 +17,7 @@ from gearshift.engine.config.errors import ConfigError, refuse_if
 from gearshift.engine.config.schema import Config, LoraConfig
 from gearshift.engine.models.files import CheckpointFiles, is_adapter
 from gearshift.engine.models.load import load_tokenizer, location
-from gearshift.engine.models.lora import Lora, adapts, base_of
+from gearshift.engine.models.lora import Lora, adapts, base_of, is_dora
 from gearshift.engine.models.shapes import PREFIX, read_config
 from gearshift.engine.rewards.text import same_tokenizer
 
@@ -104,6 +104,11 @@ class Part:
                 "use a stage 2 file, as trained_zero2_bf16.json: each rank then holds all of them",
                 self.section.deepspeed,
             )
+            problem, fix = "DoRA's norms would be taken for every token", "use merged"
+            wrong = is_dora(self.section) and self._lora.generate == "unmerged"
+            refuse_if(wrong and self.kind == "policy", "lora.generate", problem, fix, "unmerged")
+            wrong, problem = is_dora(self.section) and packs, "DoRA reads weights that are whole"
+            refuse_if(wrong, "lora.load_in_4bit", problem, "use one of the two", "true")
             return Lora(
                 settings=self._lora,
                 base=str(self.source.path),

@@ -25,21 +25,29 @@ from transformers.pytorch_utils import Conv1D
 
 from gearshift.engine.config.errors import ConfigError, refuse_if, said
 from gearshift.engine.config.schema import LoraConfig, TrainedConfig
-from gearshift.engine.gearbox.adapters import STARTED, TRAINED, adapted_layers
+from gearshift.engine.gearbox.adapters import (
+    STARTED,
+    TRAINED,
+    adapted_layers,
+    add_magnitude,
+    row_norms,
+)
 from gearshift.engine.gearbox.quantised import BLOCK, Linear4bit
 from gearshift.engine.models.files import ADAPTER_CONFIG, is_adapter
 from gearshift.engine.models.load import dtype_of, partitioner
 from gearshift.engine.zero.layers import decoder_layers
-from gearshift.engine.zero.layout import whole_shape, write_whole
+from gearshift.engine.zero.layout import gathered, whole_shape, write_whole
 
 logger = logging.getLogger("gearshift")
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of a tensor's name in a directory of peft
+MAGNITUDE = "lora_magnitude_vector"
+KINDS = ("lora_A", "lora_B", MAGNITUDE)  # an adapter's, by their places in a layer of peft
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # they choose experts; nobody adapts them
-# Of adapter_config.json: what would compute something else than W x + s B (A x).
+# Of adapter_config.json: what would compute something else than LoRA or DoRA.
 _OTHER_KINDS = (
-    "use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
+    "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication",
     "use_qalora", "alora_invocation_tokens", "arrow_config", "use_bdlora", "velora_config",
     "monteclora_config", "kasa_config",
 )  # fmt: skip
@@ -88,6 +96,19 @@ def adapts(section: TrainedConfig) -> bool:
     return bool(section.lora.r or is_adapter(section.path))
 
 
+def is_dora(section: Any) -> bool:
+    """Whether the adapters of a role are to have magnitudes, or have them where its path holds
+    them."""
+    if is_adapter(section.path):
+        return bool(read_config(Path(section.path).expanduser()).get("use_dora"))
+    return section.lora.dora
+
+
+def stored_name(name: str) -> str:
+    """What a directory of peft calls a parameter of a module, behind PREFIX."""
+    return name.replace(f".{TRAINED}", "").replace(f"{MAGNITUDE}.weight", MAGNITUDE)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json; raises ConfigError where its adapters are not of the kind that is known
     here."""
@@ -100,10 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     other = next((key for key in _OTHER_KINDS if found.get(key)), None)
     if found.get("bias", "none") != "none":
         other = "bias"
+    which = f"{other}={found.get(other)}" if other else kind
     refuse_if(
         kind != "LORA" or other,
         "path",
-        f"its adapters are not plain LoRA ({f'{other}={found.get(other)}' if other else kind})",
+        f"its adapters are neither plain LoRA nor DoRA ({which})",
         "merge it into its base by peft first, and give the merged model",
         repr(str(folder)),
     )
@@ -167,15 +189,21 @@ def inject(module: nn.Module, lora: Lora) -> None:
     """
     config = _peft_config(module, lora)
     peft = _peft()
+    dora, config.use_dora = config.use_dora, False  # else it would read weights that are not here
     try:
         peft.inject_adapter_in_model(config, module, TRAINED, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError("lora.targets", said(error), value=lora.settings.targets) from None
+    config.use_dora = dora
     inside = {id(layer) for layer in _linear_layers(module)}
     for name, layer in adapted_layers(module):
         if id(layer.base_layer) not in inside:
             problem = f"{name} is no linear layer inside the decoder layers"
             raise ConfigError("lora.targets", problem, "leave it out")
+        if dora:
+            old = not hasattr(layer, "lora_variant")
+            refuse_if(old, "lora.dora", "needs peft 0.19 or newer", "install that", "true")
+            add_magnitude(layer, TRAINED)
         if lora.keeps_start:
             _add_start(layer)
     for name, parameter in module.named_parameters():
@@ -191,24 +219,36 @@ def inject(module: nn.Module, lora: Lora) -> None:
 def fill(module: nn.Module, lora: Lora, partition: Callable, seed: int) -> None:
     """Gives injected adapters their values, in the dtype of the model, and partitions them.
 
-    They are drawn alike on every rank, whatever the number of ranks.
+    They are drawn alike on every rank, whatever the number of ranks. One weight of the model is
+    whole at a time. A collective under ZeRO-3.
     """
     generator = torch.Generator().manual_seed(seed)
     stored = _stored(module, lora) if lora.folder else {}
     for name, layer in adapted_layers(module):
         held = layer.base_layer
         dtype = held.state.dtype if isinstance(held, Linear4bit) else held.weight.dtype
-        a, b = (stored.get(f"{name}.{kind}.weight") for kind in ("lora_A", "lora_B"))
-        if a is None or b is None:
+        values = [stored.get(stored_name(f"{name}.{kind}.weight")) for kind in KINDS]
+        if not stored:
             r, width = layer.lora_A[TRAINED].weight.shape
             a = _drawn(r, width, lora.settings.init, generator)
             b = torch.zeros(layer.lora_B[TRAINED].weight.shape)
-        values = {"lora_A": a, "lora_B": b}
-        for kind, value in values.items():
+            values = [a, b, _lengths(layer) if layer.lora_magnitude_vector else None]
+        for kind, value in zip(KINDS, values, strict=True):
             for adapter, holder in getattr(layer, kind).items():
+                assert value is not None
                 made = nn.Parameter(value.to(dtype, copy=True), requires_grad=adapter == TRAINED)
                 partition(made)
                 holder.weight = made
+
+
+@torch.no_grad()
+def _lengths(layer: Any) -> Tensor:
+    """[out]: of the rows of a layer's weight, which may be cut over ranks."""
+    weight = layer.base_layer.weight
+    with gathered(weight):
+        rows = len(layer.lora_B[TRAINED].weight)
+        a, b = weight.new_zeros(1, weight.numel() // rows), weight.new_zeros(rows, 1)
+        return row_norms(weight, a, b, 0.0, layer.fan_in_fan_out)
 
 
 def _peft() -> Any:
@@ -241,6 +281,7 @@ def _peft_config(module: nn.Module, lora: Lora) -> Any:
             "r": settings.r,
             "lora_alpha": settings.alpha,
             "use_rslora": settings.rslora,
+            "use_dora": settings.dora,
             "lora_dropout": settings.dropout,
             "target_modules": _targets(module, settings.targets),
             "fan_in_fan_out": any(isinstance(part, Conv1D) for part in _linear_layers(module)),
@@ -303,6 +344,8 @@ def _add_start(layer: Any) -> None:
     for kind in (layer.lora_A, layer.lora_B):
         rows, columns = kind[TRAINED].weight.shape
         kind[STARTED] = nn.Linear(columns, rows, bias=False, device="meta")
+    if layer.lora_magnitude_vector:
+        add_magnitude(layer, STARTED)
     layer.lora_dropout[STARTED] = nn.Identity()
     layer.scaling[STARTED] = layer.scaling[TRAINED]
 
@@ -328,9 +371,10 @@ def _stored(module: nn.Module, lora: Lora) -> dict[str, Tensor]:
         problem = f"{WEIGHTS} is cut off or broken ({error})"
         raise ConfigError("path", problem, value=repr(str(lora.folder))) from None
     wanted = {
-        f"{name}.{kind}.weight": tuple(getattr(layer, kind)[TRAINED].weight.shape)
+        stored_name(f"{name}.{kind}.weight"): tuple(getattr(layer, kind)[TRAINED].weight.shape)
         for name, layer in adapted_layers(module)
-        for kind in ("lora_A", "lora_B")
+        for kind in KINDS
+        if getattr(layer, kind)
     }
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and ".lora_" not in name:

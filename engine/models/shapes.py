@@ -77,8 +77,8 @@ class Shape:
 
     numels: elements of each parameter, tied ones once, those of adapters included. trained: of
     those that a role which is trained trains. head: of the projection to the vocabulary, 0 without
-    one. adapted: of the weights that adapters are added to, 0 where all trains. packed: of each
-    weight that is kept in 4 bit.
+    one. adapted: of the weights that adapters are added to, 0 where all trains. magnitudes: of
+    those that DoRA trains. packed: of each weight that is kept in 4 bit.
     """
 
     numels: tuple[int, ...]
@@ -98,6 +98,7 @@ class Shape:
     experts: int = 0  # elements of all experts
     active: float = 1.0  # share of the experts that a token meets
     adapted: int = 0
+    magnitudes: int = 0
     packed: tuple[int, ...] = ()
     head_trains: bool = True
 
@@ -223,6 +224,7 @@ def shape_of(hf_config: Any, role: str, adapters: Any = None, *, still: bool = F
         experts=sum(p.numel() for n, p in named if ".experts." in n),
         active=chosen / experts if experts else 1.0,
         adapted=sum(adapter.weight.numel() for adapter in adapters_of(module)),
+        magnitudes=sum(a.m.numel() for a in adapters_of(module) if a.m is not None),
         packed=packed,
         head_trains=head is None or head.weight.requires_grad,
     )

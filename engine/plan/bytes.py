@@ -245,8 +245,10 @@ def saved_per_token(shape: Shape, size: int, *, fused: bool = False) -> float:
 
 
 def training_activations(shape: Shape, zero: Zero, tokens: int, recompute: bool) -> float:
-    """Bytes at the start of backward. recompute: only each layer's input is kept."""
+    """Bytes at the start of backward. recompute: only each layer's input is kept. DoRA keeps what
+    each of its magnitudes multiplies."""
     layer = saved_per_token(shape, zero.size, fused=zero.fused) * tokens
+    layer += zero.size * shape.magnitudes / shape.layers * tokens
     ends = 3 * shape.hidden * max(4, zero.size) * tokens
     if recompute:
         return layer + shape.layers * zero.size * shape.hidden * tokens + ends

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from gearshift.engine.config.schema import Config
-from gearshift.engine.models.lora import adapts
+from gearshift.engine.models.lora import adapts, is_dora
 from gearshift.engine.zero.residence import Sleep
 
 # From the least time to the least memory. Buffers of gradients leave for nothing; `never` is for
@@ -45,8 +45,8 @@ def choices(config: Config, trained: Iterable[str], *, shared: bool) -> Iterator
 
 def _may_stay_apart(config: Config, shared: bool) -> bool:
     """Whether generation may be planned with adapters beside the weights."""
-    asked = config.actor.lora.generate == "auto"
-    return adapts(config.actor) and asked and config.rollout.tp < 2 and not shared
+    asked = config.actor.lora.generate == "auto" and config.rollout.tp < 2
+    return adapts(config.actor) and not is_dora(config.actor) and asked and not shared
 
 
 def settled(

@@ -1,9 +1,9 @@
-"""Run on ranks: PPO of an actor with adapters, and of one that trains whole, at TP 1 and 2.
+"""Run on ranks: PPO of an actor with LoRA, with DoRA, and of one that trains whole, at TP 1 and 2.
 
     torchrun --nproc_per_node W adapters_on_ranks.py MODELS OUT
 
 OUT/rank<r>.json: by case the figures of each step, the tokens and the shift of the last.
-OUT/checkpoints: the run of the case `lora1` after its second step.
+OUT/<case>: the runs of the cases `lora1` and `dora1` after their second step.
 """
 
 import json
@@ -16,24 +16,24 @@ from gearshift.engine.config.schema import LoraConfig, RolloutConfig
 from gearshift.engine.gearbox.transfer import minimum_bytes
 from tests.tiny import run as tiny_run
 
-CASES = {"plain1": (0, 1), "plain2": (0, 2), "lora1": (4, 1), "lora2": (4, 2)}
+CASES = [(kind, tp) for kind in ("plain", "lora", "dora") for tp in (1, 2)]
 
 
-def config(models: Path, r: int, tp: int, zero: str = "zero3"):
+def config(models: Path, kind: str, tp: int = 1, zero: str = "zero3"):
     made = tiny_run.config(models, zero, lr=1e-2)
-    actor = replace(made.actor, lora=LoraConfig(r=r, alpha=8.0))
-    critic = replace(made.critic, lora=LoraConfig(r=r, alpha=8.0))
+    lora = LoraConfig(r=0 if kind == "plain" else 4, alpha=8.0, dora=kind == "dora")
+    actor, critic = replace(made.actor, lora=lora), replace(made.critic, lora=lora)
     return replace(made, actor=actor, critic=critic, rollout=RolloutConfig(tp=tp))
 
 
-def run(models: Path, out: Path, case: str) -> dict:
-    made = config(models, *CASES[case])
+def run(models: Path, out: Path, kind: str, tp: int) -> dict:
+    made = config(models, kind, tp)
     trainer, figures = tiny_run.trainer(made), []
     for step in range(3):
         found, rows = trainer.step(tiny_run.prompts(made.ppo, step))
         figures.append(found)
-        if case == "lora1" and step == 1:
-            tiny_run.save(trainer, out / "checkpoints")
+        if kind != "plain" and tp == 1 and step == 1:
+            tiny_run.save(trainer, out / kind)
     gearbox = trainer.actor.gearbox
     return {
         "figures": figures,
@@ -48,7 +48,7 @@ def run(models: Path, out: Path, case: str) -> dict:
 def main() -> None:
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     distributed.start(1)
-    found = {case: run(models, out, case) for case in CASES}
+    found = {f"{kind}{tp}": run(models, out, kind, tp) for kind, tp in CASES}
     (out / f"rank{distributed.rank()}.json").write_text(json.dumps(found))
 
 

@@ -23,8 +23,10 @@ from gearshift.engine.models import lora
 from gearshift.engine.models.cast import cast, within_actor
 from gearshift.engine.models.files import ADAPTER_CONFIG
 from gearshift.engine.models.load import prepare
+from gearshift.engine.models.shapes import shape_of
 from gearshift.engine.objective import token_weights
 from gearshift.engine.plan import planner
+from gearshift.engine.plan.choice import choices
 from gearshift.engine.plan.hardware import GPUS, Hardware
 from tests.gearbox.quantised_on_ranks import needs_packing, write_models
 from tests.tiny import models as tiny
@@ -57,21 +59,28 @@ def adapted(family: str, **settings) -> lora.Lora:
     )
 
 
+@torch.no_grad()
 def spread(module) -> None:
-    """Adapters as training leaves them: B is not 0."""
+    """Adapters as training leaves them: B is not 0, and m no longer the length of W's rows."""
     torch.manual_seed(1)
     for adapter in adapters(module):
         torch.nn.init.normal_(adapter.b, std=0.3)
+        if adapter.m is not None:
+            adapter.m.mul_(1 + 0.3 * torch.rand_like(adapter.m))
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_off_is_the_base_to_the_bit_and_folded_is_on(family, caplog):
+def test_off_is_the_base_to_the_bit_and_folded_is_on(family, dora, caplog):
     module, ids = policy(family), torch.arange(12).view(2, 6)
     with torch.no_grad():
         before = module(ids).logits
     names = dict(module.named_parameters()).keys()
-    made = adapted(family, rslora=family == "llama")
+    made = adapted(family, rslora=family == "llama", dora=dora)
     lora.adapt(module, made, WHOLE, seed=3)
+    assert all((adapter.m is not None) == dora for adapter in adapters(module))
+    with torch.no_grad():
+        assert torch.equal(module(ids).logits, before)
     assert {a.name.split(".")[-1] for a in adapters(module)} == FAMILIES[family][1]
     assert all((".lora_" in n) == p.requires_grad for n, p in module.named_parameters())
     assert ("experts" in caplog.text) == (family == "mixtral")
@@ -121,6 +130,7 @@ def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
         (None, {"alpha": 8.0}, "actor.lora.alpha=8.0: has no effect; actor.lora.r=0: every"),
         (None, {"r": 4, "base": "x"}, "actor.lora.base=x: has no effect; actor.path is no"),
         (tmp_path, {"alpha": 8.0, "base": "x"}, "actor.lora.alpha=8.0: has no effect; those in"),
+        (tmp_path, {"dora": True, "base": "x"}, "actor.lora.dora=True: has no effect; those in"),
         (None, {"r": 4, "alpha": 8.0}, None),
         (None, {}, None),
     ):
@@ -130,6 +140,47 @@ def test_keys_that_adapters_leave_without_effect_are_told(models, tmp_path):
         said = assemble.told(SimpleNamespace(config=replace(config, actor=own), cast={}))
         found = [line for line in said if "no effect" in line]
         assert len(found) == bool(expected) and all(line.startswith(expected) for line in found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generate": "unmerged"}, "^actor.lora.generate=unmerged: DoRA's norms .*; use merged"),
+        ({"load_in_4bit": True}, "^actor.lora.load_in_4bit=true: DoRA reads weights .* whole"),
+    ],
+)
+def test_what_dora_cannot_be_with_is_refused(models, settings, message):
+    config = with_lora(tiny_run.config(models), critic=False, dora=True, **settings)
+    with pytest.raises(ConfigError, match=message):
+        tiny_run.trainer(config)
+
+
+def test_dora_with_an_old_peft_is_one_line(monkeypatch):
+    """Which has nowhere to say that a layer computes something else."""
+    real = peft.inject_adapter_in_model
+
+    def old(config, module, *args, **kwargs):
+        real(config, module, *args, **kwargs)
+        for adapter in adapters(module):
+            del module.get_submodule(adapter.name).lora_variant
+
+    monkeypatch.setattr(peft, "inject_adapter_in_model", old)
+    lora.inject(policy("llama"), adapted("llama"))
+    with pytest.raises(ConfigError, match=r"^lora.dora=true: needs peft 0.19 or newer"):
+        lora.inject(policy("llama"), adapted("llama", dora=True))
+
+
+def test_the_plan_leaves_dora_merged_and_counts_magnitudes(models):
+    config = with_lora(tiny_run.config(models), critic=False, dora=True)
+    asked = {choice.actor.lora.generate for choice in choices(config, ["actor"], shared=False)}
+    assert asked == {"auto"}
+    plain = with_lora(config, critic=False)
+    asked = {choice.actor.lora.generate for choice in choices(plain, ["actor"], shared=False)}
+    assert asked == {"auto", "unmerged"}
+    own, other = (cast(made)["actor"] for made in (config, plain))
+    own, other = (shape_of(part.hf_config, "policy", part.lora) for part in (own, other))
+    rows = sum(len(a.b) for a in adapters(tiny_run.trainer(config).actor.lm))
+    assert own.magnitudes == own.updated - other.updated == own.total - other.total == rows
 
 
 def test_without_peft_it_is_one_line(monkeypatch):
@@ -164,14 +215,15 @@ def models(tmp_path_factory):
 def with_lora(config, critic: bool = True, **settings):
     own = LoraConfig(**{"r": 4, "alpha": 8.0} | settings)
     config = replace(config, actor=replace(config.actor, lora=own))
-    return (
-        replace(config, critic=replace(config.critic, lora=LoraConfig(r=2))) if critic else config
-    )
+    theirs = LoraConfig(r=2, dora=own.dora)
+    return replace(config, critic=replace(config.critic, lora=theirs)) if critic else config
 
 
-@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_only_adapters_and_the_value_head_train(models, zero):
-    config = with_lora(tiny_run.config(models, zero, lr=1e-2))
+@pytest.mark.parametrize(
+    ("zero", "dora"), [("zero0", False), ("zero2", False), ("zero3", False), ("zero2", True)]
+)
+def test_only_adapters_and_the_value_head_train(models, zero, dora):
+    config = with_lora(tiny_run.config(models, zero, lr=1e-2), dora=dora)
     trainer = tiny_run.trainer(config)
     roles = {"actor": trainer.actor.lm, "critic": trainer.critic.model}
     state = {role: whole(module) for role, module in roles.items()}
@@ -211,10 +263,11 @@ def test_the_reference_is_the_base_to_the_bit(models):
     assert torch.equal(trainer.roles.reference.logprobs(rows), expected)
 
 
-def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again(models):
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again(models, dora):
     learned = {}
     for rate, again in ((0.0, False), (0.5, False), (0.5, True)):
-        config = with_lora(tiny_run.config(models, lr=1e-2), critic=False, dropout=rate)
+        config = with_lora(tiny_run.config(models, lr=1e-2), critic=False, dropout=rate, dora=dora)
         actor = replace(config.actor, gradient_checkpointing=again)
         trainer = tiny_run.trainer(replace(config, actor=actor))
         torch.manual_seed(7)
@@ -227,12 +280,16 @@ def test_dropout_acts_in_updates_alone_and_alike_where_layers_are_computed_again
     assert torch.equal(learned[0.5, True], learned[0.5, False])
 
 
-@pytest.mark.parametrize("model", ["policy", pytest.param("wide", marks=needs_packing)])
-def test_gradients_are_those_of_a_float64_model(models, model):
+@pytest.mark.parametrize(
+    ("model", "dora"),
+    [("policy", False), pytest.param("wide", False, marks=needs_packing), ("wide", True)],
+)
+def test_gradients_are_those_of_a_float64_model(models, model, dora):
     """Of A and B, by the plain model's forward with weights W + s B A: at full rank, and beside
-    weights in 4 bit, which are dequantised for it."""
-    config, packs = tiny_run.config(models, model=model), model == "wide"
-    config = with_lora(config, critic=False, r=16, alpha=8.0, load_in_4bit=packs)
+    weights in 4 bit, which are dequantised for it. Of A, B and m with m (W + s B A) over the norms
+    of its rows, which are constants (DoRA's sections 4.1 and 4.3); layers have biases."""
+    config, packs = tiny_run.config(models, model=model), model == "wide" and not dora
+    config = with_lora(config, critic=False, r=16, alpha=8.0, load_in_4bit=packs, dora=dora)
     trainer = tiny_run.trainer(config)
     actor = trainer.actor
     spread(actor.lm)
@@ -250,9 +307,12 @@ def test_gradients_are_those_of_a_float64_model(models, model):
         plain.get_submodule(name).weight.data.copy_(layer.whole())
     leaves, merged = [], {n: p.detach() for n, p in plain.named_parameters()}
     for adapter in adapters(actor.lm):
-        a, b = (t.detach().double().requires_grad_() for t in (adapter.a, adapter.b))
-        leaves += [(a, adapter.a.grad), (b, adapter.b.grad)]
-        merged[f"{adapter.name}.weight"] = merged[f"{adapter.name}.weight"] + 0.5 * b @ a
+        a, b, *m = parts = [part.detach().double().requires_grad_() for part in adapter.parts]
+        leaves += zip(parts, [part.grad for part in adapter.parts], strict=True)
+        weight = merged[f"{adapter.name}.weight"] + 0.5 * b @ a
+        if dora:
+            weight = m[0][:, None] * weight / weight.detach().norm(dim=1, keepdim=True)
+        merged[f"{adapter.name}.weight"] = weight
     loss = 0.0
     for row in range(len(rows)):
         ids = torch.cat(
@@ -270,9 +330,10 @@ def test_gradients_are_those_of_a_float64_model(models, model):
         torch.testing.assert_close(found.double(), leaf.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
+@pytest.mark.parametrize("dora", [False, True])
+def test_directories_of_peft_go_out_and_come_in(models, tmp_path, dora):
     """Merged and beside its base a model computes the same; the adapters are a start."""
-    config = with_lora(tiny_run.config(models, "zero3", lr=1e-2))
+    config = with_lora(tiny_run.config(models, "zero3", lr=1e-2), dora=dora)
     trainer = tiny_run.trainer(config)
     _, rows = trainer.step(tiny_run.prompts(config.ppo, 0))
     for role, module in (("actor", trainer.actor.lm), ("critic", trainer.critic.model)):
@@ -288,6 +349,7 @@ def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
             beside = peft.PeftModel.from_pretrained(base, tmp_path / f"{role}_adapter").eval()
             merged = auto.from_pretrained(tmp_path / role).eval()
             torch.testing.assert_close(beside(ids).logits, merged(ids).logits, atol=1e-5, rtol=1e-5)
+            assert any("magnitude" in name for name, _ in beside.named_parameters()) == dora
     start = tmp_path / "actor_adapter"
     again = replace(
         config,
@@ -309,8 +371,9 @@ def test_directories_of_peft_go_out_and_come_in(models, tmp_path):
 @pytest.mark.parametrize(
     ("change", "key"),
     [
-        ({"use_dora": True}, r"not plain LoRA \(use_dora=True\)"),
-        ({"peft_type": "VERA"}, r"not plain LoRA \(VERA\)"),
+        ({"lora_bias": True}, r"neither plain LoRA nor DoRA \(lora_bias=True\)"),
+        ({"peft_type": "VERA"}, r"neither plain LoRA nor DoRA \(VERA\)"),
+        ({"use_dora": True}, r"lora_magnitude_vector is absent in adapter_model.safetensors"),
         ({"base_model_name_or_path": None}, "actor.lora.base=null: .* names no base model"),
         ({"r": 2}, "is .* in adapter_model.safetensors and"),
         (

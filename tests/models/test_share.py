@@ -164,6 +164,13 @@ def split(made):
     )
 
 
+def with_dora(made):
+    lora = replace(made.actor.lora, dora=True)
+    return replace(
+        made, actor=replace(made.actor, lora=lora), critic=replace(made.critic, lora=lora)
+    )
+
+
 @pytest.mark.bits
 @pytest.mark.parametrize(
     ("zero", "ppo", "change"),
@@ -171,6 +178,7 @@ def split(made):
         ("zero0", {}, sleeping),
         ("zero2", {}, sleeping),
         ("zero3", {"update": "joint"}, sleeping),
+        ("zero3", {}, with_dora),
         ("zero1_bf16_split", {}, split),
         ("zero3_bf16_split", {}, split),
         # DeepSpeed builds its CPU optimizer first.

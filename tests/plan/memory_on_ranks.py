@@ -1,10 +1,10 @@
 """Run on ranks: what lives in each phase of a PPO step, beside what was planned.
 
-    deepspeed --num_accelerators W memory_on_ranks.py OUT MODEL:PRECISION:SLEEP[:R[:shared]][,...]
+    deepspeed --num_accelerators W memory_on_ranks.py OUT MODEL:PRECISION:SLEEP[:R[:KIND]][,...]
 
 MODEL: directory of a causal LM. PRECISION: the ending of DeepSpeed files, as `zero3_bf16`. SLEEP:
-of actor and critic. R: rank of their adapters, which may share their base. OUT/rank<r>.jsonl gets
-an object per case: measured and planned bytes by phase.
+of actor and critic. R: rank of their adapters; KIND: "shared", on one base, or "dora".
+OUT/rank<r>.jsonl gets an object per case: measured and planned bytes by phase.
 
 Storages are counted, not the process: a walk over all Python objects finds every tensor, and each
 storage counts once, whole. The interpreter, libraries and freed memory are therefore no part of it,
@@ -56,15 +56,16 @@ def live_bytes() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def settings(model: str, precision: str, sleep: str, r: str = "0", base: str = "") -> Config:
+def settings(model: str, precision: str, sleep: str, r: str = "0", kind: str = "") -> Config:
     split = precision.endswith("_split")
     frozen = "frozen_zero3_cpu" + ("_bf16" if "bf16" in precision else "")
     optimizer = OptimizerConfig(name="split_adamw" if split else "adamw")
-    trained = {"path": model, "optimizer": optimizer, "sleep": sleep, "lora": LoraConfig(r=int(r))}
+    lora = LoraConfig(r=int(r), dora=kind == "dora")
+    trained = {"path": model, "optimizer": optimizer, "sleep": sleep, "lora": lora}
     return Config(
         actor=TrainedConfig(deepspeed=f"actor_{precision}.json", **trained),
         critic=CriticConfig(
-            deepspeed=f"critic_{precision}.json", share_base=base == "shared", **trained
+            deepspeed=f"critic_{precision}.json", share_base=kind == "shared", **trained
         ),
         reference=ReferenceConfig(deepspeed=f"{frozen}.json"),
         rewards=[RewardConfig(function="gearshift.launch.sentiment:sentiment_of_completion")],

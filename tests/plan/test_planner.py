@@ -3,6 +3,7 @@
 import functools
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gearshift.engine.config import deepspeed as ds_config
-from gearshift.engine.config.schema import OptimizerConfig
+from gearshift.engine.config.schema import LoraConfig, OptimizerConfig
+from gearshift.engine.models.lora import Lora, adapt
 from gearshift.engine.models.shapes import published, shape_of
 from gearshift.engine.plan import bytes as memory_model
 from gearshift.engine.plan.bytes import Zero
@@ -18,13 +20,14 @@ from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 
 # Hidden size, layers, the ending of the DeepSpeed files, how far actor and critic sleep, and their
-# adapters' rank, on a base each or on a shared one.
+# adapters' rank, of LoRA on a base each or on a shared one, or of DoRA.
 CASES = (
     (128, 4, "zero3", "never", 0),
     (128, 4, "zero3", "never", 8),
     (192, 4, "zero3_bf16", "exchange", 0),
     (256, 6, "zero3_bf16_split", "always", 0),
     (128, 4, "zero3", "never", "8:shared"),
+    (128, 4, "zero3", "never", "8:dora"),
     (192, 4, "zero1_bf16_split", "always", "4:shared"),
 )
 
@@ -84,7 +87,9 @@ def test_gradients_of_several_micro_batches_take_what_is_planned(stage):
     assert max(others) <= found["planned"], "largest: of the parameter that is on its way"
 
 
-def saved_bytes(layers: int, dtype: torch.dtype, batch: int, length: int) -> int:
+def saved_bytes(
+    layers: int, dtype: torch.dtype, batch: int, length: int, adapters: Lora | None = None
+) -> int:
     """Storages that a forward keeps for backward, without the weights."""
     config = tiny.llama_config(
         64,
@@ -95,6 +100,8 @@ def saved_bytes(layers: int, dtype: torch.dtype, batch: int, length: int) -> int
         attn_implementation="sdpa",
     )
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    if adapters:
+        adapt(model, adapters, {"zero_optimization": {"stage": 0}}, seed=0)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -122,6 +129,21 @@ def test_activations_per_layer_are_what_autograd_saves(dtype):
     config = tiny.llama_config(64, hidden_size=256, intermediate_size=640, head_dim=64)
     planned = memory_model.saved_per_token(shape_of(config, "policy"), dtype.itemsize)
     assert measured == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dora_keeps_what_its_magnitudes_multiply(dtype):
+    """More than LoRA does, by what is planned."""
+    measured, planned = [], []
+    config = tiny.llama_config(64, hidden_size=256, intermediate_size=640, head_dim=64)
+    for dora in (False, True):
+        settings = LoraConfig(r=4, dora=dora)
+        own = Lora(settings=settings, base="x", revision=None, task="CAUSAL_LM")
+        measured.append(saved_bytes(config.num_hidden_layers, dtype, 2, 64, own))
+        shape, zero = shape_of(config, "policy", own), Zero.of(ds_config.load("actor_zero0"))
+        zero = replace(zero, size=dtype.itemsize)
+        planned.append(memory_model.training_activations(shape, zero, 2 * 64, recompute=False))
+    assert measured[1] - measured[0] == pytest.approx(planned[1] - planned[0], rel=0.05)
 
 
 def test_published_parameter_counts():
