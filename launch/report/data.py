@@ -31,7 +31,12 @@ class Run:
         return value
 
     def series(self, key: str) -> list[float | None]:
-        """One entry per step; None where the step has no finite number."""
+        """One entry per step; None where the step has no finite number.
+
+        Without a reference the KL to it is written as 0, and is none.
+        """
+        if key == "objective/kl" and self.setting("ppo.kl_coef") == 0:
+            return [None] * len(self.metrics)
         return [_number(line.get(key)) for line in self.metrics]
 
     def keys(self, prefix: str) -> list[str]:

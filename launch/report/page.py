@@ -107,7 +107,8 @@ def render(run: Run) -> str:
 
 
 def _chips(run: Run) -> list[tuple[str, Any]]:
-    chips = [(label, run.setting(key)) for label, key in _HIGHLIGHTS]
+    without = () if run.setting("ppo.estimator") == "gae" else ("critic.",)
+    chips = [(label, run.setting(key)) for label, key in _HIGHLIGHTS if not key.startswith(without)]
     rewards = run.setting("rewards") or []
     chips += [("reward", reward.get("name")) for reward in rewards if isinstance(reward, dict)]
     return [(label, value) for label, value in chips if value is not None]

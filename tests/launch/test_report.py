@@ -150,6 +150,14 @@ def test_any_run_gives_a_page(tmp_path, lines):
     assert len(text) < 1_500_000
 
 
+def test_roles_that_a_run_lacks_are_not_shown(tmp_path):
+    folder = write_run(tmp_path / "run", [figures(1) | {"objective/kl": 0.0}])
+    changes = ["--ppo.kl_coef", "0", "--ppo.estimator", "rloo", "--ppo.samples_per_prompt", "2"]
+    (folder / "config.yaml").write_text(config_load.dump(config_load.load(None, changes)))
+    shown = "".join(page_of(folder)[1].text)
+    assert "KL to the reference" not in shown and "critic lr" not in shown and "actor lr" in shown
+
+
 def test_a_gap_breaks_the_line(tmp_path):
     lines = [figures(s) for s in range(1, 8)]
     lines[3]["objective/kl"] = None
