@@ -112,7 +112,7 @@ def one_host(job: Path, run: Path) -> None:
 
 
 def test_sigterm_saves_and_the_next_start_is_the_uninterrupted_run(hosts, tmp_path):
-    job = tiny_job.write(tmp_path, run={"steps": 30, "export": False}, **ZERO3)
+    job = tiny_job.write(tmp_path, run={"steps": 14, "export": False}, **ZERO3)
     run = tmp_path / "run"
     launcher = hosts.launch(job, tmp_path / "log")
     await_steps(run, 2)
@@ -122,7 +122,7 @@ def test_sigterm_saves_and_the_next_start_is_the_uninterrupted_run(hosts, tmp_pa
     assert "launch: SIGTERM: ending after this step, with a checkpoint" in told
     assert "launch: saved and stopped; a log of each rank is in" in told
     done = len((run / "metrics.jsonl").read_text().splitlines())
-    assert (run / "checkpoints" / f"step_{done:06d}").is_dir() and done < 30
+    assert (run / "checkpoints" / f"step_{done:06d}").is_dir() and done < 14
     assert not list(run.glob("lock*")) and not (run / "stop").exists()
 
     assert finish(hosts.launch(job, tmp_path / "log"), hosts) == 0
