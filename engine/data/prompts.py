@@ -143,7 +143,7 @@ def _from_json(prompt: Any) -> Any:
         return prompt
     try:
         found = json.loads(prompt)
-    except ValueError:
+    except (ValueError, RecursionError):  # a text of a thousand brackets is no JSON that is read
         return prompt
     return found if _is_chat(found) else prompt
 

@@ -265,8 +265,20 @@ CHAT = [0, 3, 9, 1, 0, 4]  # <s> user w1 </s> <s> assistant
         ({"prompt": [{"role": "user", "content": PARTS}]}, "auto", CHAT),
         ({"messages": json.dumps([USER, ANSWER])}, "auto", CHAT),
         ({"prompt": "[ w1"}, "auto", [0, 2, 9]),
+        ({"prompt": "[" * 9999 + " w1"}, "auto", [0, 2, 9]),
     ],
-    ids=["string", "wrapped", "chat", "answered", "long chat", "begun", "parts", "JSON", "[ text"],
+    ids=[
+        "string",
+        "wrapped",
+        "chat",
+        "answered",
+        "long chat",
+        "begun",
+        "parts",
+        "JSON",
+        "[ text",
+        "deep",
+    ],
 )
 def test_formats(tmp_path, row, mode, expected):
     path = write(tmp_path / "p.jsonl", [row])

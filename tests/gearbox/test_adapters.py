@@ -71,7 +71,8 @@ def test_every_rank_s_parts_of_an_adapter_are_those_of_its_weight(family, size, 
             weight = cut(spec, adapter.weight)
             parts = [cut(of, part) for of, part in zip(others, whole, strict=True)]
             adapter.add_to(weight, parts, group)
-            torch.testing.assert_close(weight, cut(spec, merged), atol=1e-6, rtol=1e-5)
+            rtol = 1e-5 if dora else 1e-6
+            torch.testing.assert_close(weight, cut(spec, merged), atol=1e-6, rtol=rtol)
 
 
 def cut(spec, whole):
@@ -137,8 +138,9 @@ def test_merged_generation_is_the_training_forward_at_every_tp_size(two_ranks, k
         for case in (f"{kind}1", f"{kind}2"):
             for figures in rank[case]["figures"]:
                 assert figures["rollout/logprob_error_max"] <= 1e-5
-            moved = max(abs(figures["objective/kl"]) for figures in rank[case]["figures"])
-            assert moved > 0.01  # the adapters do something
+            kls = [figures["objective/kl"] for figures in rank[case]["figures"]]
+            # The adapters do something. Of DoRA's first steps it is a noisy estimate.
+            assert kls[2] > 0.1 if kind == "lora" else max(map(abs, kls)) > 0.01
             assert rank[case]["left"] == 0
 
 
@@ -206,7 +208,7 @@ def test_a_run_goes_on_exactly_and_under_another_stage_and_rank_count(
 )
 def test_alone_only_adapted_weights_are_copied(models, alone, zero, kind):
     """Nothing merged stays in the training weights; resident copies keep their addresses; adapters
-    beside the weights need no copy at all, and compute the same, DoRA by peft's own layers."""
+    beside the weights need no copy at all, and compute the same, DoRA by its layers."""
     made = config(models, kind, zero=zero)
     trainer = tiny_run.trainer(made)
     _, rows = trainer.step(tiny_run.prompts(made.ppo, 0))

@@ -1,6 +1,7 @@
 """python -m pytest tests/kernels/test_kl_gae.py"""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -111,6 +112,16 @@ def test_matches_float64(backend, B, R, dtype, estimator, nan_memory):
         assert x.dtype == torch.float32 and not x.requires_grad
         torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=5e-6)
         assert torch.all(x[~inputs[3]] == 0), name
+
+
+def test_the_block_that_a_gpu_scans(monkeypatch, nan_memory):
+    """Two of them, in the interpreter too, whose own are shorter (conftest.py)."""
+    monkeypatch.setattr(sys.modules[kl_reward_gae.__module__], "SCAN_BLOCK", 1024)
+    inputs = make_inputs(3, 1025)
+    expected = gae_loop(inputs, **COEFFICIENTS, estimator="k3")
+    got = kl_reward_gae(*poison(inputs), **COEFFICIENTS, kl_estimator="k3", backend="triton")
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=5e-6)
 
 
 def row_by_row(inputs, lams):
