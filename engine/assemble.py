@@ -1,8 +1,9 @@
 """From a configuration to the roles that play it: what fits together is checked, then loaded."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -22,6 +23,8 @@ from gearshift.engine.roles import Actor, ActorsStart, Critic, Reference, Reward
 from gearshift.engine.rollout.context import moves, positions
 from gearshift.engine.streaming.store import Store
 from gearshift.engine.zero.optim import check_optimizer, hold_still
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,28 +177,31 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
     }
     own = parts["actor"]
     lm = _load(config, own) if any(part.base for part in parts.values()) else None
-    scorers: dict[str, RewardModel] = {}
-    for name, judge in parts.items():
-        if judge.kind == "reward":
-            model, rows = _load(config, judge, stores.get(name), lm), judge.source.batch_size
-            given = judge.tokenizer, config.ppo, rows, judge.settings
-            with judge.errors():
-                scorers[name] = RewardModel(model, *given)
+    scorers = {
+        name: _made(
+            part,
+            RewardModel,
+            _load(config, part, stores.get(name), lm),
+            part.tokenizer,
+            config.ppo,
+            part.source.batch_size,
+            part.settings,
+        )
+        for name, part in parts.items()
+        if part.kind == "reward"
+    }
     blueprint.rewards.join(scorers)
     reference: Reference | ActorsStart | None = None
     critic = None
     if part := parts.get("reference"):
         model, temperature = _load(config, part, stores["reference"]), config.sampling.temperature
-        with part.errors():
-            reference = Reference(model, config.ppo, temperature, part.settings)
+        reference = _made(part, Reference, model, config.ppo, temperature, part.settings)
     if part := parts.get("critic"):
         updates = steps * config.ppo.updates("critic")
         model = _load(config, part, base=lm)
-        with part.errors():
-            critic = Critic(model, config, part.settings, updates)
+        critic = _made(part, Critic, model, config, part.settings, updates)
     lm = _load(config, own) if lm is None else lm
-    with own.errors():
-        actor = Actor(lm, own.tokenizer, config, own.settings, acting)
+    actor = _made(own, Actor, lm, own.tokenizer, config, own.settings, acting)
     if played := within_actor(config):
         reference = ActorsStart(actor, adapter=STARTED if played == "start" else None)
     return Roles(
@@ -205,6 +211,12 @@ def build(blueprint: Blueprint, steps: int, pretrain: Any | None) -> Roles:
         rewards=blueprint.rewards,
         pretrain=pretrain,
     )
+
+
+def _made(part: Part, role: Callable[..., T], *given: Any) -> T:
+    """A role from its model; a mistake that shows only now names the part's section."""
+    with part.errors():
+        return role(*given)
 
 
 def _load(

@@ -104,11 +104,11 @@ class Part:
                 "use a stage 2 file, as trained_zero2_bf16.json: each rank then holds all of them",
                 self.section.deepspeed,
             )
-            problem, fix = "DoRA's norms would be taken for every token", "use merged"
-            wrong = is_dora(self.section) and self._lora.generate == "unmerged"
-            refuse_if(wrong and self.kind == "policy", "lora.generate", problem, fix, "unmerged")
-            wrong, problem = is_dora(self.section) and packs, "DoRA reads weights that are whole"
-            refuse_if(wrong, "lora.load_in_4bit", problem, "use one of the two", "true")
+            dora, problem = is_dora(self.section), "DoRA's norms would be taken for every token"
+            wrong = dora and self._lora.generate == "unmerged" and self.kind == "policy"
+            refuse_if(wrong, "lora.generate", problem, "use merged", "unmerged")
+            problem = "DoRA reads weights that are whole"
+            refuse_if(dora and packs, "lora.load_in_4bit", problem, "use one of the two", "true")
             return Lora(
                 settings=self._lora,
                 base=str(self.source.path),

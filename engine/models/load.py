@@ -484,14 +484,13 @@ def _load_with_transformers(
         if name in loaded and (name in info["missing_keys"] or "score.weight" in fresh):
             layout.partition(loaded[name]).zero_()
     missing = sorted(set(info["missing_keys"]) - set(fresh))
-    if missing == ["score.weight"]:
-        problem = "it has no score head: it is no reward model"
-        raise ConfigError("path", problem, value=repr(config.path))
-    if missing or info["mismatched_keys"]:
-        first = (missing + [str(k) for k in info["mismatched_keys"]])[:3]
-        problem = f"missing or misshapen tensors: {first}"
-        fix = "if its files have them, transformers loses them under ZeRO-3: use a stage 2 JSON"
-        raise ConfigError("path", problem, fix if zero3 else "", repr(config.path))
+    headless = missing == ["score.weight"]
+    problem = "it has no score head: it is no reward model"
+    refuse_if(headless, "path", problem, value=repr(config.path))
+    wrong = missing + [str(key) for key in info["mismatched_keys"]]
+    problem = f"missing or misshapen tensors: {wrong[:3]}"
+    fix = "if its files have them, transformers loses them under ZeRO-3: use a stage 2 JSON"
+    refuse_if(wrong, "path", problem, fix if zero3 else "", repr(config.path))
     _tell(config, role, files.left_out(module, files.names - set(info["unexpected_keys"])))
     logger.warning(
         "%s: its tensors are renamed by transformers, so its loader read them (whole on rank 0)",
