@@ -72,6 +72,44 @@ class CheckpointFiles:
         with safe_open(self._shards[name], "pt") as file:
             return file.get_tensor(name)
 
+    def reader(
+        self, names: dict[str, str | None], dtype: torch.dtype, device: torch.device
+    ) -> Callable[[str, Tensor], Tensor]:
+        """A function from a parameter of a module, by its name, to its value on `device`.
+
+        names: of match; zeros where it has none for a parameter. The function raises ConfigError
+        for a tensor of another type or shape.
+        """
+
+        def read(name: str, parameter: Tensor) -> Tensor:
+            source = names[name]
+            if source is None:  # a fresh head
+                return torch.zeros(parameter.shape, dtype=dtype, device=device)
+            value = self.read(source)
+            self._check(source, value, name, parameter)
+            # A mapped file comes in page by page when it is copied. With a GPU that is done here,
+            # in a thread of in_order; elsewhere by whoever takes a part of it.
+            return value.to(device, dtype, copy=torch.cuda.is_available())
+
+        return read
+
+    def _check(self, source: str, value: Tensor, name: str, parameter: Tensor) -> None:
+        if not value.is_floating_point() or value.itemsize < 2:
+            problem = f"{source} is stored as {str(value.dtype).removeprefix('torch.')}"
+            fix = "give a checkpoint in bf16, fp16 or fp32"
+            raise ConfigError("path", problem, fix, value=repr(self.location))
+        if value.shape != parameter.shape and name.startswith(("score.", "classifier.")):
+            problem = f"its score head has {len(value)} labels ({source})"
+            fix = "a reward model has one; train it with num_labels=1"
+            raise ConfigError("path", problem, fix, value=repr(self.location))
+        if value.shape != parameter.shape:
+            raise ConfigError(
+                "path",
+                f"{source} is {list(value.shape)}, but config.json makes it "
+                f"{list(parameter.shape)}",
+                value=repr(self.location),
+            )
+
     @property
     def fingerprint(self) -> str:
         """A hash of the files' names, sizes, headers, and of 64 pieces of each."""
@@ -158,7 +196,7 @@ def in_order(
     coming: deque[tuple[str, Future]] = deque()
     with ThreadPoolExecutor(READERS, thread_name_prefix="load") as pool:
         for name, parameter in parameters:
-            coming.append((name, pool.submit(lambda *of: read(*of).clone(), name, parameter)))
+            coming.append((name, pool.submit(read, name, parameter)))
             if len(coming) > READERS:
                 first, value = coming.popleft()
                 yield first, value.result()

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,12 @@ def load_model(
             _tell(config, role, files.left_out(module, used))
             if swap:
                 swap(module)
-        _fill(module, files, names, dtype, partitioner(ds_config, dtype, store))
+        device = torch.device("cpu")
+        if torch.cuda.is_available() and not store:
+            device = torch.device("cuda", torch.cuda.current_device())
+        read = files.reader(names, dtype, device)
+        _fill(module, read, partitioner(ds_config, dtype, store))
+        _fill_buffers(module, files, names)
     module.name_or_path = str(files.directory)
     if role == "policy":
         module.generation_config = _generation_config(config, files.directory, module)
@@ -374,64 +379,42 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
 
 def _fill(
     module: nn.Module,
-    files: CheckpointFiles,
-    names: dict[str, str | None],
-    dtype: torch.dtype,
+    read: Callable[[str, Tensor], Tensor],
     partition: Callable[[nn.Parameter], None],
 ) -> None:
     """Reads what of `module` is on meta, one small module at a time, partitioning each."""
     made: dict[int, nn.Parameter] = {}  # tied weights share one parameter
-    empty = [(name, p) for name, p in module.named_parameters() if p.is_meta]
-    values = in_order(partial(_read, files, names), empty)
+    values = in_order(read, [(name, p) for name, p in module.named_parameters() if p.is_meta])
     for path, part in module.named_modules():
         hollow = dict(part.named_parameters(recurse=False))
         for name, parameter in hollow.items():
             if not parameter.is_meta:
                 continue
             if id(parameter) not in made:
-                read, value = next(values)
-                assert read == f"{path}.{name}".removeprefix("."), "not in the modules' order"
-                made[id(parameter)] = nn.Parameter(value.to(dtype))
+                name_read, value = next(values)
+                assert name_read == f"{path}.{name}".removeprefix("."), "not in the modules' order"
+                made[id(parameter)] = nn.Parameter(value)
                 partition(made[id(parameter)])
                 beat()
             setattr(part, name, made[id(parameter)])
-        for name, buffer in part.named_buffers(recurse=False):
-            source = names.get(f"{path}.{name}".removeprefix("."))
-            if source is not None:
-                buffer.copy_(files.read(source))
         if isinstance(part, Linear4bit):
             made.pop(id(hollow["weight"]), None)  # else all in 16 bit would be there to the end
             part.pack()
 
 
-def _read(
-    files: CheckpointFiles, names: dict[str, str | None], name: str, parameter: Tensor
-) -> Tensor:
-    source = names[name]
-    if source is None:  # a fresh head
-        return torch.zeros(parameter.shape)
-    value = files.read(source)
-    if not value.is_floating_point() or value.itemsize < 2:
-        problem = f"{source} is stored as {str(value.dtype).removeprefix('torch.')}"
-        fix = "give a checkpoint in bf16, fp16 or fp32"
-        raise ConfigError("path", problem, fix, value=repr(files.location))
-    if value.shape != parameter.shape and name.startswith(("score.", "classifier.")):
-        problem = f"its score head has {len(value)} labels ({source})"
-        fix = "a reward model has one; train it with num_labels=1"
-        raise ConfigError("path", problem, fix, value=repr(files.location))
-    if value.shape != parameter.shape:
-        raise ConfigError(
-            "path",
-            f"{source} is {list(value.shape)}, but config.json makes it {list(parameter.shape)}",
-            value=repr(files.location),
-        )
-    return value
+def _fill_buffers(module: nn.Module, files: CheckpointFiles, names: dict[str, str | None]) -> None:
+    for name, buffer in module.named_buffers():
+        source = names.get(name)
+        if source is not None:
+            buffer.copy_(files.read(source))
 
 
 def partitioner(
     ds_config: dict, dtype: torch.dtype, store: Store | None
 ) -> Callable[[nn.Parameter], None]:
-    """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""
+    """A function that turns one full parameter into this rank's part of it, or leaves it."""
+    if store:
+        return store.take
     if ds_config["zero_optimization"]["stage"] != 3:
         return lambda parameter: None
     from deepspeed import zero
@@ -445,8 +428,6 @@ def partitioner(
             module=holder, config_dict_or_path=ds_config, dtype=dtype, param_swapper=swapper
         )
         swapper = made.param_swapper
-        if store:
-            store.take(parameter)
 
     return partition
 

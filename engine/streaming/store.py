@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gearshift.engine.cluster import distributed
 from gearshift.engine.config.deepspeed import offloaded
-from gearshift.engine.zero.layout import is_on_disk, partition, whole_shape
+from gearshift.engine.zero.layout import is_on_disk, is_partitioned, partition, whole_shape
 from gearshift.engine.zero.pinned import Block
 
 SLOTS = 2  # units of a spilled model in host memory: one on its way to the device, one being read
@@ -59,9 +59,11 @@ class Host:
         return self._block.memory.nbytes
 
     def take(self, parameter: nn.Parameter) -> None:
-        """Moves the ZeRO-3 partition of `parameter` here."""
+        """Moves this rank's part of `parameter` here, which ZeRO-3 may have cut already."""
         part = _described(parameter, self._end)
-        self._at(part).copy_(partition(parameter))
+        own, here = _own(parameter, part), self._at(part)
+        here[: own.numel()].copy_(own)
+        here[own.numel() :].zero_()
         self._end += _padded(part.nbytes)
         _moved(parameter, self, part)
 
@@ -129,9 +131,9 @@ class Spill:
         return sum(slot.block.memory.nbytes for slot in self._slots)
 
     def take(self, parameter: nn.Parameter) -> None:
-        """Moves the ZeRO-3 partition of `parameter` here."""
+        """Moves this rank's part of `parameter` here, which ZeRO-3 may have cut already."""
         part = _described(parameter, self._end)
-        view = memoryview(partition(parameter).detach().cpu().view(torch.uint8).numpy())
+        view = memoryview(_own(parameter, part).cpu().view(torch.uint8).numpy())
         done = 0
         with self._telling("writing"):
             while done < len(view):
@@ -279,16 +281,24 @@ def _dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
 
 
 def _described(parameter: nn.Parameter, offset: int) -> RankPart:
-    own, shape = partition(parameter), whole_shape(parameter)
+    shape = whole_shape(parameter)
+    count = math.ceil(shape.numel() / distributed.world_size())
     return RankPart(
-        shape=shape, numel=shape.numel(), count=own.numel(), dtype=own.dtype, offset=offset
+        shape=shape, numel=shape.numel(), count=count, dtype=parameter.dtype, offset=offset
     )
+
+
+def _own(parameter: nn.Parameter, part: RankPart) -> Tensor:
+    """[up to part.count] flat: without the padding where the parameter is whole."""
+    if is_partitioned(parameter):
+        return partition(parameter).detach()
+    return parameter.detach().reshape(-1)[distributed.rank() * part.count :][: part.count]
 
 
 def _moved(parameter: nn.Parameter, store: Store, part: RankPart) -> None:
     parameter.stored = store, part
-    own = partition(parameter)
-    own.data = own.new_empty(0)
+    own = partition(parameter) if is_partitioned(parameter) else parameter
+    own.data = own.data.new_empty(0)
 
 
 def _padded(size: int) -> int:

@@ -14,6 +14,8 @@ class Block:
         self.memory = torch.empty(size, dtype=torch.uint8)
         self._pinned = pinned and size > 0
         if self._pinned:
+            # First all threads ask the system for the pages: registering has one thread do it.
+            self.memory.zero_()
             torch.cuda.check_error(
                 torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
             )
