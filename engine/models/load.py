@@ -215,10 +215,7 @@ def load_model(
             _tell(config, role, files.left_out(module, used))
             if swap:
                 swap(module)
-        device = torch.device("cpu")
-        if torch.cuda.is_available() and not store:
-            device = torch.device("cuda", torch.cuda.current_device())
-        read = files.reader(names, dtype, device)
+        read = files.reader(names, dtype, _device(store))
         _fill(module, read, partitioner(ds_config, dtype, store))
         _fill_buffers(module, files, names)
     module.name_or_path = str(files.directory)
@@ -375,6 +372,13 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
             value=repr(config.path),
         )
     return module
+
+
+def _device(store: Store | None) -> torch.device:
+    """Where weights are read to: those of a store are copied on from the host."""
+    if store or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _fill(

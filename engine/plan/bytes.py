@@ -10,6 +10,7 @@ from typing import Any
 
 from gearshift.engine.config.deepspeed import offloaded
 from gearshift.engine.models.shapes import Shape
+from gearshift.engine.rollout.linear import NARROW
 from gearshift.engine.streaming.store import SLOTS
 from gearshift.kernels.head.projection import CUDA_LOGITS_BYTES
 
@@ -277,3 +278,12 @@ def logits_chunk(
     several = rows * row > most
     weight = shape.head * (zero.size + (4 if several and zero.size == 2 else 0))
     return chunk + weight + rows * shape.hidden * zero.size
+
+
+def grouped_weights(shape: Shape, tp: int, size: int) -> float:
+    """Copies of narrow layers' weights that generation makes on a GPU, see rollout/linear.py: of q,
+    k and v, and of gate and up. size: bytes of an element."""
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tp
+    outputs = (attention, 0 if shape.experts else 2 * shape.mlp // tp)
+    rows = sum(count for count in outputs if count <= NARROW)
+    return float(size * shape.layers * shape.hidden * rows)

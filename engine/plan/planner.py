@@ -178,6 +178,8 @@ class _Planner:
         gpu["generation shards"] = self._shards()
         if shape.packed:
             gpu["dequantised weight"] = float(size * max(shape.packed))
+        if not self.hw.shared:
+            gpu["grouped weights"] = model.grouped_weights(shape, self.tp, size)
         staging = rollout.shift_bucket_mb or BUCKET_MB["cpu" if self.hw.shared else "cuda"]
         gpu["shift staging"] = staging * 2**20 * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)

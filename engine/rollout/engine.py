@@ -25,7 +25,7 @@ from gearshift.engine.cluster.progress import beat
 from gearshift.engine.config.schema import RolloutConfig, SamplingConfig
 from gearshift.engine.rollout.burst import Burst, Ended
 from gearshift.engine.rollout.graphs import DecodeGraphs, addresses, cannot_capture
-from gearshift.engine.rollout.linear import generation_linear
+from gearshift.engine.rollout.linear import Products, generation_linear
 from gearshift.engine.rollout.packing import Inputs, pack, send, to_step
 from gearshift.engine.rollout.sampling import Completion, Ending, Request, Sampler, draw
 from gearshift.engine.rollout.scheduler import Prefix, Scheduler, Sequence
@@ -61,6 +61,8 @@ class RolloutEngine(Sampler):
         self._cache: Any = None  # a KVCache while there is one
         self._budget = 0  # blocks, when the cache was made
         self._graphs: DecodeGraphs | None = None
+        # On a CPU a product of several layers costs as much as each of them.
+        self._products = Products(module, grouped=self.device.type == "cuda")
         # A cache of a size the user chose can stay; one that takes what is free must make room.
         self._keeps = config.weights == "resident" and config.kv_cache_gb > 0
         self._use_graphs = (
@@ -99,7 +101,8 @@ class RolloutEngine(Sampler):
         request.check_context(self.module)
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: dict[int, Completion] = {}
-        with paged.attending(self.module), generation_linear(self.module):
+        with paged.attending(self.module), generation_linear(self.module, self._products):
+            self._products.refresh()
             # Graphs hold the addresses of the weights that were there when they were captured.
             if self._graphs is not None and self._graphs.weights != addresses(self.module):
                 self._graphs = None
@@ -132,7 +135,9 @@ class RolloutEngine(Sampler):
             self.release()
 
     def release(self) -> None:
-        """Gives the memory of the cache and the graphs back; the next call makes both again."""
+        """Gives the memory of the cache, the graphs and the grouped weights back; the next call
+        makes them again."""
+        self._products.release()
         self._cache = self._graphs = None
         if self.device.type == "cuda":
             # 32 MB of every stream that multiplied; captured graphs, which use them, are gone.
@@ -198,6 +203,7 @@ class RolloutEngine(Sampler):
         """Blocks that fit into the cache's memory now, beside its dummy block."""
         if not self._shapes:
             self._shapes = self._probe()
+        self._products.refresh()
         self._budget = self._agree(int(self._cache_bytes() // self._block_bytes) - 1)
 
     @property
@@ -223,7 +229,8 @@ class RolloutEngine(Sampler):
 
     def _probe(self) -> dict[nn.Module, LayerShape]:
         """What each attention layer keeps per token, from a forward of one token."""
-        found = paged.probe(self.module, self.device)
+        with self._products.watching():
+            found = paged.probe(self.module, self.device)
         if found.faults:
             raise ValueError(f"rollout.engine=paged: {found.faults[0]}; use rollout.engine: hf")
         return found.shapes
