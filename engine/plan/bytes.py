@@ -285,5 +285,5 @@ def grouped_weights(shape: Shape, tp: int, size: int) -> float:
     k and v, and of gate and up. size: bytes of an element."""
     attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim // tp
     outputs = (attention, 0 if shape.experts else 2 * shape.mlp // tp)
-    rows = sum(count for count in outputs if count <= NARROW)
-    return float(size * shape.layers * shape.hidden * rows)
+    groups = [size * shape.hidden * count for count in outputs]
+    return float(shape.layers * sum(group for group in groups if group <= NARROW))

@@ -1,8 +1,8 @@
 """Seconds of each phase: the floor of the hardware over the share of it that is expected.
 
-The floors count multiplications and bytes. The shares are estimates until measured: 0.45 and 0.40
-are what plain transformers modules with SDPA reach of the dense bf16 rate in a forward and in
-training, 0.55 is a good decoder's share of its roof (published figures of vLLM on an H100).
+The floors count multiplications and bytes. The shares of the dense bf16 rate, in a forward and in
+training, and of a decoder's roof are those of a PPO step of four 7B models on one H200
+(docs/results/h200-ppo-7b.json); elsewhere they are estimates.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from gearshift.engine.models.shapes import Shape
 from gearshift.engine.plan.bytes import Zero, state_elements
 from gearshift.engine.plan.hardware import Hardware
 
-SCORE_SHARE = 0.45
-TRAIN_SHARE = 0.40
-DECODE_SHARE = 0.55
+SCORE_SHARE = 0.56
+TRAIN_SHARE = 0.53
+DECODE_SHARE = 0.47
 LINK_SHARE = 0.7
 ADAM_BYTES = 36  # read and written per element: gradient, master, moments, weight
 HOST_BANDWIDTH = 150e9  # bytes per second of a node's memory, shared by its ranks

@@ -24,9 +24,10 @@ _ZERO3_WRAPPER = "deepspeed.runtime.zero.linear"
 # out again: its one running sum puts 1.4e-5 between a log-prob of SmolLM2-135M and float64, where
 # MKL's partial sums put 0.6e-5, and rollout log-probs are held to 1e-5 of `generate`'s.
 _builtin = torch._C._nn.linear
-# Outputs of a group of layers up to which one product of all is worth a copy of their weights: at
-# 64 rows those of q, k and v of a 7B model take 25 us apart, where their bytes take 8 (one H200).
-NARROW = 8192
+# Bytes of the weights of a group up to which one product of all is worth a copy of them. What is
+# larger keeps a GPU busy by itself: q, k and v of a 7B model, 33 MB, take 25 us at 64 rows, where
+# their bytes take 8; gate and up, 136 MB each, 36 where theirs take 32 (one H200).
+NARROW = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,7 @@ def _runs(
         alike = len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
         once = len(set(map(id, weights))) == len(weights) and len(set(biased)) == 1
         once &= all(isinstance(weight, nn.Parameter) for weight in weights)
-        if len(run) > 1 and alike and once and sum(map(len, weights)) <= NARROW:
+        if len(run) > 1 and alike and once and sum(w.nbytes for w in weights) <= NARROW:
             runs.append(run)
     return runs
 

@@ -91,7 +91,7 @@ def test_layers_of_one_input_become_one_product():
 
 
 def test_wide_layers_stay_apart(monkeypatch):
-    monkeypatch.setattr(linear, "NARROW", 79)  # q, k and v have 48 + 16 + 16 outputs
+    monkeypatch.setattr(linear, "NARROW", 4 * 48 * 80 - 1)  # q, k and v have 80 outputs
     model = tiny.build("Llama")
     products = Products(model, grouped=True)
     with torch.no_grad(), generation_linear(model, products):
