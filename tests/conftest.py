@@ -3,7 +3,9 @@
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -13,6 +15,8 @@ if not torch.cuda.is_available():
 
     kl_gae.SCAN_BLOCK = 64  # the interpreter scans in a loop of Python, a millisecond an element
 
+SHARE_A_RUN = tuple(f"checkpoint/test_{name}.py" for name in ("save", "export", "resume"))
+
 torch.set_num_threads(1)  # threads of tiny models only contend on a small machine
 
 
@@ -20,6 +24,19 @@ torch.set_num_threads(1)  # threads of tiny models only contend on a small machi
 def _starts_processes(file: Path) -> bool:
     text = file.read_text(encoding="utf-8")
     return any(word in text for word in ("subprocess", "on_ranks", "crash("))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A process takes whole files, whose cases share models and ranks; these three share a run."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return "one run" if scope.endswith(SHARE_A_RUN) else scope
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list) -> None:

@@ -111,6 +111,7 @@ def one_host(job: Path, run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_next_start_is_the_uninterrupted_run(hosts, tmp_path):
     job = tiny_job.write(tmp_path, run={"steps": 14, "export": False}, **ZERO3)
     run = tmp_path / "run"

@@ -8,6 +8,7 @@ import torch
 
 from gearshift.engine.attention import paged
 from gearshift.engine.rollout import engine as rollout_engine
+from gearshift.engine.rollout import linear
 from gearshift.engine.zero.layers import decoder_layers
 from gearshift.launch import mismatch
 from gearshift.launch.commands import bench
@@ -45,9 +46,7 @@ def test_in_bf16_only_hidden_states_differ(family):
 
 
 def test_a_head_that_rounds_is_seen(monkeypatch):
-    from gearshift.engine.rollout import linear
-
-    monkeypatch.setattr(linear, "_is_half", lambda module: False)
+    monkeypatch.setattr(linear, "fp32_logits", torch.nn.functional.linear)
     found = figures(tiny.build("Llama", initializer_range=0.1), "bfloat16")
     assert found["logprobs"]["of it by the head"]["mean"] > 3e-4
 

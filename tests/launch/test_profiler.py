@@ -134,6 +134,7 @@ def test_a_step_that_never_comes_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(told)
 
 
+@pytest.mark.slow
 def test_the_command_on_two_ranks(tmp_path, capfd, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)

@@ -176,10 +176,10 @@ def with_dora(made):
     ("zero", "ppo", "change"),
     [
         ("zero0", {}, sleeping),
-        ("zero2", {}, sleeping),
+        pytest.param("zero2", {}, sleeping, marks=pytest.mark.slow),
         ("zero3", {"update": "joint"}, sleeping),
         ("zero3", {}, with_dora),
-        ("zero1_bf16_split", {}, split),
+        pytest.param("zero1_bf16_split", {}, split, marks=pytest.mark.slow),
         ("zero3_bf16_split", {}, split),
         # DeepSpeed builds its CPU optimizer first.
         pytest.param("zero3_offload", {}, None, marks=pytest.mark.slow),

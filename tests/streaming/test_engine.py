@@ -23,8 +23,6 @@ from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 from tests.tiny.run import alone
 
-pytestmark = pytest.mark.bits
-
 FEW = "policy:policy:host,bert:reward:disk"
 ALL = f"{FEW},tied:policy:host,renamed:policy:disk,policy:policy:disk,reward:reward:host"
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -64,7 +62,7 @@ def folder(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", params=(1, 2, 4))
+@pytest.fixture(scope="module", params=(1, pytest.param(2, marks=pytest.mark.bits), 4))
 def rows(request, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp(f"out{request.param}")
     place = (str(folder), str(folder / "disk"), ALL if request.param == 2 else FEW)
@@ -147,6 +145,7 @@ def test_a_call_that_fails_unwinds_the_others():
     assert threading.active_count() == threads
 
 
+@pytest.mark.bits
 def test_an_engine_works_after_a_failed_pass(folder):
     with alone():
         engine = host_engine(ModelConfig(path=str(folder / "policy")), "policy")
@@ -211,6 +210,7 @@ def rows_of(ids):
     return reading, places[:, -1]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_use_their_weights_unusually(family, tmp_path):
     torch.manual_seed(0)

@@ -124,6 +124,7 @@ def test_a_disk_that_fails_in_a_run_ends_it_with_nothing_lost(job, tmp_path, cap
     assert [step["step"] for step in tiny_job.learned(tmp_path / "run")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_reference_larger_than_the_memory_allowed(tmp_path, monkeypatch):
     """Its anonymous memory peaks far below its size, within a limit that memory would break."""
     # glibc moves its own threshold as tensors are freed; heaps then keep holes, in some runs 40 MB.

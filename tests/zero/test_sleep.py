@@ -19,22 +19,30 @@ from tests.zero import sleep_on_ranks as ranks_sleep
 pytestmark = pytest.mark.bits
 
 
+FAST = ("zero1_bf16", "zero3", "split2")
+
+
 @functools.cache
-def on_two_ranks() -> dict:
-    """What sleep_on_ranks.py found on rank 0."""
+def on_two_ranks(fast: bool) -> dict:
+    """What sleep_on_ranks.py found on rank 0, in FAST's cases or in the others."""
     folder = Path(tempfile.mkdtemp(prefix="gearshift-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    on_ranks.launch("zero/sleep_on_ranks.py", tiny_run.write_models(folder), folder)
+    cases = ",".join(case for case in ranks_sleep.CASES if (case in FAST) == fast)
+    on_ranks.launch("zero/sleep_on_ranks.py", tiny_run.write_models(folder), folder, cases)
     return json.loads((folder / "rank0.json").read_text())
 
 
-SLEPT = [(case, how) for case, (_, _, sleeps) in ranks_sleep.CASES.items() for how in sleeps]
+SLEPT = [
+    pytest.param(case, how, marks=[] if case in FAST else pytest.mark.slow)
+    for case, (_, _, sleeps) in ranks_sleep.CASES.items()
+    for how in sleeps
+]
 
 
 @pytest.mark.parametrize(("case", "how"), SLEPT)
 def test_a_run_that_sleeps_is_the_resident_run_to_the_bit(case, how):
     """Weights, master weights, moments and figures after two PPO steps, on two ranks."""
-    found = on_two_ranks()[case][how]
+    found = on_two_ranks(case in FAST)[case][how]
     assert found["same"] == {"weights": True, "state": True, "figures": True}
     assert (found["host"] > 0) == (how != "gradients")
 
@@ -43,7 +51,7 @@ def test_a_run_that_sleeps_is_the_resident_run_to_the_bit(case, how):
 def test_who_sleeps_holds_nothing_but_weights(case, how):
     """As the roles report it; and what a walk over all live tensors finds besides, such as the
     rollout, grows from the loaded models on as it does in the resident run: there is no copy."""
-    found = on_two_ranks()[case]
+    found = on_two_ranks(case in FAST)[case]
     for phase, seen in found[how]["seen"].items():
         row = residence.where(Phase(phase), {"actor": how, "critic": how})
         for role, place in row.items():
