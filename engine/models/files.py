@@ -87,9 +87,9 @@ class CheckpointFiles:
                 return torch.zeros(parameter.shape, dtype=dtype, device=device)
             value = self.read(source)
             self._check(source, value, name, parameter)
-            # A mapped file comes in page by page when it is copied. With a GPU that is done here,
-            # in a thread of in_order; elsewhere by whoever takes a part of it.
-            return value.to(device, dtype, copy=torch.cuda.is_available())
+            # A mapped file comes in page by page when it is copied: to a GPU here, in a thread of
+            # in_order; in host memory by whoever takes his part of it, and of that part alone.
+            return value.to(device, dtype)
 
         return read
 
