@@ -100,6 +100,8 @@ class Products:
     def release(self) -> None:
         """Gives the memory of the copies back."""
         self._groups.clear()
+        self._parts.clear()
+        self._input = None
 
     def _distinct(self) -> list[Group]:
         return list({id(group): group for group in self._groups.values()}.values())
@@ -147,7 +149,7 @@ def _runs(
     for _, calls in groupby(seen, key=lambda call: id(call[0])):
         run = [(weight, bias) for _, weight, bias in calls]
         weights, biased = [weight for weight, _ in run], [bias is not None for _, bias in run]
-        alike = len({(w.dtype, w.device, w.shape[1]) for w in weights}) == 1
+        alike = len({(w.dtype, w.device, w.shape[1:]) for w in weights}) == 1
         once = len(set(map(id, weights))) == len(weights) and len(set(biased)) == 1
         once &= all(isinstance(weight, nn.Parameter) for weight in weights)
         if len(run) > 1 and alike and once and sum(w.nbytes for w in weights) <= NARROW:

@@ -132,6 +132,7 @@ def test_sigterm_saves_and_the_next_start_is_the_uninterrupted_run(hosts, tmp_pa
     assert tiny_job.learned(run) == tiny_job.learned(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_folder_that_hosts_do_not_share(hosts, tmp_path):
     """/dev/shm is each host's own."""
     job = tiny_job.write(tmp_path, **ZERO3)

@@ -171,7 +171,6 @@ def close(found: dict, expected: dict) -> None:
 
 
 @kinds
-@pytest.mark.bits
 def test_a_run_goes_on_exactly_and_under_another_stage_and_rank_count(
     two_ranks, models, alone, tmp_path, kind
 ):

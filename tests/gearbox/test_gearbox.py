@@ -8,8 +8,6 @@ import pytest
 from gearshift.engine.config import assets
 from tests.tiny import on_ranks
 
-pytestmark = pytest.mark.bits
-
 SHIFT = "gearbox/shift_on_ranks.py"
 scripted = runpy.run_path(str(Path(__file__).with_name("shift_on_ranks.py")))
 
@@ -109,6 +107,7 @@ def state(tmp_path_factory):
     return by_case(on_ranks.lines("gearbox/state_on_ranks.py", 2, out, cases), "case")
 
 
+@pytest.mark.bits
 def test_training_state_is_the_same_with_and_without_generations(state):
     for (case,), ranks in state.items():
         for rank in ranks:
@@ -117,6 +116,7 @@ def test_training_state_is_the_same_with_and_without_generations(state):
     assert len(hashes) > 1  # fp32 and bf16 differ: the hash sees the weights
 
 
+@pytest.mark.bits
 def test_shards_follow_the_weights_in_every_setting(state):
     for (case,), ranks in state.items():
         for rank in ranks:

@@ -218,7 +218,6 @@ def test_a_base_in_4_bit_is_shared_to_the_bit(models):
 
 
 @needs_packing
-@pytest.mark.bits
 def test_a_run_goes_on_exactly_and_on_another_rank_count(two_ranks, models, tmp_path):
     """Checkpoints hold adapters and the value head; the base is quantised anew, alike."""
     saved = two_ranks[1] / "checkpoints" / "step_000002"

@@ -582,7 +582,7 @@ def test_a_reward_model_of_few_positions(job, tmp_path, capsys, caplog, monkeypa
     ("rank", "told"),
     [
         ("0", "rank 1 of n1 did not come in 2 s; 1 did, of "),
-        ("1", "MASTER_ADDR=127.0.0.1: no answer to "),
+        pytest.param("1", "MASTER_ADDR=127.0.0.1: no answer to ", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_does_not_come(job, tmp_path, rank, told):

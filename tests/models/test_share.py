@@ -78,7 +78,6 @@ def base_bytes(model) -> int:
     return 4 * sum(p.numel() for p in body.parameters())
 
 
-@pytest.mark.bits
 def test_two_ranks_compute_the_same_and_go_on_exactly(two_ranks):
     """Also a run that takes up the other one's checkpoint would: its files are the same."""
     for rank in two_ranks[0]:
