@@ -216,7 +216,7 @@ def load_model(
             if swap:
                 swap(module)
         read = files.reader(names, dtype, _device(store))
-        _fill(module, read, partitioner(ds_config, dtype, store))
+        _fill(module, read, store.take if store else partitioner(ds_config, dtype))
         _fill_buffers(module, files, names)
     module.name_or_path = str(files.directory)
     if role == "policy":
@@ -413,12 +413,8 @@ def _fill_buffers(module: nn.Module, files: CheckpointFiles, names: dict[str, st
             buffer.copy_(files.read(source))
 
 
-def partitioner(
-    ds_config: dict, dtype: torch.dtype, store: Store | None
-) -> Callable[[nn.Parameter], None]:
-    """A function that turns one full parameter into this rank's part of it, or leaves it."""
-    if store:
-        return store.take
+def partitioner(ds_config: dict, dtype: torch.dtype) -> Callable[[nn.Parameter], None]:
+    """A function that turns one full parameter into this rank's ZeRO-3 partition, or leaves it."""
     if ds_config["zero_optimization"]["stage"] != 3:
         return lambda parameter: None
     from deepspeed import zero

@@ -179,7 +179,7 @@ def quantisable(module: nn.Module, lora: Lora) -> dict[str, nn.Module]:
 def adapt(module: PreTrainedModel, lora: Lora, ds_config: dict, seed: int) -> None:
     """Gives a loaded module its adapters, partitioned where ZeRO-3 is asked."""
     inject(module, lora)
-    fill(module, lora, partitioner(ds_config, dtype_of(ds_config), None), seed)
+    fill(module, lora, partitioner(ds_config, dtype_of(ds_config)), seed)
 
 
 def inject(module: nn.Module, lora: Lora) -> None:

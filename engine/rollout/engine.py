@@ -102,7 +102,6 @@ class RolloutEngine(Sampler):
         ending = Ending(sampling, self.eos_token_ids, self.tokenizer)
         completions: dict[int, Completion] = {}
         with paged.attending(self.module), generation_linear(self.module, self._products):
-            self._products.refresh()
             # Graphs hold the addresses of the weights that were there when they were captured.
             if self._graphs is not None and self._graphs.weights != addresses(self.module):
                 self._graphs = None
@@ -187,6 +186,8 @@ class RolloutEngine(Sampler):
         if self._cache is None or self._cache.blocks < min(useful, self._budget):
             self.release()
             self._set_budget()
+        else:
+            self._products.refresh()
         if self._budget < max(needs):
             least = (max(needs) + 1) * self._block_bytes / GB
             raise ValueError(

@@ -238,10 +238,7 @@ def partitioning(ds_config: dict[str, Any]) -> dict[str, Any]:
 
 def room_of(parameters: Iterable[Tensor], dtype: torch.dtype) -> int:
     """Bytes of a rank's parts of these parameters, which may be partitioned or on meta."""
-    world = distributed.world_size()
-    return sum(
-        _padded(math.ceil(whole_shape(p).numel() / world) * dtype.itemsize) for p in parameters
-    )
+    return sum(_padded(_count(p) * dtype.itemsize) for p in parameters)
 
 
 def unit_bytes(parts: Iterable[RankPart]) -> int:
@@ -281,11 +278,15 @@ def _dtype(parameters: Sequence[nn.Parameter]) -> torch.dtype:
 
 
 def _described(parameter: nn.Parameter, offset: int) -> RankPart:
-    shape = whole_shape(parameter)
-    count = math.ceil(shape.numel() / distributed.world_size())
+    shape, count = whole_shape(parameter), _count(parameter)
     return RankPart(
         shape=shape, numel=shape.numel(), count=count, dtype=parameter.dtype, offset=offset
     )
+
+
+def _count(parameter: Tensor) -> int:
+    """Elements of a rank's part, padding included."""
+    return math.ceil(whole_shape(parameter).numel() / distributed.world_size())
 
 
 def _own(parameter: nn.Parameter, part: RankPart) -> Tensor:

@@ -119,3 +119,16 @@ def test_every_family_generates_the_same_with_grouped_layers(family):
     assert [c.token_ids for c in found] == [c.token_ids for c in expected]
     logprobs = [torch.tensor([c.logprobs for c in made]) for made in (found, expected)]
     torch.testing.assert_close(*logprobs, atol=1e-5, rtol=0)
+
+
+def test_a_kept_cache_does_not_keep_old_weights():
+    model, made = tiny.build("Llama"), []
+    prompts, sampling = tiny.make_prompts([11, 5]), SamplingConfig(max_new_tokens=10)
+    config = RolloutConfig(block_size=4, cuda_graphs=False)
+    engine = RolloutEngine(model, config, eos_token_ids=[130_000], pad_token_id=0)
+    engine._products = Products(model, grouped=True)
+    for _ in range(2):
+        made.append(engine.generate(prompts, sampling, [3, 1]))
+        model.model.layers[0].self_attn.q_proj.weight.data.neg_()
+    assert made[0] != made[1]
+    assert made[0] == engine.generate(prompts, sampling, [3, 1]), "the first weights again"
