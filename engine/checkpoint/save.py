@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from gearshift.engine.checkpoint import state as run_state
 from gearshift.engine.checkpoint import store
 from gearshift.engine.cluster import distributed
+from gearshift.engine.cluster.memory import free_memory
+from gearshift.engine.phase import Phase
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.zero import state as zero_state
 
@@ -177,7 +178,7 @@ class Checkpoints:
     def _fits(self, job: Job) -> bool:
         """Whether every rank's copy of its state fits into the memory that its host has free."""
         need = sum(t.nbytes for views, _ in job.tensors.values() for t in views.values())
-        free = psutil.virtual_memory().available / distributed.ranks_per_node()
+        free = free_memory() / distributed.ranks_per_node()
         lacking = distributed.global_max(torch.tensor(int(need > _COPY_SHARE * free)))
         if lacking and not self._told_of_memory:
             self._told_of_memory = True
@@ -220,6 +221,8 @@ def load(checkpoint: Path, trainer: PPOTrainer, stateful: Mapping[str, Any]) -> 
         for name, role in run_state.trained(trainer).items():
             files = sorted(checkpoint.glob(f"{name}.rank*.safetensors"))
             zero_state.load(role.engine, role.schedule, state["roles"][name], files)
+            # It makes moments on the device, which may not hold those of both roles.
+            trainer.residence.enter(Phase.LOAD)
     except ValueError as error:  # they name what differs, we add the checkpoint
         raise ValueError(f"run.resume={str(checkpoint)!r}: {error}") from None
     saved, here = state["world_size"], distributed.world_size()

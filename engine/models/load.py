@@ -45,6 +45,7 @@ from gearshift.engine.streaming.store import Store, partitioning, place, room_of
 from gearshift.engine.zero import layout
 
 logger = logging.getLogger("gearshift")
+_HOST = torch.device("cpu")
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 AUTO_CLASSES = {
@@ -173,12 +174,14 @@ def load_model(
     store: Store | None = None,
     base: PreTrainedModel | None = None,
     swap: Callable[[nn.Module], None] | None = None,
+    device: torch.device = _HOST,
 ) -> PreTrainedModel:
     """The module of `role` ("policy", "critic" or "reward"), partitioned where ZeRO-3 is asked.
 
     store: of room_for; takes each partition of a frozen model as soon as it is made. base: a loaded
     model of the same files; its decoder becomes this one's, in the same memory. swap: else puts
     layers that are packed as soon as they are read in the place of others (lora.Lora.swap).
+    device: where weights are read to without a store; the host's are mapped, not read.
 
     A critic is a classifier with one label, see auto_class: its head's weight is the score head of
     the checkpoint, or zero (V = 0 at the start) with `fresh_head`.
@@ -191,9 +194,8 @@ def load_model(
         ds_config = partitioning(ds_config)
     module = _build(config, hf_config, role, dtype)
     files = CheckpointFiles(location(config), config.revision)
-    fresh: tuple[str, ...] = ("score.weight", "score.bias") if fresh_head else ()
-    if role == "critic" and not fresh_head:
-        fresh = ("score.bias",)  # reward models have no bias
+    bias = ("score.bias",) if fresh_head or role == "critic" else ()  # reward models have none
+    fresh = ("score.weight", *bias) if fresh_head else bias
     if base is not None:
         share(module, base, layout.sharer(ds_config, dtype))
     names = files.match(module, fresh)
@@ -215,7 +217,7 @@ def load_model(
             _tell(config, role, files.left_out(module, used))
             if swap:
                 swap(module)
-        read = files.reader(names, dtype, _device(store))
+        read = files.reader(names, dtype, _HOST if store else device)
         _fill(module, read, store.take if store else partitioner(ds_config, dtype))
         _fill_buffers(module, files, names)
     module.name_or_path = str(files.directory)
@@ -372,13 +374,6 @@ def _build(config: ModelConfig, hf_config: Any, role: str, dtype: torch.dtype) -
             value=repr(config.path),
         )
     return module
-
-
-def _device(store: Store | None) -> torch.device:
-    """Where weights are read to: those of a store are copied on from the host."""
-    if store or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _fill(

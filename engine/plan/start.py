@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import psutil
 import torch
 
 from gearshift.engine.attention.packed import by_layer
 from gearshift.engine.cluster import distributed
+from gearshift.engine.cluster.memory import host_memory
 from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.config.schema import Config
 from gearshift.engine.models.cast import Part
@@ -17,8 +16,6 @@ from gearshift.engine.plan.hardware import GPUS, Gpu, Hardware
 from gearshift.engine.plan.planner import plan
 from gearshift.engine.plan.record import Plan
 
-# Files of control groups that bound memory, below /sys/fs/cgroup: of version 2, and of version 1.
-_LIMITS = ("memory.max", "memory.limit_in_bytes")
 _NEEDED = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
@@ -105,28 +102,3 @@ def known_gpu(product: str, memory: float) -> str | None:
 
 def _as_large(gpu: Gpu, memory: float) -> bool:
     return abs(gpu.memory / memory - 1) < 0.05
-
-
-def host_memory(root: Path = Path("/")) -> float:
-    """Bytes that the processes of this node may use together: in a container, in a Slurm job.
-
-    root: of the file system in which proc and sys are.
-    """
-    limits = [float(psutil.virtual_memory().total)]
-    own = root / "proc/self/cgroup"
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, group = line.split(":", 2)
-        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # Every group inside which this one is bounds it, too.
-        inner = base / group.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if folder.is_relative_to(base):
-                limits += [_limit(folder / name) for name in _LIMITS]
-    return min(limits)
-
-
-def _limit(path: Path) -> float:
-    text = path.read_text().strip() if path.exists() else "max"
-    return float(text) if text.isdecimal() else float("inf")

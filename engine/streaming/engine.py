@@ -11,7 +11,7 @@ rounding (a product may sum in another order where its operands lie elsewhere in
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -133,8 +133,12 @@ class StreamedEngine:
     @contextmanager
     def _setting(self) -> Iterator[None]:
         """What holds in the thread that makes the pass, for the threads of its calls: no gradients,
-        and on CUDA the same current stream. Both are settings of a thread."""
-        with torch.no_grad(), torch.cuda.stream(self._stream) if self._copies else nullcontext():
+        and on CUDA the same device and stream. All are settings of a thread."""
+        with torch.no_grad(), ExitStack() as stack:
+            if self._copies:
+                # The device first: leaving the stream alone would make a context on the first GPU.
+                stack.enter_context(torch.cuda.device(self.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
             yield
 
     def _hook(self) -> None:

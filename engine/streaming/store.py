@@ -8,10 +8,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Spill:
             raise ValueError(
                 f"{_KEY}={folder}: no room for {size / 1e9:.1f} GB: {error.strerror}; {_FIX}"
             ) from None
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="spill")
+        self._readers = ThreadPoolExecutor(_READERS, "spill", _same_device())
         self._slots: list[_Slot] = []  # the one whose content left first comes first
         self._end = 0
 
@@ -217,6 +218,13 @@ class Spill:
                 f"{_KEY}={self.folder}: {doing} a frozen model's weights failed: "
                 f"{error.strerror or error}; check the disk, or name another"
             ) from error
+
+
+def _same_device() -> Callable[[], None] | None:
+    """For a thread's start, on CUDA: else its waits would make a context on the first GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 Store = Host | Spill

@@ -1,5 +1,7 @@
 """Host memory of an exact size, page-locked where there is a GPU."""
 
+import resource
+
 import torch
 
 
@@ -15,7 +17,7 @@ class Block:
         self._pinned = pinned and size > 0
         if self._pinned:
             # First all threads ask the system for the pages: registering has one thread do it.
-            self.memory.zero_()
+            self.memory[:: resource.getpagesize()].zero_()
             torch.cuda.check_error(
                 torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), size, 0)
             )

@@ -54,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
         model = restored(checkpoint, state, parts[role], config.run.seed).to(DTYPES[args.dtype])
         for made in export_role(model, parts["actor"].tokenizer, out / role):
             print(f"exported {made}")
+        del model  # else two would be in memory
     return 0
 
 

@@ -135,13 +135,37 @@ def test_low_precision_goes_on_bit_for_bit(tmp_path, zero):
         (models / f"{role}_zero1_bf16.json").write_text(json.dumps(settings))
     config = tiny_run.config(models, zero, "tied")
     if zero.endswith("split"):
-        split = OptimizerConfig(name="split_adamw", moments="bf16", lr=1e-3, eps=1e-6)
-        roles = {
-            role: replace(getattr(config, role), optimizer=split) for role in ("actor", "critic")
-        }
-        config = replace(config, **roles)
+        config = splitting(config)
     with tiny_run.alone():
         goes_on(config, tmp_path)
+
+
+def splitting(config, **more):
+    """With split masters in actor and critic, and these keys."""
+    more |= {"optimizer": OptimizerConfig(name="split_adamw", moments="bf16", lr=1e-3, eps=1e-6)}
+    roles = {role: replace(getattr(config, role), **more) for role in ("actor", "critic")}
+    return replace(config, **roles)
+
+
+def test_the_states_of_both_roles_are_not_taken_up_at_once(tmp_path, monkeypatch):
+    """Where they exchange places, the device may hold those of one: the actor's, which come first,
+    leave before the critic's."""
+    models = tiny_run.write_models(tmp_path / "models")
+    config = splitting(tiny_run.config(models, "zero3_bf16_split", "tied"), sleep="exchange")
+    with tiny_run.alone():
+        trainer, stream = tiny_run.trainer(config), Prompts(config.ppo)
+        advance(trainer, stream, 1)
+        save(trainer, stream, tmp_path)
+        other, loading = tiny_run.trainer(config), checkpoint.zero_state.load
+        sleepers, awake = other.residence.sleepers, []
+
+        def watched(*given):
+            awake.append([name for name, sleeper in sleepers.items() if sleeper.awake])
+            loading(*given)
+
+        monkeypatch.setattr(checkpoint.zero_state, "load", watched)
+        checkpoint.load(tmp_path / "step_000001", other, {"prompts": stream})
+    assert awake == [["actor", "critic"], ["critic"]]
 
 
 @pytest.mark.slow

@@ -162,23 +162,3 @@ def test_a_run_that_cannot_fit_ends_before_a_model_loads(tmp_path, monkeypatch, 
     assert train.main(["--config", str(path), "--run.ignore_plan", "true", "--run.steps", "1"]) == 0
     told = capsys.readouterr().out
     assert "may not fit" in told and "memory planned/measured" in told
-
-
-@pytest.mark.parametrize(
-    "own, file",
-    (
-        ("0::/slurm/job_7/step_0", "slurm/job_7/memory.max"),  # of an outer group, version 2
-        ("0::/", "memory.max"),  # a container's own
-        ("4:cpu,cpuacct:/\n9:memory:/slurm/job_7", "memory/slurm/job_7/memory.limit_in_bytes"),
-    ),
-)
-def test_memory_is_what_the_control_groups_leave(tmp_path, own, file):
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"{own}\n")
-    assert plan_start.host_memory(tmp_path) == plan_start.host_memory(tmp_path / "none")
-    limit = tmp_path / "sys/fs/cgroup" / file
-    limit.parent.mkdir(parents=True)
-    limit.write_text("1000000\n")
-    assert plan_start.host_memory(tmp_path) == 1e6
-    limit.write_text("max\n")
-    assert plan_start.host_memory(tmp_path) > 1e6
