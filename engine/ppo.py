@@ -168,6 +168,7 @@ class PPOTrainer:
 
     def update(self, experience: Experience, metrics: StepMetrics) -> None:
         """The epochs of clipped updates: actor then critic, or both on every minibatch."""
+        self.actor.sampler.free_workspaces()
         alone = self.config.run.task == "critic" or self.steps_done < self.ppo.critic_warmup_steps
         actor = None if alone else self.actor
         if self.ppo.update == "joint":

@@ -201,22 +201,22 @@ class Actor(Trained):
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the policy loss, with gradient, and [N] token statistics."""
         ppo, live = self.ppo, micro.response_mask
+        # Each waits for the device: here, before the trunk has given it work.
+        taken = [x[live] for x in (micro.response_ids, micro.logprobs, micro.advantages, weights)]
+        reference = micro.ref_logprobs[live] if ppo.kl_in == "loss" else None
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple:
             return tuple(
                 ops.linear_ppo_loss(
                     hidden,
                     weight,
-                    micro.response_ids[live],
-                    micro.logprobs[live],
-                    micro.advantages[live],
-                    weights[live],
+                    *taken,
                     clip_low=ppo.clip_low,
                     clip_high=ppo.clip_high,
                     dual_clip=ppo.dual_clip,
                     temperature=self.temperature,
                     entropy_coef=ppo.entropy_coef,
-                    ref_logprobs=micro.ref_logprobs[live] if ppo.kl_in == "loss" else None,
+                    ref_logprobs=reference,
                     kl_loss_coef=ppo.kl_coef if ppo.kl_in == "loss" else 0.0,
                     kl_estimator=ppo.kl_estimator,
                     policy_loss="ppo" if ppo.policy_loss == "dr_grpo" else ppo.policy_loss,
@@ -278,12 +278,11 @@ class Critic(Trained):
     def loss(self, micro: Experience, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's part of the value loss, with gradient, and [N] token statistics."""
         live = micro.response_mask
+        taken = [x[live] for x in (micro.values, micro.returns, weights)]  # as in Actor.loss
         self.prepare_to_train()
         reading, before, _ = lay_out_rollout(micro, packs=self.packs)
         values = self.engine(reading, before)
-        loss, clipped = ops.value_loss(
-            values, micro.values[live], micro.returns[live], weights[live], clip=self.ppo.value_clip
-        )
+        loss, clipped = ops.value_loss(values, *taken, clip=self.ppo.value_clip)
         return loss, {"values": values.detach(), "clipped": clipped}
 
 

@@ -78,6 +78,9 @@ def start(threads: int = 0, timeout_s: float = 120) -> torch.device:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # Micro-batches differ in size: without it, segments of one size serve no other.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # NCCL registers the buffers of captured collectives, and cannot those of such segments (before
+    # 2.29): tensor-parallel decode graphs would hang (pytorch#158029).
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     forbid_cudnn_attention()
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from gearshift.kernels import ops
 
 def forwards(engine: Any, inputs: Iterable[tuple]) -> Iterator[Any]:
     """engine(*each) in order; an engine that streams its weights takes all of them together."""
+    inputs = list(inputs)  # laying rows out waits for the device, so none is made between forwards
     together = getattr(engine, "together", None)
     if together:
         yield from together([partial(engine.module, *each) for each in inputs])

@@ -27,6 +27,7 @@ from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
+WORKSPACE = 32 << 20  # bytes; on Hopper cuBLAS keeps as much for every thread that multiplied
 _SHAPES: dict[tuple[str, str, str, bool], Shape] = {}
 
 
@@ -123,6 +124,20 @@ class _Planner:
 
     def _resident(self, phase: Phase) -> dict[str, float]:
         """What is on the GPU in a phase: 'actor fp32 master' and so on."""
+        kept = self._kept() if phase not in (Phase.LOAD, Phase.GENERATE) else {}
+        return self._states(phase) | kept
+
+    def _kept(self) -> dict[str, float]:
+        """What rollout.weights=resident leaves on the GPU between generations."""
+        rollout = self.config.rollout
+        if rollout.weights != "resident":
+            return {}
+        kept = {"generation shards": self._shards()}
+        if rollout.kv_cache_gb and not self.hw.shared:
+            kept |= {"grouped weights": self._grouped(), "KV cache": rollout.kv_cache_gb * GB}
+        return kept
+
+    def _states(self, phase: Phase) -> dict[str, float]:
         row = residence.where(phase.of_run(joint=self.joint), self.sleeps)
         found = {}
         for role in self.roles:
@@ -179,7 +194,7 @@ class _Planner:
         if shape.packed:
             gpu["dequantised weight"] = float(size * max(shape.packed))
         if not self.hw.shared:
-            gpu["grouped weights"] = model.grouped_weights(shape, self.tp, size)
+            gpu["grouped weights"] = self._grouped()
         staging = rollout.shift_bucket_mb or BUCKET_MB["cpu" if self.hw.shared else "cuda"]
         gpu["shift staging"] = staging * 2**20 * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
@@ -201,6 +216,12 @@ class _Planner:
             seconds *= plan_time.UNMERGED
         made = PhasePlan(name=Phase.GENERATE, gpu=gpu, host=self.host, seconds=seconds)
         return made, slots, wanted
+
+    def _grouped(self) -> float:
+        """None where adapters stay beside the weights: rollout/engine.py."""
+        actor = self.actor
+        beside = actor.shape.adapted and not self._merges
+        return 0.0 if beside else model.grouped_weights(actor.shape, self.tp, actor.zero.size)
 
     def _shards(self) -> float:
         """Zero where the generation gear has views of the weights, but for those that adapters are
@@ -233,6 +254,8 @@ class _Planner:
         gpu = self._resident(phase)
         if role.streamed:
             gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
+            if not self.hw.shared:
+                gpu["cuBLAS workspaces"] = WORKSPACE * _pieces(work.rows, work.length, tokens)
             gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.tokens)
         else:
             gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)

@@ -81,7 +81,7 @@ class Burst:
     def _extend(self, following: np.ndarray) -> bool:
         """Has places for a further token of these rows; False where another plan is due."""
         scheduler, count = self.scheduler, int(following.sum())
-        if not count or scheduler.stopped or scheduler.idle_places or not self.graphs.holds(count):
+        if not count or scheduler.stopped or scheduler.may_admit or not self.graphs.holds(count):
             return False
         short = np.flatnonzero(following & (self._length >= self._room))
         for row in short:

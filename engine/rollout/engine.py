@@ -138,9 +138,12 @@ class RolloutEngine(Sampler):
         makes them again."""
         self._products.release()
         self._cache = self._graphs = None
-        if self.device.type == "cuda":
-            # 32 MB of every stream that multiplied; captured graphs, which use them, are gone.
-            torch._C._cuda_clearCublasWorkspaces()
+        super().free_workspaces()  # captured graphs, which use them, are gone
+
+    def free_workspaces(self) -> None:
+        """As Sampler's, but where graphs stay that use them."""
+        if self._graphs is None:
+            super().free_workspaces()
 
     @property
     def capture_seconds(self) -> float:

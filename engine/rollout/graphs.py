@@ -29,8 +29,8 @@ from gearshift.engine.rollout.packing import Inputs
 from gearshift.engine.rollout.sampling import Bans, draw_packed
 
 STEP = 16  # rows between buckets above 16: at most 15 padding rows, one graph per 16 rows
-# Graphs that live for one generation are made anew every step, some tenths of a second each: up to
-# 64 rows their number doubles, and padding rows cost little where weights bound a step.
+# Graphs that live for one generation are made anew every step, some tenths of a second each: there
+# are few, as padding rows cost little where weights bound a step.
 COARSE_STEP = 64
 WIDTH = 16  # widths are rounded up to it: a slightly longer prompt needs no new graphs
 # Expert layers that choose their kernels without reading the routing on the host.
@@ -43,8 +43,8 @@ def buckets(rows: int, *, coarse: bool = False) -> list[int]:
     coarse: for graphs that are thrown away after one generation.
     """
     step = COARSE_STEP if coarse else STEP
-    doubling = [1 << i for i in range(step.bit_length() - 1)]
-    sizes = [*doubling, *range(step, rows + step, step)]
+    smaller = [STEP] if coarse else [1 << i for i in range(STEP.bit_length() - 1)]
+    sizes = [*smaller, *range(step, rows + step, step)]
     return sizes[: bisect.bisect_left(sizes, rows) + 1]
 
 
@@ -129,13 +129,14 @@ class DecodeGraphs:
         replay, packed = self._replays[self._bucket]
         replay()
         self._turn ^= 1
-        host = self._host_draws[self._turn, :, : self._count]
-        host.copy_(packed[:, : self._count], non_blocking=True)
+        # Whole: a part of each row would be copied by way of unpinned memory, and waited for.
+        host = self._host_draws[self._turn, : packed.numel()].view_as(packed)
+        host.copy_(packed, non_blocking=True)
         event = None
         if self._capture:
             event = torch.cuda.Event()
             event.record()
-        return Drawn(host, event)
+        return Drawn(host[:, : self._count], event)
 
     def move(self, tables: np.ndarray) -> None:
         """Other block tables [rows, blocks] for the launches to come; one may be in flight.
@@ -160,7 +161,7 @@ class DecodeGraphs:
         self._host_numbers = torch.zeros(5, rows, dtype=torch.int64, pin_memory=pinned)
         # Two: one is still on its way when the next is written.
         self._host_tables = torch.zeros(2, rows, self.width, dtype=torch.int32, pin_memory=pinned)
-        self._host_draws = torch.zeros(2, 2, rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_draws = torch.zeros(2, 2 * rows, dtype=torch.int64, pin_memory=pinned)
         self._turn = self._count = self._bucket = 0
 
     def _fill(self, inputs: Inputs, seeds: list[int], positions: list[int]) -> None:

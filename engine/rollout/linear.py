@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gearshift.engine.gearbox.adapters import adapted_layers
 from gearshift.kernels.head.projection import fp32_logits
 
 _ZERO3_WRAPPER = "deepspeed.runtime.zero.linear"
@@ -54,11 +55,12 @@ class Products:
     """What computes the linear layers of one generating module.
 
     grouped: layers that a probe saw reading the same input become one product, from a copy of their
-    weights. Its results may differ from theirs in the last bit.
+    weights. Its results may differ from theirs in the last bit. Not where adapters are beside the
+    weights: what reads the input of a layer next is its own adapter.
     """
 
     def __init__(self, module: nn.Module, *, grouped: bool):
-        self.grouped = grouped
+        self.grouped = grouped and not any(adapted_layers(module))
         head = module.get_output_embeddings().weight
         self._wide_head = head if head.dtype in (torch.float16, torch.bfloat16) else None
         self._seen: list[tuple[Tensor, Tensor, Tensor | None]] | None = None

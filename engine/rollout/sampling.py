@@ -83,6 +83,12 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.tokenizer, self.group = tokenizer, group
 
+    def free_workspaces(self) -> None:
+        """Gives back what cuBLAS keeps for every thread that multiplied, up to 32 MB each: a
+        streamed pass has as many threads as micro-batches."""
+        if self.device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+
 
 class Bans:
     """Tokens that may not be drawn: some never, end tokens not before a response is long enough.

@@ -14,6 +14,8 @@ import numpy as np
 
 from gearshift.engine.attention.cache import BlockPool
 
+BREAK_SHARE = 16  # a burst of decode steps ends where a sixteenth of all places can be taken
+
 
 @dataclass(eq=False, kw_only=True)
 class Prefix:
@@ -94,9 +96,14 @@ class Scheduler:
         self.stopped = False  # by who reads the responses: what runs is left as it is
 
     @property
-    def idle_places(self) -> bool:
-        """Whether a waiting sequence could start, were there memory for it."""
-        return bool(self.waiting and self._rows)
+    def may_admit(self) -> bool:
+        """Whether so many waiting sequences could start now that a forward for them pays: a prompt
+        costs a burst of decode steps its graph."""
+        count = min(len(self.waiting), max(1, len(self.table) // BREAK_SHARE))
+        if not count or len(self._rows) < count:
+            return False
+        need = sum(self._need(self.waiting[i]) for i in range(count))
+        return need + len(self.running) <= self.pool.free
 
     @property
     def done(self) -> bool:
@@ -164,10 +171,13 @@ class Scheduler:
             budget -= self._plan(sequence, budget, decode, prefill)
         self.waiting.extendleft(reversed(held_back))
 
+    def _need(self, sequence: Sequence) -> int:
+        """Blocks that a waiting sequence takes when it starts, and one to go on with."""
+        return self._blocks_of(len(sequence.tokens)) - len(sequence.prefix.blocks) + 1
+
     def _room_for(self, sequence: Sequence) -> bool:
-        need = self._blocks_of(len(sequence.tokens)) - len(sequence.prefix.blocks) + 1
         # One block in reserve per running sequence, or the newcomer would soon push one out.
-        if need + len(self.running) <= self.pool.free:
+        if self._need(sequence) + len(self.running) <= self.pool.free:
             return True
         if self.running:
             return False

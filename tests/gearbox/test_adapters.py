@@ -22,6 +22,7 @@ from gearshift.engine.gearbox.gearbox import Gearbox
 from gearshift.engine.gearbox.module import meta_twin
 from gearshift.engine.gearbox.slicing import plan_tensor_parallel
 from gearshift.engine.models import lora
+from gearshift.engine.rollout.linear import Products
 from gearshift.engine.zero.state import whole
 from gearshift.launch.commands import export
 from tests.gearbox.adapters_on_ranks import config
@@ -226,6 +227,8 @@ def test_alone_only_adapted_weights_are_copied(models, alone, zero, kind):
                          for a in adapters(lm))  # fmt: skip
             assert gearbox.stats.shard_bytes == (4 * copied if merged else 0)
             assert weights == "release" or addresses[0] == addresses[1]
+            # Beside an adapter no layer is copied to make one product of it and its A.
+            assert Products(gearbox.module, grouped=True).grouped == merged
     first, *others = seen.values()
     for other in others:
         torch.testing.assert_close(other, first, atol=1e-5, rtol=1e-5)

@@ -50,6 +50,25 @@ def test_a_run_that_fits(capsys, run_yaml):
     assert made["roles"][0]["parameters"] == 494_032_768
 
 
+def test_what_stays_between_generations_is_in_every_later_phase(capsys, run_yaml):
+    """Shards, and with a cache of a given size that, too."""
+    tp = ("--gpus", "8", "--rollout.tp", "2", "--ppo.micro_batch_size", "1")
+    keep = ("--rollout.weights", "resident")
+    for more, kept in (
+        ((), ()),
+        (keep, ("generation shards",)),
+        ((*keep, "--rollout.kv_cache_gb", "3"), ("generation shards", "KV cache")),
+    ):
+        _, made = plan_json(capsys, "--config", run_yaml, *tp, *more)
+        parts = {phase["name"]: phase["gpu"] for phase in made["phases"]}
+        for name in ("rewards", "values", "update_actor", "update_critic", "save"):
+            found = {what for what in ("generation shards", "KV cache") if what in parts[name]}
+            assert found == set(kept), name
+        assert "generation shards" not in parts["load"]
+        if len(kept) == 2:
+            assert parts["values"]["KV cache"] == 3e9
+
+
 def test_the_critic_alone_has_no_optimizer_of_the_policy(capsys, run_yaml):
     """Nor a reference. Of the policy there are the weights, and buffers of DeepSpeed's."""
     _, made = plan_json(capsys, "--config", run_yaml, "--run.task", "critic")

@@ -1,5 +1,7 @@
 """What of the CUDA graphs can be shown without a GPU: buckets, padding, the body they capture."""
 
+from unittest import mock
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -22,9 +24,9 @@ def test_buckets_grow_by_doubling_then_by_steps():
 
 
 def test_graphs_that_are_thrown_away_are_few():
-    assert buckets(33, coarse=True) == [1, 2, 4, 8, 16, 32, 64]
-    assert buckets(20, coarse=True) == [1, 2, 4, 8, 16, 32]
-    assert buckets(256, coarse=True) == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256]
+    assert buckets(1, coarse=True) == buckets(16, coarse=True) == [16]
+    assert buckets(33, coarse=True) == [16, 64]
+    assert buckets(256, coarse=True) == [16, 64, 128, 192, 256]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "GptOss"])
@@ -33,7 +35,7 @@ def test_padded_steps_draw_the_same_tokens(family):
     config = RolloutConfig(block_size=4, max_sequences=7)
     eager = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
     padded = RolloutEngine(model, config, eos_token_ids=EOS, pad_token_id=0)
-    padded._use_graphs = True
+    padded._use_graphs = padded._keeps = True  # more buckets than where they are thrown away
     expected = eager.generate(PROMPTS, SAMPLING, SEEDS)
     for _ in range(2):  # the second call finds its buffers made
         completions = padded.generate(PROMPTS, SAMPLING, SEEDS)
@@ -71,6 +73,49 @@ def test_a_long_burst_gives_what_single_steps_give(stop):
         assert [c.token_ids for c in completions] == [c.token_ids for c in expected]
         assert [c.finished for c in completions] == [c.finished for c in expected]
         assert [len(c.logprobs) for c in completions] == [len(c.token_ids) for c in completions]
+
+
+def test_draws_reach_the_host_in_one_piece_whatever_the_rows():
+    """CUDA copies what has gaps by way of unpinned memory, and waits for the device."""
+    engine = RolloutEngine(
+        build("Llama", num_hidden_layers=2),
+        RolloutConfig(block_size=4, max_sequences=12),
+        eos_token_ids=[-1],
+        pad_token_id=0,
+    )
+    engine._use_graphs = True
+    limits = [20, *range(8, 19)]
+    seen: set[int] = set()
+    launch = DecodeGraphs.launch
+
+    def watched(graphs):
+        drawn = launch(graphs)
+        assert drawn.host.stride() == (graphs._bucket, 1)
+        seen.add(drawn.host.shape[1])
+        return drawn
+
+    with mock.patch.object(DecodeGraphs, "launch", watched):
+        made = engine.generate(PROMPTS, SAMPLING, SEEDS, limits=limits)
+    assert [len(c.token_ids) for c in made] == limits and seen == {12}
+
+
+def test_places_of_a_burst_are_taken_together():
+    """An end would else cost all others a forward without a graph."""
+    engine = RolloutEngine(
+        build("Llama", num_hidden_layers=2),
+        RolloutConfig(block_size=4, max_sequences=32),
+        eos_token_ids=[-1],
+        pad_token_id=0,
+    )
+    engine._use_graphs = True
+    prompts = make_prompts([5] * 48)
+    limits = [10 + i % 16 for i in range(48)]
+    with mock.patch.object(engine, "_forward", wraps=engine._forward) as forward:
+        made = engine.generate(
+            prompts, SamplingConfig(max_new_tokens=40), [*range(48)], limits=limits
+        )
+    assert [len(c.token_ids) for c in made] == limits
+    assert forward.call_count <= 1 + 16 / 2  # two places at a time, where there were 16 ends
 
 
 def test_other_settings_or_longer_sequences_need_other_graphs():

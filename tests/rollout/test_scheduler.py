@@ -144,6 +144,23 @@ def test_a_finished_sequence_makes_room_at_once():
     assert running == [2, 2, 2]
 
 
+def test_a_burst_goes_on_until_a_sixteenth_of_its_places_is_idle_and_fits():
+    sequences = make_sequences([[i, i] for i in range(40)], [2] * 40)
+    scheduler, ledger = make_scheduler(sequences, max_sequences=32), Ledger(100)
+    ledger.step(scheduler)
+    assert len(scheduler.running) == 32 and not scheduler.may_admit
+    scheduler.finish(sequences[0])
+    assert not scheduler.may_admit  # of 32 places one is idle
+    scheduler.finish(sequences[1])
+    assert scheduler.may_admit
+    taken = [scheduler.pool.take() for _ in range(scheduler.pool.free - 3)]
+    assert not scheduler.may_admit  # no memory
+    scheduler.pool.drop(taken)
+    assert scheduler.may_admit
+    scheduler.waiting.clear()
+    assert not scheduler.may_admit
+
+
 def test_the_youngest_is_preempted_first():
     sequences = make_sequences([[i] * 4 for i in range(3)], [20] * 3)
     scheduler, ledger = make_scheduler(sequences, blocks=9), Ledger(9)
