@@ -19,6 +19,7 @@ _SILENT = 255  # ssh's own exit status
 # What ranks of other hosts are given of this environment; deepspeed passes PYTHON* itself. What
 # says TOKEN or KEY is not: the command line of ssh is read by everybody.
 EXPORTS = ("GEARSHIFT_", "HF_", "WANDB_", "NCCL_", "GLOO_", "TRITON_", "TORCH_", "OMP_", "DS_")
+EXPORTS += ("FI_", "UCX_")  # libfabric, as on EFA, and UCX
 _SECRET = re.compile("TOKEN|KEY")
 
 
@@ -44,9 +45,31 @@ def read(hostfile: str) -> dict[str, int]:
 
 
 def exports() -> dict[str, str]:
-    """What ranks of other hosts are given of this environment."""
+    """What ranks of other hosts are given: of this environment, and of DeepSpeed's own files."""
     passed = {key: value for key, value in os.environ.items() if key.startswith(EXPORTS)}
-    return {key: value for key, value in passed.items() if value and not _SECRET.search(key)}
+    passed = {key: value for key, value in passed.items() if value and not _SECRET.search(key)}
+    for path in environment_files():
+        passed |= variables(path)
+    return passed
+
+
+def environment_files() -> list[Path]:
+    """Those that `deepspeed` reads for ranks of other hosts; the later one prevails."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    return [path for path in (Path.home() / name, Path.cwd() / name) if path.is_file()]
+
+
+def variables(path: Path) -> dict[str, str]:
+    """What such a file sets; raises ConfigError for a line that stops `deepspeed`, which splits
+    each at its first `=` without any exception."""
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        key, equals, value = line.partition("=")
+        other = not equals or not re.fullmatch(r"[A-Za-z_]\w*", key)
+        fix = "only NAME=value: no blank lines, comments or export"
+        refuse_if(other, f"{path}, line {number} {line!r}", "deepspeed cannot read it", fix)
+        found[key] = value
+    return found
 
 
 def told(hosts: Mapping[str, int]) -> str:

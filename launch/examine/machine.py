@@ -19,9 +19,11 @@ import torch
 from packaging.requirements import Requirement
 
 from gearshift.engine.cluster.rendezvous import free_port
+from gearshift.engine.config.errors import ConfigError
 from gearshift.engine.log.run_log import nearest_existing
 from gearshift.engine.plan.hardware import GB
 from gearshift.kernels.checks.self_check import self_check
+from gearshift.launch.hosts import environment_files, variables
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_PORT = 29500  # of deepspeed and torchrun
@@ -162,20 +164,13 @@ def launcher() -> Iterator[Finding]:
         yield Finding("port", "warn", f"{DEFAULT_PORT} is another job's", fix)
     else:
         yield Finding("port", "ok", f"{DEFAULT_PORT} is free")
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for folder in (Path.cwd(), Path.home()):
-        if (folder / name).is_file():
-            yield _environment_file(folder / name)
-
-
-def _environment_file(path: Path) -> Finding:
-    """DeepSpeed splits each line at its first `=`, without any exception."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if re.fullmatch(r"[A-Za-z_]\w*=.*", line):
-            continue
-        fix = f"line {number} {line!r}: only NAME=value; no blank lines, comments or export"
-        return Finding("launcher's variables", "bad", f"{path} stops deepspeed", fix)
-    return Finding("launcher's variables", "ok", str(path))
+    for path in environment_files():
+        try:
+            variables(path)
+        except ConfigError as error:
+            yield Finding("launcher's variables", "bad", f"{path} stops deepspeed", str(error))
+        else:
+            yield Finding("launcher's variables", "ok", str(path))
 
 
 def limits() -> Iterator[Finding]:

@@ -102,6 +102,19 @@ def test_what_ranks_get_of_the_environment(tmp_path, monkeypatch):
     assert f"GEARSHIFT_LAUNCH={attempt.name}" in lines and "hidden" not in "".join(lines)
     assert (attempt.logs / "hostfile").read_text() == "n1 slots=2\nn2 slots=1\n"
     assert attempt.job[-3:] == [str(tiny_job.TRAIN), "--config", "a.yaml"]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder, text in (("home", "MY_PATH=/a\nNCCL_DEBUG=INFO\n"), (".", "MY_PATH=/b=c\n")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ".deepspeed_env").write_text(text)
+    attempt = launch.Attempt(hosts, 0, [], tmp_path / "three", launch.demo.Request())
+    lines = (attempt.logs / "environment").read_text().splitlines()
+    assert {"MY_PATH=/b=c", "NCCL_DEBUG=INFO"} <= set(lines)  # DeepSpeed's own files prevail
+    (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
+    with pytest.raises(ValueError, match="line 2 'export B=2': deepspeed cannot read it"):
+        launch.Attempt(hosts, 0, [], tmp_path / "four", launch.demo.Request())
+    (tmp_path / ".deepspeed_env").unlink()
+    (tmp_path / "home/.deepspeed_env").unlink()
     monkeypatch.setenv("NCCL_DEBUG", "$(id)")
     with pytest.raises(ValueError, match="NCCL_DEBUG='.*: ssh cannot pass it"):
         launch.Attempt(hosts, 0, [], tmp_path / "two", launch.demo.Request())
