@@ -73,7 +73,7 @@ def row(recipe: str, place: Hardware) -> str:
         f"{host / GB:.0f} of {max(0, place.usable_host) / GB:.0f}",
         f"{actor.sleep}, {'yes' if actor.gradient_checkpointing else 'no'}",
         str(made.tp),
-        str(made.most_tokens),
+        f"{min(made.config.ppo.micro_tokens or 0, made.most_tokens)} of {made.most_tokens}",
         f"{made.kv_slots} of {made.kv_wanted}",
         f"{made.step_seconds:.0f}" if made.fits else "",
         "FITS" if made.fits else f"DOES NOT FIT: {made.refuse_reason}; {advice}",
@@ -85,7 +85,7 @@ def table() -> str:
     """All recipes on their hardware."""
     head = (
         "| recipe | hardware, host memory | GPU GB at the peak | host GB | sleep, recompute | tp"
-        " | most tokens a micro-batch | KV slots | s per step | verdict |\n"
+        " | tokens a micro-batch, of what fits | KV slots | s per step | verdict |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(f"{row(name, hardware(*place))}\n" for name, *place in CASES)
