@@ -65,7 +65,9 @@ class PretrainConfig:
 class SamplingConfig:
     """How responses are drawn. PPO's log-probs are of this temperature."""
 
-    max_new_tokens: Whole = knob(512, "longest response; ends it with finished=False", ge=1)
+    max_new_tokens: Whole = knob(
+        512, "longest response; one that reaches it counts as cut, not finished", ge=1
+    )
     temperature: Number = knob(1.0, "divides the logits; 0 is greedy, for evaluation only", ge=0)
     top_k: Whole = knob(0, "0: off. Training wants 0: a truncated policy biases the ratio", ge=0)
     top_p: Number = knob(1.0, "1: off. Training wants 1, as above", gt=0, le=1)

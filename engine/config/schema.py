@@ -45,7 +45,9 @@ class OptimizerConfig:
 class ModelConfig:
     """Where a model comes from and how DeepSpeed runs it."""
 
-    path: str | None = knob(None, "Hugging Face directory, hub id, or .gguf file; null: see role")
+    path: str | None = knob(
+        None, "Hugging Face directory, hub id, or .gguf file; null: as the section says"
+    )
     revision: str | None = knob(None, "hub revision")
     trust_remote_code: Flag = knob(False, "run Python code that comes with the model")
     tokenizer: str | None = knob(None, "tokenizer directory or hub id; null: the model's own")
@@ -108,15 +110,16 @@ class TrainedConfig(ModelConfig):
 
     sleep: Literal["auto", "never", "gradients", "exchange", "always"] = knob(
         "auto",
-        "what leaves the GPU outside its own update: nothing; gradient buffers; and, for the host, "
-        "the optimizer's states while the other model trains, or always; auto: the plan decides",
+        "never: all stays on the GPU; gradients: gradient buffers are freed outside this role's "
+        "own update; exchange: its optimizer's states are on the host, too, while the other role "
+        "trains; always: in every phase but its own update; auto: the plan chooses",
     )
     optimizer: Part[OptimizerConfig] = knob(OptimizerConfig, "AdamW and its schedule")
 
 
 @section
 class CriticConfig(TrainedConfig):
-    """The critic. `path: null` starts from the reward model if there is one, else the actor."""
+    """The critic."""
 
     deepspeed: str = knob("critic_zero3.json", "DeepSpeed JSON: a file, or a name in ds_configs/")
     share_base: Flag = knob(
@@ -145,7 +148,7 @@ class RewardConfig(ModelConfig):
         None, "module:function or file.py:function, TRL's signature; or a name of the library"
     )
     options: Options = knob({}, "further arguments of the function, by name")
-    urls: list[str] = knob([], "HTTP endpoints, used in turn; POST {prompts, completions, ...}")
+    urls: list[str] = knob([], "HTTP endpoints, used in turn; docs/run.md has their protocol")
     weight: Number = knob(1.0, "factor in the sum of all rewards")
     timeout_s: Number = knob(60.0, "seconds before an HTTP request is given up", gt=0)
     retries: Whole = knob(5, "further tries after a failed HTTP request, with backoff", ge=0)
@@ -169,7 +172,12 @@ class RewardConfig(ModelConfig):
 class RolloutConfig:
     """The generation gear."""
 
-    tp: Whole = knob(0, "tensor-parallel size for generation; 0: the smallest that fits", ge=0)
+    tp: Whole = knob(
+        0,
+        "tensor-parallel size for generation; 0: the smallest whose shards fill at most half of "
+        "the free memory",
+        ge=0,
+    )
     engine: Literal["auto", "paged", "hf"] = knob(
         "auto",
         "paged: a paged cache, batched continuously; hf: our padded loop over the model's own "
@@ -326,9 +334,15 @@ class Config:
     """A whole run."""
 
     run: Part[RunConfig] = knob(RunConfig, "the run folder")
-    actor: Part[TrainedConfig] = knob(TrainedConfig, "the policy")
-    critic: Part[CriticConfig] = knob(CriticConfig, "the value model (estimator gae)")
-    reference: Part[ReferenceConfig] = knob(ReferenceConfig, "the frozen reference policy")
+    actor: Part[TrainedConfig] = knob(TrainedConfig, "the policy; its path is required")
+    critic: Part[CriticConfig] = knob(
+        CriticConfig,
+        "the value model of the estimator gae; without a path it starts from the first reward model "
+        "that is a decoder with the actor's tokenizer, else from the actor",
+    )
+    reference: Part[ReferenceConfig] = knob(
+        ReferenceConfig, "the frozen reference policy; without a path the actor's initial weights"
+    )
     rewards: Parts[RewardConfig] = knob([], "sources of scores")
     data: Part[DataConfig] = knob(DataConfig, "prompts")
     pretrain: Part[PretrainConfig] = knob(PretrainConfig, "text for PPO-ptx")

@@ -1,15 +1,12 @@
-"""Measurements: `gearshift bench PART [arguments]`.
-
-Every part is a module of its own, imported when it is asked for, with the interface of a command:
-`add_arguments(parser)` and `main(args) -> int`. A part that takes `--section.key value` overrides
-sets a default for `args.overrides`.
-"""
+"""Measurements: `gearshift bench PART [arguments]`. `gearshift bench PART --help` tells them."""
 
 import argparse
 import importlib
 
 from gearshift.launch.cli import parsed
 
+# Each is a module with the interface of a command, imported when it is asked for. One that takes
+# `--section.key value` sets a default for `args.overrides`.
 PARTS = {
     "step": ("gearshift.launch.bench.step", "time and memory of one PPO step, by phase"),
     "train": ("gearshift.launch.bench.train", "forward and backward of one role, by token"),

@@ -29,10 +29,13 @@ DOES_NOT_FIT = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(overrides=[])  # what is not named below, as --section.key value
     parser.add_argument("--config", metavar="FILE", help="the run's YAML")
-    parser.add_argument("--gpu", default="h200", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node")
-    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes")
-    parser.add_argument("--host-gb", type=float, default=128, metavar="G", help="memory of a node")
+    names = ", ".join(GPUS)
+    parser.add_argument("--gpu", default="h200", help=f"one of {names} (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs per node (1)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
+    parser.add_argument(
+        "--host-gb", type=float, default=128, metavar="G", help="memory of a node (128)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -1,6 +1,6 @@
-"""`gearshift report RUN_DIR`: the run as one self-contained page, RUN_DIR/report.html.
+"""`gearshift report RUN_DIR`: curves, samples and timings of a run as one self-contained page.
 
-page.html is its template, with the style sheet; what a run fills in is made here.
+Writes RUN_DIR/report.html, also while the run trains.
 """
 
 import argparse

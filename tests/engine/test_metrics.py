@@ -1,9 +1,11 @@
 """Step metrics against direct formulas, on one and two ranks; the log and the trackers."""
 
+import ast
 import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from gearshift.engine.metrics import StepMetrics, peak_memory, reset_peak_memory
 from tests.tiny.on_ranks import free_port
 
 NAN = torch.nan
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -29,6 +32,32 @@ def metrics() -> StepMetrics:
 
 def rows(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reported() -> set[str]:
+    """Every name that the product gives a figure; what an f-string fills in as <...>."""
+    names = set()
+    for path in [*(ROOT / "engine").rglob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            first = call.args[0] if call.func.attr.startswith("add_") and call.args else None
+            parts = first.values if isinstance(first, ast.JoinedStr) else [first]
+            text = "".join(p.value if isinstance(p, ast.Constant) else "<x>" for p in parts)
+            names |= {text} if "/" in text else set()
+    return names
+
+
+def test_every_figure_is_explained():
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    known = [re.escape(name) for name in re.findall(r"`([a-z_]+/[^`]+)`", page)]
+    known = [re.sub(r"<[a-z_]+>|\\\*", "[^ ]+", name) for name in known]
+    found = reported()
+    assert {"objective/kl", "<x>/grad_norm", "rewards/<x>/mean"} <= found
+    filled = {"<x>/grad_norm": "actor/grad_norm", "stream/<x>_<x>": "stream/reference_ratio"}
+    names = [filled.get(name, name) for name in found]
+    lacking = [name for name in names if not any(re.fullmatch(k, name) for k in known)]
+    assert not lacking
 
 
 # One rank
