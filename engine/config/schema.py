@@ -337,8 +337,8 @@ class Config:
     actor: Part[TrainedConfig] = knob(TrainedConfig, "the policy; its path is required")
     critic: Part[CriticConfig] = knob(
         CriticConfig,
-        "the value model of the estimator gae; without a path it starts from the first reward model "
-        "that is a decoder with the actor's tokenizer, else from the actor",
+        "the value model of the estimator gae; without a path it starts from the first reward "
+        "model that is a decoder with the actor's tokenizer, else from the actor",
     )
     reference: Part[ReferenceConfig] = knob(
         ReferenceConfig, "the frozen reference policy; without a path the actor's initial weights"
