@@ -250,6 +250,7 @@ def _load(
             lora.adapt(model, own, part.settings, config.run.seed)
     if part.still:
         hold_still(model)
+    distributed.barrier()  # a host may have to download what another has
     return model
 
 

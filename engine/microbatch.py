@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,19 +97,22 @@ def _fill(
     """`count` groups, or None where a row finds no room."""
     assert len(order) >= count, "fewer rows than micro-batches"
     groups: list[Group] = [[] for _ in range(count)]
-    live, costs = [0] * count, [0.0] * count
+    live, costs, sizes = (np.zeros(count, kind) for kind in (np.int64, np.float64, np.int64))
     for row in order:
-        room = (
-            i
-            for i in range(count)
-            if budget.holds(len(groups[i]) + 1, live[i] + lengths[row], lengths[row])
-        )
-        best = min(room, key=lambda i: costs[i], default=None)
-        if best is None:
+        length = lengths[row]
+        full = np.zeros(count, bool)  # as Budget.holds, of all groups at once
+        if budget.tokens is not None:
+            full |= live + length > budget.tokens
+        if budget.rows is not None:
+            full |= sizes + 1 > budget.rows
+        room = (sizes == 0) | ~full
+        if not room.any():
             return None
+        best = int(np.where(room, costs, np.inf).argmin())
         groups[best].append(row)
-        live[best] += lengths[row]
-        costs[best] += budget.cost(lengths[row])
+        live[best] += length
+        costs[best] += budget.cost(length)
+        sizes[best] += 1
     return groups
 
 

@@ -46,6 +46,7 @@ from gearshift.engine.rollout.responses import (
 from gearshift.engine.rollout.stragglers import Backlog
 from gearshift.engine.streaming.engine import StreamedEngine, Traffic
 from gearshift.engine.zero.layers import fetch_by_layer, place_buffers
+from gearshift.engine.zero.layout import hold_gradients
 from gearshift.engine.zero.optim import build_optimizer, build_schedule
 from gearshift.engine.zero.sleep import Sleeper
 from gearshift.engine.zero.split_adamw import share_weights
@@ -67,6 +68,7 @@ class Trained:
             config=ds_config,
         )
         place_buffers(self.engine)
+        hold_gradients(self.optimizer)
         if config.optimizer.name == "split_adamw":
             share_weights(self.optimizer)
         on_host = offloaded(ds_config, "optimizer") is not None

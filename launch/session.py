@@ -142,6 +142,8 @@ class Session:
                 stopping = self._step(log)
                 undo.pop_all()  # from here on there are figures to keep
             self.saver.finish(stopping=bool(stopping))
+        # NCCL ends no group while a captured graph has its collectives.
+        self.trainer.actor.sampler.release()
         if log:
             log.close()
         if stopping:

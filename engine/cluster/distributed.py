@@ -82,12 +82,12 @@ def start(threads: int = 0, timeout_s: float = 120) -> torch.device:
     # 2.29): tensor-parallel decode graphs would hang (pytorch#158029).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     forbid_cudnn_attention()
-    device = torch.device("cpu")
+    device, slot = torch.device("cpu"), os.environ.get("LOCAL_RANK", "")
     if torch.cuda.is_available():
         device = torch.device("cuda", _adopt_gpu())
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        rendezvous.join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout_s)
+        rendezvous.join("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout_s, slot)
     if world_size() > 1:
         _patient_group()
     cores = share_of_cores(os.sched_getaffinity(0))
@@ -220,12 +220,12 @@ def all_gather_rows(value: Tensor) -> Tensor:
 
 
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> Sequence[Any]:
-    """Small Python objects of every rank, in rank order."""
+    """Small Python objects of every rank, in rank order. Waits as `barrier` does."""
     size = dist.get_world_size(group) if dist.is_initialized() else 1
     if size == 1:
         return [value]
     gathered = [None] * size
-    dist.all_gather_object(gathered, value, group=group)
+    dist.all_gather_object(gathered, value, group=group or _patient_group())
     return gathered
 
 
@@ -238,7 +238,8 @@ def barrier() -> None:
     """Waits for all ranks, up to a day, on the host.
 
     On devices the wait would end with the process group's timeout, 10 minutes under NCCL: writing a
-    large export takes rank 0 longer, and some groups generate longer than others.
+    large export takes rank 0 longer, a reward may take one rank longer than the others, and some
+    groups generate longer.
     """
     if world_size() > 1:
         dist.barrier(_patient_group())

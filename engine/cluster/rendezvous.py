@@ -22,13 +22,16 @@ _POLL_S = 0.1
 _store: dist.Store | None = None  # that ranks met at
 
 
-def join(backend: str, timeout_s: float) -> None:
-    """Makes the process group, and DeepSpeed's of it; raises ConfigError after `timeout_s`."""
+def join(backend: str, timeout_s: float, slot: str) -> None:
+    """Makes the process group, and DeepSpeed's of it; raises ConfigError after `timeout_s`.
+
+    slot: LOCAL_RANK as the launcher gave it.
+    """
     global _store
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     deadline = time.monotonic() + timeout_s
     _store = store = _open(rank, size, timeout_s, deadline)
-    store.set(f"rank/{rank}", json.dumps(_about_me(backend)))
+    store.set(f"rank/{rank}", json.dumps(_about_me(backend, slot)))
     store.add("here", 1)
     try:
         while store.add("here", 0) < size:
@@ -123,11 +126,10 @@ def machine() -> tuple[str, str]:
     return socket.gethostname(), ""
 
 
-def _about_me(backend: str) -> dict[str, str]:
+def _about_me(backend: str, slot: str) -> dict[str, str]:
     (host, space), address = machine(), ""
     with suppress(OSError):
         address = socket.gethostbyname(host)
-    slot = os.environ.get("LOCAL_RANK", "")
     return {"host": host, "space": space, "slot": slot, "backend": backend, "address": address}
 
 

@@ -198,6 +198,7 @@ class RewardSum:
         whole = scored.all(0)
         sums = torch.stack([table.nansum(1), scored.sum(1)])
         counts = sums.new_tensor([int((~whole).sum()), len(whole), refused is not None])
+        distributed.barrier()  # a sandbox or an endpoint may keep one rank for long
         reduced = distributed.global_sum(torch.cat([sums.flatten(), counts]))
         (totals, numbers), (failed, everyone, odd) = reduced[:-3].view(2, -1), reduced[-3:].tolist()
         if odd:

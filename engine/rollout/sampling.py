@@ -83,6 +83,9 @@ class Sampler:
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.tokenizer, self.group = tokenizer, group
 
+    def release(self) -> None:
+        """Gives back what stays between calls."""
+
     def free_workspaces(self) -> None:
         """Gives back what cuBLAS keeps for every thread that multiplied, up to 32 MB each: a
         streamed pass has as many threads as micro-batches."""
@@ -112,15 +115,20 @@ class Bans:
         the log-prob of a token drawn from them. positions [S]: tokens that each row has drawn.
 
         Reads nothing on the host, and makes its masks in its first call: a CUDA graph can hold it.
+        Writes over fp32 logits.
         """
         if self._masks is None:
             self._masks = self._mask(self._never, logits), self._mask(self._ends, logits)
         never, ends = self._masks
         banned = never | (positions[:, None] < self._least) & ends
         logits = logits.float()
-        allowed = logits.masked_fill(banned, _BANNED)
-        mass = [(x / self._temperature).logsumexp(-1) for x in (allowed, logits)]
-        return allowed, mass[0] - mass[1]
+        whole = self._mass(logits)
+        allowed = logits.masked_fill_(banned, _BANNED)
+        return allowed, self._mass(allowed) - whole
+
+    def _mass(self, logits: Tensor) -> Tensor:
+        scaled = logits if self._temperature == 1 else logits / self._temperature
+        return scaled.logsumexp(-1)
 
     @staticmethod
     def _mask(token_ids: list[int], logits: Tensor) -> Tensor:

@@ -128,6 +128,22 @@ def reduce_buckets(zero: Any) -> list[Tensor]:
     return [b.buffer for b in zero.ipg_buckets.values() if b.buffer is not None]
 
 
+def hold_gradients(zero: Any) -> None:
+    """A gradient's memory is not used again before it is reduced.
+
+    Stages 1 and 2 reduce one that exceeds their bucket where it lies, on a stream of their own with
+    overlap_comm, and let go of it at once: what backward computes meanwhile could be written into
+    it. DeepSpeed (seen in 0.19.8) protects it for an offloaded optimizer only.
+    """
+
+    def hold(gradient: Tensor, stream: Any) -> None:
+        if gradient.is_cuda:
+            gradient.record_stream(stream)
+
+    if hasattr(zero, "_record_gradient_stream"):
+        zero._record_gradient_stream = hold
+
+
 def relink(zero: Any) -> None:
     """Tells DeepSpeed that masters or moments have moved: stages 1 and 2 keep views of them."""
     if not hasattr(zero, "_hp_optimizer_states_linked"):

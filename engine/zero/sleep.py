@@ -102,7 +102,7 @@ class Sleeper:
     def fetch_strays(self) -> None:
         """Brings moments to the device that are on the host outside the arena, of a role that is
         awake: loading a checkpoint makes them where the master weights are, which may be asleep."""
-        for state in self._inner.state.values():
+        for state in self._inner.state.values() if not self._offloaded else ():
             for value in state.values():
                 if torch.is_tensor(value) and value.device != self.device and not self.asleep:
                     value.data = value.to(self.device)

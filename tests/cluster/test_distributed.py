@@ -184,6 +184,23 @@ def test_the_gpu_of_a_rank(environment, monkeypatch, local_rank, count, variable
     assert environment.get("OMPI_COMM_WORLD_LOCAL_RANK", expected[1]) == expected[1]
 
 
+def test_ranks_with_a_gpu_each_meet_as_the_launcher_numbered_them(environment, monkeypatch):
+    """srun --gpus-per-task=1: each sees its GPU as the first, and would be local rank 0."""
+    met = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.rendezvous, "join", lambda *given: met.append(given))
+    place = {"SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_NTASKS": "8"}
+    place |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    environment.update(place, CUDA_VISIBLE_DEVICES="5")
+    assert distributed.start(timeout_s=7) == torch.device("cuda", 0)
+    assert environment["LOCAL_RANK"] == "0"  # for DeepSpeed
+    assert met == [("cpu:gloo,cuda:nccl", 7, "3")]
+
+
 def test_ranks_wait_on_the_host_and_for_a_day(monkeypatch, ranks):
     made, waited = [], []
     monkeypatch.setattr(dist, "new_group", lambda **how: made.append(how) or "patient")

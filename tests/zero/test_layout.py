@@ -3,11 +3,13 @@
 Real engines of every stage are in tests/checkpoint and test_split_adamw.py.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage_1_and_2
 
 from gearshift.engine.zero import layout
 
@@ -53,3 +55,22 @@ def test_a_parameter_that_one_rank_holds_is_not_copied():
         assert weight.data_ptr() == weight.ds_tensor.data_ptr()
         1 / 0  # noqa: B018
     assert weight.numel() == 0
+
+
+def test_a_gradient_is_held_until_it_is_reduced():
+    """Stages 1 and 2 reduce a large one on a stream of their own; see hold_gradients."""
+    held = []
+    there = SimpleNamespace(is_cuda=True, record_stream=held.append)
+    zero = SimpleNamespace(_record_gradient_stream=lambda tensor, stream: None)
+    layout.hold_gradients(zero)
+    zero._record_gradient_stream(there, "a stream")
+    zero._record_gradient_stream(torch.zeros(1), None)  # of the host: nothing to hold
+    assert held == ["a stream"]
+    layout.hold_gradients(other := SimpleNamespace())  # stages 0 and 3 have another way
+    assert not vars(other)
+
+
+def test_deepspeed_still_asks_for_it():
+    """What is put in its place is called where a gradient is reduced."""
+    source = inspect.getsource(stage_1_and_2.DeepSpeedZeroOptimizer.average_tensor)
+    assert "self._record_gradient_stream(tensor, stream)" in source
