@@ -122,14 +122,15 @@ def register(name: str, attend_row: Callable[..., Tensor]) -> None:
         s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Not [0], whose backward writes zeros first and then copies into them.
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         rules = Rules(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             window=_window_of(module, sliding_window),
             softcap=softcap,
             sinks=s_aux,
         )
-        return attend_row(module, query, key, value, rules, others)[None], None
+        return attend_row(module, query, key, value, rules, others).unsqueeze(0), None
 
     AttentionInterface.register(name, attention)
 
@@ -227,9 +228,34 @@ def torch_varlen() -> Any:
 
 
 @cache
-def _takes_groups(function: Callable) -> bool:
+def _asks_for_groups(function: Callable) -> bool:
     """Whether it has fewer heads of keys than of queries on request; torch 2.11's does not ask."""
     return "enable_gqa" in inspect.signature(function).parameters
+
+
+@cache
+def _groups_unasked(function: Callable, device: torch.device) -> bool:
+    """Whether one that does not ask takes fewer heads of keys all the same: tried once, with
+    gradients, against keys and values that are repeated."""
+    made = torch.Generator().manual_seed(0)
+    rows = [torch.randn(24, heads, 64, generator=made) for heads in (4, 2, 2, 4)]
+    query, key, value, upstream = (x.to(device, torch.bfloat16) for x in rows)
+    ends = torch.tensor([0, 17, 24], dtype=torch.int32, device=device)
+
+    def run(repeats: int) -> list[Tensor]:
+        with torch.enable_grad():
+            own = [x.detach().requires_grad_() for x in (query, key, value)]
+            k, v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in own[1:])
+            out = function(own[0], k, v, ends, ends, 17, 17, scale=0.125, window_size=(-1, 0))
+            return [out.detach(), *torch.autograd.grad(out, own, upstream)]
+
+    try:
+        found = run(1)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    # Gradients of repeated heads are rounded before they are added.
+    pairs = zip(found, run(2), strict=True)
+    return all(torch.allclose(a.float(), b.float(), atol=5e-2, rtol=5e-2) for a, b in pairs)
 
 
 def _lengths(packed: Packed) -> tuple:
@@ -254,9 +280,9 @@ def _by_flash_attn(query: Tensor, key: Tensor, value: Tensor, packed: Packed, ru
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, packed: Packed, rules: Rules):
     kernel, options = torch_varlen(), {}
     group = query.shape[1] // key.shape[1]
-    if _takes_groups(kernel):
+    if _asks_for_groups(kernel):
         options["enable_gqa"] = group > 1
-    elif group > 1:
+    elif group > 1 and not _groups_unasked(kernel, query.device):
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     return kernel(
         *(query, key, value, *_lengths(packed)),

@@ -178,6 +178,7 @@ class RolloutEngine(Sampler):
             block_size=self.config.block_size,
             max_sequences=self.config.max_sequences,
             max_batch_tokens=self._batch_tokens,
+            patient=self._use_graphs,
         )
 
     def _open_cache(self, sequences: list[Sequence]) -> None:

@@ -1,20 +1,22 @@
 """Which tokens of which sequences the next forward computes.
 
-Continuous batching: a finished sequence's place is taken at once by a waiting one. Prompts are
-computed in chunks of at most `max_batch_tokens`, in the same forward as the decoding rows. Samples
-of one prompt wait until it has been computed once and then share its blocks. When the pool is
-exhausted the youngest running sequence gives its blocks back and is recomputed later. The schedule
-depends on lengths only, so that every rank of a tensor-parallel group makes the same one.
+Continuous batching: a finished sequence's place is taken by a waiting one, at once or, where
+decoding has graphs, as soon as a few are free. Prompts are computed in chunks of at most
+`max_batch_tokens`, in the same forward as the decoding rows. Samples of one prompt wait until it
+has been computed once and then share its blocks. When the pool is exhausted the youngest running
+sequence gives its blocks back and is recomputed later. The schedule depends on lengths only, so
+that every rank of a tensor-parallel group makes the same one.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
 from gearshift.engine.attention.cache import BlockPool
 
-BREAK_SHARE = 16  # a burst of decode steps ends where a sixteenth of all places can be taken
+BREAK_SHARE = 16  # a burst of decode steps ends where a sixteenth of what runs can be added
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,7 +83,10 @@ class Scheduler:
         block_size: int,
         max_sequences: int,
         max_batch_tokens: int,
+        patient: bool = False,
     ):
+        """patient: decoding rows have graphs, which a prompt beside them costs: see may_admit."""
+        self.patient = patient
         self.pool, self.block_size, self.max_batch_tokens = pool, block_size, max_batch_tokens
         self.waiting = deque(sequences)
         self.running: list[Sequence] = []
@@ -99,10 +104,15 @@ class Scheduler:
     def may_admit(self) -> bool:
         """Whether so many waiting sequences could start now that a forward for them pays: a prompt
         costs a burst of decode steps its graph."""
-        count = min(len(self.waiting), max(1, len(self.table) // BREAK_SHARE))
+        count = min(len(self.waiting), max(1, -(-len(self.running) // BREAK_SHARE)))
         if not count or len(self._rows) < count:
             return False
-        need = sum(self._need(self.waiting[i]) for i in range(count))
+        first, need = set[Prefix](), 0
+        for sequence in islice(self.waiting, count):
+            need += self._need(sequence)
+            if sequence.prefix in first and not sequence.prefix.blocks:
+                need -= self._blocks_of(len(sequence.prefix.tokens))  # the first one's serve
+            first.add(sequence.prefix)
         return need + len(self.running) <= self.pool.free
 
     @property
@@ -120,7 +130,8 @@ class Scheduler:
                 continue
             if (sequence.pending == 1 or budget) and self._reserve(sequence):
                 budget -= self._plan(sequence, budget, decode, prefill)
-        self._admit(budget, decode, prefill)
+        if not (self.patient and decode and not prefill) or self.may_admit:
+            self._admit(budget, decode, prefill)
         return Batch(decode=decode, prefill=prefill, copies=self._copies)
 
     def extend(self, sequence: Sequence) -> bool:

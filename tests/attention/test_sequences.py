@@ -101,17 +101,18 @@ def by_torch(gpu):
     return calls
 
 
-@pytest.fixture
-def by_torch_2_11(by_torch, gpu):
-    """Which has no word for fewer heads of keys than of queries."""
-    spy = varlen_spy(by_torch)
+def without_a_word(calls, unasked):
+    """PyTorch 2.11's has no word for fewer heads of keys than of queries. unasked: whether it
+    takes them "right", "wrong" or not at all."""
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-        options = dict(scale=scale, window_size=window_size, enable_gqa=False)
-        return spy(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        if q.shape[1] != k.shape[1] and unasked == "refused":
+            raise RuntimeError("heads differ")
+        calls.append((q.shape[1] != k.shape[1], cu_q.tolist()))
+        made = by_definition(q, k, v, cu_q.tolist(), cu_k.tolist(), scale, window_size)
+        return made * 1.2 if calls[-1][0] and unasked == "wrong" else made
 
-    gpu.setattr(sequences, "torch_varlen", lambda: varlen_attn)
-    return by_torch
+    return varlen_attn
 
 
 def generate(model, **options):
@@ -139,13 +140,25 @@ def test_flash_attn_takes_all_chunks_at_once(family, chunk, request):
     assert max(len(queries) for queries, _ in calls) > 2
 
 
-@pytest.mark.parametrize("version", ["by_torch", "by_torch_2_11"])
-def test_pytorchs_kernel_takes_prompts_without_a_past(version, request):
+def test_pytorchs_kernel_takes_prompts_without_a_past(request):
     model = build("Mistral", num_hidden_layers=2)
     expected = generate(model)
-    calls = request.getfixturevalue(version)
+    calls = request.getfixturevalue("by_torch")
     assert_same(generate(model), expected)
     assert calls == [[0, 11, 37, 42]] * 2  # once per layer; a prompt of one token is decoded
+
+
+@pytest.mark.parametrize("unasked", ["right", "wrong", "refused"])
+def test_keys_are_repeated_only_where_a_kernel_wants_it(unasked, request):
+    model = build("Mistral", num_hidden_layers=2)
+    expected = generate(model)
+    calls = request.getfixturevalue("by_torch")
+    kernel = without_a_word(calls, unasked)
+    request.getfixturevalue("gpu").setattr(sequences, "torch_varlen", lambda: kernel)
+    assert_same(generate(model), expected)
+    tried = {"right": [True, False], "wrong": [True, False], "refused": []}[unasked]
+    assert [grouped for grouped, _ in calls[: len(tried)]] == tried  # once for the process
+    assert calls[len(tried) :] == [(unasked == "right", [0, 11, 37, 42])] * 2
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "GptOss"])

@@ -144,6 +144,33 @@ def test_a_finished_sequence_makes_room_at_once():
     assert running == [2, 2, 2]
 
 
+def test_samples_of_a_prompt_pay_for_it_once():
+    """32 sequences of a block each run, two samples of a prompt of 20 blocks wait."""
+    scheduler = make_scheduler(
+        make_sequences([[i, i] for i in range(32)], [2] * 32), blocks=120, max_sequences=40
+    )
+    Ledger(120).step(scheduler)
+    scheduler._rows += [38, 39]  # idle places
+    scheduler.waiting.extend(make_sequences([list(range(80))] * 2, [2, 2]))
+    # The prompt, a block each to go on with, and one of each that runs.
+    for _ in range(scheduler.pool.free - (20 + 1 + 1 + 32)):
+        scheduler.pool.take()
+    assert scheduler.may_admit
+    scheduler.pool.take()
+    assert not scheduler.may_admit
+
+
+def test_a_burst_of_few_rows_takes_one_at_a_time():
+    """Of 64 places memory fills five: a sixteenth of what runs is wanted, not of the places."""
+    prompts = [[100 * i + n for n in range(40)] for i in range(64)]
+    sequences = make_sequences(prompts, [20] * 64)
+    scheduler = make_scheduler(sequences, blocks=56, max_sequences=64, max_batch_tokens=4000)
+    Ledger(56).step(scheduler)
+    assert len(scheduler.running) == 5 and not scheduler.may_admit
+    scheduler.finish(scheduler.running[0])
+    assert scheduler.may_admit
+
+
 def test_a_burst_goes_on_until_a_sixteenth_of_its_places_is_idle_and_fits():
     sequences = make_sequences([[i, i] for i in range(40)], [2] * 40)
     scheduler, ledger = make_scheduler(sequences, max_sequences=32), Ledger(100)
