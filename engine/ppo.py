@@ -40,7 +40,7 @@ from gearshift.engine.objective import (
     shape_scores,
     token_weights,
 )
-from gearshift.engine.phase import Phase
+from gearshift.engine.phase import Phase, update_of
 from gearshift.engine.rewards.total import Scores
 from gearshift.engine.roles import Actor, Critic, Roles, Trained, train_budget
 from gearshift.engine.rollout.stragglers import Backlog
@@ -167,7 +167,7 @@ class PPOTrainer:
         )
 
     def update(self, experience: Experience, metrics: StepMetrics) -> None:
-        """The epochs of clipped updates: actor then critic, or both on every minibatch."""
+        """The epochs of clipped updates: one role then the other, or both on every minibatch."""
         self.actor.sampler.free_workspaces()
         alone = self.config.run.task == "critic" or self.steps_done < self.ppo.critic_warmup_steps
         actor = None if alone else self.actor
@@ -175,12 +175,11 @@ class PPOTrainer:
             with self._phase(metrics, Phase.UPDATE_ACTOR):
                 self._epochs(experience, actor, self.critic, metrics)
             return
-        if actor:
-            with self._phase(metrics, Phase.UPDATE_ACTOR):
-                self._epochs(experience, actor, None, metrics)
-        if self.critic:
-            with self._phase(metrics, Phase.UPDATE_CRITIC):
-                self._epochs(experience, None, self.critic, metrics)
+        for name in self.residence.order(self.steps_done):
+            acting, valuing = (actor, None) if name == "actor" else (None, self.critic)
+            if acting or valuing:
+                with self._phase(metrics, update_of(name)):
+                    self._epochs(experience, acting, valuing, metrics)
 
     @contextmanager
     def _phase(self, metrics: StepMetrics, phase: Phase) -> Iterator[None]:

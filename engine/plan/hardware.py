@@ -21,6 +21,11 @@ class Gpu:
     peer: float  # bytes, to the other GPUs of its node: NVLink, else PCIe
     host: float  # bytes, PCIe
 
+    @property
+    def workspace(self) -> int:
+        """Bytes that PyTorch gives cuBLAS for every thread that multiplies."""
+        return 32 << 20 if self.flops > 500e12 else 8320 << 10  # more from Hopper on
+
 
 def _gpu(memory_gib: float, tflops: float, tb_s: float, peer_gb: float, host_gb: float) -> Gpu:
     return Gpu(

@@ -27,7 +27,6 @@ from gearshift.engine.zero import residence
 from gearshift.kernels.head.projection import CPU_LOGITS_BYTES, CUDA_LOGITS_BYTES
 
 TOLERANCE = 0.05  # of planned bytes; compare.py tells of larger deviations
-WORKSPACE = 32 << 20  # bytes; on Hopper cuBLAS keeps as much for every thread that multiplied
 _SHAPES: dict[tuple[str, str, str, bool], Shape] = {}
 
 
@@ -135,10 +134,22 @@ class _Planner:
         kept = {"generation shards": self._shards()}
         if rollout.kv_cache_gb and not self.hw.shared:
             kept |= {"grouped weights": self._grouped(), "KV cache": rollout.kv_cache_gb * GB}
+            kept["cuBLAS workspaces"] = self._workspaces()  # captured graphs use them
         return kept
 
+    def _workspaces(self) -> float:
+        """What a streamed pass leaves: one of each of its threads, which are its micro-batches."""
+        streamed = not self.hw.shared and any(role.streamed for role in self.roles)
+        return float(self.hw.gpu.workspace * self.work.score_pieces * streamed)
+
     def _states(self, phase: Phase) -> dict[str, float]:
-        row = residence.where(phase.of_run(joint=self.joint), self.sleeps)
+        """Those of the larger role where they take turns: either may have trained last."""
+        lasts = ("critic", "actor") if residence.take_turns(self.sleeps) else ("critic",)
+        found = [self._states_after(phase, last) for last in lasts]
+        return max(found, key=lambda states: sum(states.values()))
+
+    def _states_after(self, phase: Phase, last: str) -> dict[str, float]:
+        row = residence.where(phase.of_run(joint=self.joint), self.sleeps, last)
         found = {}
         for role in self.roles:
             for what, size in role.states.gpu.items():
@@ -198,8 +209,12 @@ class _Planner:
         staging = rollout.shift_bucket_mb or BUCKET_MB["cpu" if self.hw.shared else "cuda"]
         gpu["shift staging"] = staging * 2**20 * (self.hw.world > 1)
         prefill = model.scoring_activations(shape, actor.zero, rollout.max_batch_tokens)
-        # Logits of the drawing rows in the model's dtype, and the sampler's fp32 form.
-        logits = min(rollout.max_sequences, work.rows * self.tp) * shape.vocabulary * (size + 4)
+        # Logits of the drawing rows in the model's dtype, and the sampler's fp32 form; where tokens
+        # are banned one more, scaled and raised, and a mask.
+        sampling = self.config.sampling
+        banning = 9 * bool(sampling.suppress_tokens or sampling.min_new_tokens)
+        drawing = min(rollout.max_sequences, work.rows * self.tp)
+        logits = drawing * shape.vocabulary * (size + 4 + banning)
         gpu["prefill and logits"] = prefill + logits
         per_token = shape.kv_bytes_per_token(self.tp, size)
         sequence = math.ceil(work.length / rollout.block_size + 1) * rollout.block_size * per_token
@@ -207,7 +222,8 @@ class _Planner:
         free = GPU_CACHE_SHARE * (self.hw.usable - sum(gpu.values()) + gpu["prefill and logits"])
         budget = rollout.kv_cache_gb * GB or (CPU_CACHE_GB * GB if self.hw.shared else free)
         slots = max(0, min(wanted, int(budget // sequence)))
-        gpu["KV cache"] = float(slots * sequence)
+        whole = rollout.weights == "resident" and rollout.kv_cache_gb  # kept, so taken at once
+        gpu["KV cache"] = float(budget if whole else slots * sequence)
         apart = bool(shape.adapted) and not self._merges
         seconds = plan_time.generate_seconds(
             shape, actor.zero, work, self.hw, self.tp, slots or wanted, dequantises=apart
@@ -251,11 +267,9 @@ class _Planner:
         if phase is Phase.REWARDS and role.part.section.batch_size:
             most = role.part.section.batch_size
             tokens = _forward_tokens(work.rows, work.length, most, ppo.score_tokens)
-        gpu = self._resident(phase)
+        gpu = self._resident(phase) | {"cuBLAS workspaces": self._workspaces()}
         if role.streamed:
             gpu["streamed weights"] = model.streamed_weights(role.shape, zero)
-            if not self.hw.shared:
-                gpu["cuBLAS workspaces"] = WORKSPACE * _pieces(work.rows, work.length, tokens)
             gpu["paused forwards"] = model.paused_forwards(role.shape, zero, work.tokens)
         else:
             gpu["gathered weights"] = model.live_weights(role.shape, zero, self.hw.world)

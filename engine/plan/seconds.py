@@ -13,6 +13,7 @@ from gearshift.engine.gearbox.quantised import BYTES
 from gearshift.engine.models.shapes import Shape
 from gearshift.engine.plan.bytes import Zero, state_elements
 from gearshift.engine.plan.hardware import Hardware
+from gearshift.engine.zero.residence import Sleep, take_turns
 
 SCORE_SHARE = 0.56
 TRAIN_SHARE = 0.53
@@ -135,11 +136,12 @@ def generate_seconds(
     return shift + prefill + steps * step
 
 
-def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, str], hw: Hardware) -> float:
+def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, Sleep], hw: Hardware) -> float:
     """Sleeping states on their way in one step, both directions at once.
 
-    sizes: bytes of each trained role's optimizer. With `exchange` the two pass one another twice;
-    with `always` each comes alone, and one leaves while the next comes.
+    sizes: bytes of each trained role's optimizer. With `exchange` of both they pass one another
+    once, with that of one role twice; with `always` each comes alone, and one leaves while the next
+    comes.
     """
     rate = hw.gpu.host * LINK_SHARE
     moving = {role: size for role, size in sizes.items() if sleeps[role] in ("exchange", "always")}
@@ -148,7 +150,7 @@ def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, str], hw: Hardwar
     most = max(moving.values(), default=0.0)
     if "always" in sleeps.values():
         return (sum(moving.values()) + most) / rate
-    return 2 * most / rate
+    return (1 if take_turns(sleeps) else 2) * most / rate
 
 
 def useful_flops(shape: Shape, work: Work, *, scored: int, trained: bool) -> float:

@@ -28,14 +28,14 @@ class Where:
     gradients: Place
 
 
-def _part(role: str, phase: Phase) -> Part:
+def _part(role: str, phase: Phase, last: str) -> Part:
     """What a phase makes a role do: train; give way to the other one's training; or neither, in
     which case the role that trained last stays and the other waits."""
     if role in phase.trains:
         return "train"
     if phase.trains:
         return "give_way"
-    return "stay" if role == "critic" else "wait"
+    return "stay" if role == last else "wait"
 
 
 _HERE, _NO_BUFFERS = Where("device", "device"), Where("device", "freed")
@@ -53,9 +53,16 @@ GEARS: dict[Sleep, dict[Part, Where]] = {
 }
 
 
-def where(phase: Phase, sleeps: Mapping[str, Sleep]) -> dict[str, Where]:
-    """The row of a phase. sleeps: of the trained roles; a role without company always stays."""
-    parts = {role: _part(role, phase) for role in sleeps}
+def take_turns(sleeps: Mapping[str, Sleep]) -> bool:
+    """Whether the role that trained last trains first in the next step: its states are there, so
+    the two pass one another once a step, not twice. Their updates do not depend on each other."""
+    return len(sleeps) == 2 and set(sleeps.values()) == {"exchange"}
+
+
+def where(phase: Phase, sleeps: Mapping[str, Sleep], last: str = "critic") -> dict[str, Where]:
+    """The row of a phase. sleeps: of the trained roles; a role without company always stays. last:
+    the one that trained last."""
+    parts = {role: _part(role, phase, last) for role in sleeps}
     if len(parts) == 1 and "train" not in parts.values():
         parts = dict.fromkeys(parts, "stay")
     return {role: GEARS[sleeps[role]][part] for role, part in parts.items()}
@@ -86,8 +93,14 @@ class Residence:
         self.sleepers, self.joint = dict(sleepers), joint
         self.sleeps = {name: sleeper.sleep for name, sleeper in sleepers.items()}
         self.exchange: Exchange | None = None
+        self._last = "critic"
         for side, sleeper in enumerate(self.sleepers.values()):
             sleeper.side = side
+
+    def order(self, steps_done: int) -> list[str]:
+        """Who trains first in a step, and who then."""
+        turned = take_turns(self.sleeps) and steps_done % 2
+        return ["critic", "actor"] if turned else ["actor", "critic"]
 
     def enter(self, phase: Phase) -> int:
         """Moves what the phase wants elsewhere; returns the bytes moved, both ways together.
@@ -95,7 +108,9 @@ class Residence:
         Safe to repeat: after a fault on the way, what had moved is where it should be and the rest
         where it was.
         """
-        row = where(phase.of_run(joint=self.joint), self.sleeps)
+        row = where(phase.of_run(joint=self.joint), self.sleeps, self._last)
+        if take_turns(self.sleeps) and len(phase.trains) == 1:
+            (self._last,) = phase.trains
         for role, place in row.items():
             if place.gradients == "freed":
                 self.sleepers[role].free_gradients()

@@ -42,6 +42,7 @@ from gearshift.engine.plan import planner as memory
 from gearshift.engine.plan.hardware import GPUS, Hardware
 from gearshift.engine.ppo import PPOTrainer
 from gearshift.engine.rollout.engine import RolloutEngine
+from gearshift.engine.zero.residence import take_turns
 
 PROMPT = RESPONSE = 8
 ROWS = 8  # of a step, over all ranks
@@ -108,14 +109,17 @@ def watching(seen: dict[str, int]):
 
 
 def measure(config: Config) -> tuple[dict[str, int], dict[str, float]]:
-    """(bytes by phase of the second step, that step's figures)."""
+    """(bytes by phase of the second step, that step's figures); of the third where the roles take
+    turns, before which the actor, whose states are the larger, trained last."""
     before = live_bytes()
     roles = assemble.build(assemble.draw_up(config), 10, None)
     trainer = PPOTrainer(config, roles)
-    trainer.step(prompts(0))
+    earlier = 2 if take_turns(trainer.residence.sleeps) else 1
+    for step in range(earlier):
+        trainer.step(prompts(step))
     seen: dict[str, int] = {}
     with watching(seen):
-        figures, _ = trainer.step(prompts(1))
+        figures, _ = trainer.step(prompts(earlier))
     for role in (roles.actor, roles.critic):
         role.engine.destroy()
     return {name: size - before for name, size in seen.items()}, figures

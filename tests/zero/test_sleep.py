@@ -88,6 +88,41 @@ def test_host_memory_holds_one_role_where_they_exchange():
     assert residence.host_bytes({"actor": "exchange"}, {"actor": [100]}, joint=False) == 0
 
 
+def test_who_trained_last_trains_first(tmp_path):
+    """Where both exchange: their states pass one another once a step, and the numbers are those of
+    a run in which all is resident."""
+    models, found = tiny_run.write_models(tmp_path / "models"), {}
+    for how in ("exchange", "never"):
+        with tiny_run.alone():
+            trainer = tiny_run.trainer(ranks_sleep.settings(models, "zero3", {}, how))
+            moved, order = [], []
+            trainer.residence.enter = watched(trainer.residence, moved, order)
+            figures = [trainer.step(tiny_run.prompts(trainer.ppo, step))[0] for step in range(3)]
+        kept = ("loss/policy_avg", "loss/value_avg", "actor/grad_norm", "critic/grad_norm")
+        found[how] = [[step[name] for name in kept] for step in figures]
+        if how == "exchange":
+            assert order == ["update_actor", "update_critic", "update_critic", "update_actor"] + [
+                "update_actor",
+                "update_critic",
+            ]
+            # The first step makes the moments; of each later one half the phases move nothing.
+            assert [bool(size) for size in moved[2:]] == [False, True, False, True]
+    assert found["exchange"] == found["never"]
+
+
+def watched(place, moved, order):
+    enter = place.enter
+
+    def entering(phase):
+        size = enter(phase)
+        if phase.trains:
+            moved.append(size)
+            order.append(str(phase))
+        return size
+
+    return entering
+
+
 def table(sleeps):
     """Of a run that trains its roles in turn, as docs/memory.md has it."""
     head = [f"{role} {what}" for role in sleeps for what in ("optimizer", "gradients")]
