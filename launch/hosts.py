@@ -45,12 +45,9 @@ def read(hostfile: str) -> dict[str, int]:
 
 
 def exports() -> dict[str, str]:
-    """What ranks of other hosts are given: of this environment, and of DeepSpeed's own files."""
+    """What ranks of other hosts are given of this environment."""
     passed = {key: value for key, value in os.environ.items() if key.startswith(EXPORTS)}
-    passed = {key: value for key, value in passed.items() if value and not _SECRET.search(key)}
-    for path in environment_files():
-        passed |= variables(path)
-    return passed
+    return {key: value for key, value in passed.items() if value and not _SECRET.search(key)}
 
 
 def environment_files() -> list[Path]:

@@ -7,6 +7,7 @@ process reads the pieces of all ranks. `--dtype bfloat16` rounds them as trainin
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,10 @@ def unpartitioned(part: Part, seed: int) -> tuple[nn.Module, nn.Module]:
     """A role's model in float32, as it was before training, and what its engine calls it in."""
     own, fresh = part.lora, part.fresh_head
     swap = partial(own.swap, trained_in=dtype_of(part.settings)) if own else None
+    # It trains no more: flash-attn would refuse float32.
+    source = replace(part.source, attn="auto", gradient_checkpointing=None)
     with part.errors():
-        model = load_model(part.source, part.kind, UNPARTITIONED, fresh_head=fresh, swap=swap)
+        model = load_model(source, part.kind, UNPARTITIONED, fresh_head=fresh, swap=swap)
         if own:
             lora.adapt(model, own, UNPARTITIONED, seed)
     return model, Policy(model) if part.kind == "policy" else ValueModel(model)

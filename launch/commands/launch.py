@@ -113,7 +113,10 @@ class Attempt:
         passed = machines.exports() | own
         for key, value in passed.items():
             refuse_if(re.search(r'["$`\\\n]', value), key, "ssh cannot pass it", value=repr(value))
+        for path in machines.environment_files():
+            passed |= machines.variables(path)  # as they are: DeepSpeed's users know its rules
         lines = "".join(f"{key}={value}\n" for key, value in passed.items())
+        (self.logs / "environment").touch(mode=0o600)  # they may be secrets
         (self.logs / "environment").write_text(lines)
         address, port = machines.meeting_point(next(iter(self.hosts)))
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_ssh_check"]
@@ -155,6 +158,7 @@ class Attempt:
 
     def end(self) -> list[str]:
         """Leaves every host empty of this launch; returns those that do not answer."""
+        (self.logs / "environment").unlink(missing_ok=True)
         self.stop.unlink(missing_ok=True)
         return machines.end(self.hosts, self.name) if self.hosts else []
 

@@ -42,7 +42,8 @@ def _folder(config: Config, parts: list[Part]) -> Iterator[Finding]:
         yield Finding("run folder", "bad", f"{place} is not writable", fix)
         return
     bytes_each = sum(
-        shape_of(part.hf_config, part.kind).total * saved_bytes(part.section.optimizer)
+        shape_of(part.hf_config, part.kind, part.lora, still=part.still).updated
+        * saved_bytes(part.section.optimizer)
         for part in parts
         if part.trained
     )

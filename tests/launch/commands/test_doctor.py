@@ -140,6 +140,16 @@ def test_a_disk_too_small_for_the_checkpoints(job, capsys, monkeypatch):
     assert "lower run.keep_checkpoints" in seen["run folder"]["fix"]
 
 
+def test_checkpoints_of_adapters_are_small(job, capsys, monkeypatch):
+    """12 bytes of what trains, four times."""
+    free = Usage(2 << 30, 0, 4 * 12 * 9_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    adapters = ("--actor.lora.r", "2", "--critic.lora.r", "2")
+    for more, level in (((), "bad"), (adapters, "ok")):
+        _, seen = findings(capsys, "--config", job, *more)
+        assert seen["run folder"]["level"] == level
+
+
 def test_a_run_folder_below_a_file(job, capsys):
     place = job.parent / "prompts.jsonl" / "run"
     status, seen = findings(capsys, "--config", job, "--run.dir", place)

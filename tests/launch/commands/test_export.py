@@ -1,9 +1,12 @@
 """`gearshift export`: a checkpoint as Hugging Face directories, in one process."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from gearshift.engine.checkpoint import store
 from gearshift.launch import cli, train
 from tests.tiny import job as tiny_job
 
@@ -36,6 +39,25 @@ def test_a_checkpoint_is_what_the_run_exports(tmp_path, capsys, zero):
         low = [torch.equal(v, v.bfloat16().float()) for v in exact.state_dict().values()]
         assert not all(low), "more than bfloat16 holds"
         assert AutoTokenizer.from_pretrained(out / role)("w5")["input_ids"] == [5]
+
+
+def test_a_run_with_flash_attention_is_exported_without(tmp_path, capsys):
+    """Which takes no float32, and is not installed on every machine."""
+    path = tiny_job.write(tmp_path, actor={"deepspeed": "actor_zero3_bf16.json"})
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_job.alone(patch)
+        assert train.main(["--config", str(path), "--run.export", "false"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["about"]["config"]["actor"]["attn"] = "flash_attention_2"
+    written = store.write_json(checkpoint / "new.json", state)
+    (checkpoint / "new.json").rename(checkpoint / "state.json")
+    manifest = json.loads((checkpoint / store.MANIFEST).read_text())
+    manifest["files"]["state.json"] = written
+    manifest.pop("sha256")
+    (checkpoint / store.MANIFEST).write_text(json.dumps(store.seal(manifest)))
+    assert cli.main(["export", str(checkpoint), "--out", str(tmp_path / "out")]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "actor")
 
 
 def test_what_is_no_checkpoint(tmp_path, capsys):

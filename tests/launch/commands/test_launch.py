@@ -104,12 +104,14 @@ def test_what_ranks_get_of_the_environment(tmp_path, monkeypatch):
     assert attempt.job[-3:] == [str(tiny_job.TRAIN), "--config", "a.yaml"]
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    for folder, text in (("home", "MY_PATH=/a\nNCCL_DEBUG=INFO\n"), (".", "MY_PATH=/b=c\n")):
+    for folder, text in (("home", "MY_TOKEN=/a\nNCCL_DEBUG=INFO\n"), (".", "MY_TOKEN=/b=$c\n")):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / ".deepspeed_env").write_text(text)
     attempt = launch.Attempt(hosts, 0, [], tmp_path / "three", launch.demo.Request())
     lines = (attempt.logs / "environment").read_text().splitlines()
-    assert {"MY_PATH=/b=c", "NCCL_DEBUG=INFO"} <= set(lines)  # DeepSpeed's own files prevail
+    assert {"MY_TOKEN=/b=$c", "NCCL_DEBUG=INFO"} <= set(lines)  # DeepSpeed's own files prevail
+    assert (attempt.logs / "environment").stat().st_mode & 0o77 == 0
+    assert "MY_TOKEN" not in launch.machines.exports()  # nor is it on a command line of ours
     (tmp_path / ".deepspeed_env").write_text("A=1\nexport B=2\n")
     with pytest.raises(ValueError, match="line 2 'export B=2': deepspeed cannot read it"):
         launch.Attempt(hosts, 0, [], tmp_path / "four", launch.demo.Request())
