@@ -6,7 +6,8 @@ Backward only multiplies by the upstream factor, and returns the gradients as au
 tied weights, accumulation and ZeRO's hooks see an ordinary op.
 
 Memory besides the inputs: the chunk's buffers (max_logits_bytes), the gradient of hidden, and that
-of the weight (fp32 while several chunks are summed, then the weight's dtype).
+of the weight (fp32 while several chunks are summed, then the weight's dtype). Where the gradients
+of all logits in 16 bits fit into the same memory they are kept, and the weight's is one product.
 """
 
 from typing import NamedTuple
@@ -74,9 +75,14 @@ def _forward(hidden, token_ids, head, rows, wanted):
     zeros = torch.zeros(3, len(hidden), dtype=torch.float32, device=hidden.device)
     clipped = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     results = RowResults(zeros[0], zeros[1], zeros[2], clipped)
-    chunks = head.chunks(len(live))
-    gradients = HeadGradients(head, hidden, wanted, len(chunks)) if any(wanted) else None
-    for part, index in _passes(hidden, token_ids, head, rows, live, chunks, gradients):
+    kept, gradients = None, None
+    beside = head.beside(len(live)) if wanted[1] else 0
+    chunks = head.chunks(len(live), beside)
+    if any(wanted):
+        at_once = bool(beside) or len(chunks) <= 1
+        gradients = HeadGradients(head, hidden, wanted, at_once=at_once)
+        kept = head.buffer(len(live), head.gemm_dtype) if beside else None
+    for part, index in _passes(hidden, token_ids, head, rows, live, chunks, gradients, kept):
         for whole, piece in zip(results, part, strict=True):
             whole[index] = piece
     logprobs, entropy, loss, clipped = results
@@ -84,13 +90,16 @@ def _forward(hidden, token_ids, head, rows, wanted):
     return PolicyLoss(loss.sum(), logprobs, entropy, clipped), formed
 
 
-def _passes(hidden, token_ids, head, rows, live, chunks, gradients):
-    """Yields (RowResults, index of its rows) per chunk, having added its part of the gradients."""
+def _passes(hidden, token_ids, head, rows, live, chunks, gradients, kept):
+    """Yields (RowResults, index of its rows) per chunk, having added its part of the gradients.
+
+    kept: None, or where the gradients of all logits [live, V] stay, to be used at the end.
+    """
     if not chunks:
         return
     logits = head.buffer(chunks[0].stop, torch.float32)
-    out = None
-    if gradients is not None and head.backend == "triton":
+    out, formed = None, []
+    if gradients is not None and head.backend == "triton" and kept is None:
         in_place = head.gemm_dtype == torch.float32
         out = logits if in_place else head.buffer(len(logits), head.gemm_dtype)
     for chunk in chunks:
@@ -102,10 +111,19 @@ def _passes(hidden, token_ids, head, rows, live, chunks, gradients):
         if head.backend == "torch":
             part, gradient = finish_torch_(z, *taken, head, gradient=gradients is not None)
         else:
-            part, gradient = _finish_triton(x, z, *taken, head, out)
-        if gradient is not None:
+            part, gradient = _finish_triton(
+                x, z, *taken, head, out if kept is None else kept[chunk]
+            )
+        if kept is not None:
+            formed.append(gradient)
+        elif gradient is not None:
             gradients.add(index, x, gradient)
         yield part, index
+    if kept is not None:
+        del logits, z
+        scale, counts = torch.cat([part.scale for part in formed]), [part.live for part in formed]
+        count = None if None in counts else sum(counts)
+        gradients.add(live, head.operand(hidden[live]), LogitGradient(kept, scale, count))
 
 
 def _finish_triton(x, z, token_ids, rows, head, out) -> tuple[RowResults, LogitGradient | None]:

@@ -106,12 +106,27 @@ class Head:
     def _row_stride(self) -> int:
         return math.ceil(len(self.weight) / ALIGNMENT) * ALIGNMENT
 
-    def chunks(self, rows: int) -> list[slice]:
-        """Chunks as few and as equal as the budget and the GEMMs' tiles allow."""
+    def beside(self, rows: int) -> int:
+        """Rows of logits of a chunk where E of all `rows` is kept for one product of each gradient;
+        0 where that gains nothing, or does not fit into the budget and the fp32 sum of dweight that
+        it spares."""
+        size = self.gemm_dtype.itemsize
+        if self.backend != "triton" or size == 4 or rows <= self.chunk_rows:
+            return 0
+        room = self.max_logits_bytes + 4 * self.weight.numel() - rows * size * self._row_stride
+        # First logits are beside E, then, without them, dweight.
+        fitting = int(room // (4 * self._row_stride))
+        enough = 2 * fitting >= self.chunk_rows and room >= size * self.weight.numel()
+        return fitting if enough else 0
+
+    def chunks(self, rows: int, most: int | None = None) -> list[slice]:
+        """Chunks as few and as equal as the budget and the GEMMs' tiles allow. most: rows of one,
+        where not the budget's."""
         if rows == 0:
             return []
-        tile = TILE_ROWS if self.backend == "triton" and self.chunk_rows >= TILE_ROWS else 1
-        count = math.ceil(rows / (self.chunk_rows // tile * tile))
+        most = most or self.chunk_rows
+        tile = TILE_ROWS if self.backend == "triton" and most >= TILE_ROWS else 1
+        count = math.ceil(rows / (most // tile * tile))
         step = rows if count == 1 else math.ceil(rows / count / tile) * tile
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -160,15 +175,17 @@ def fp32_logits(
 class HeadGradients:
     """Gradients of hidden, weight and bias, formed chunk by chunk; None for those not wanted.
 
-    The weight's is accumulated in fp32 and rounded once; with a single chunk the GEMM writes it in
-    the weight's own dtype, from its fp32 accumulator.
+    The weight's is accumulated in fp32 and rounded once; where all is added `at_once` the GEMM
+    writes it in the weight's own dtype, from its fp32 accumulator.
     """
 
-    def __init__(self, head: Head, hidden: torch.Tensor, wanted: tuple[bool, ...], chunks: int):
+    def __init__(
+        self, head: Head, hidden: torch.Tensor, wanted: tuple[bool, ...], *, at_once: bool
+    ):
         self.head = head
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        dtype = head.gemm_dtype if chunks <= 1 else torch.float32
-        self.weight = torch.empty_like(head.weight, dtype=dtype) if wanted[1] else None
+        self._dtype = head.gemm_dtype if at_once else torch.float32
+        self._wants_weight, self.weight = wanted[1], None  # made by the first part
         self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if wanted[2] else None
         self._started = False
 
@@ -181,7 +198,9 @@ class HeadGradients:
             return
         if self.hidden is not None:
             self.hidden[index] = self._hidden_rows(matrix, scale).to(self.hidden.dtype)
-        if self.weight is not None:
+        if self._wants_weight:
+            if self.weight is None:
+                self.weight = torch.empty_like(self.head.weight, dtype=self._dtype)
             scaled = (x * scale[:, None]).to(x.dtype)
             _mm(matrix.t(), scaled, self.weight, accumulate=self._started)
         if self.bias is not None:
@@ -199,9 +218,9 @@ class HeadGradients:
 
     def finish(self) -> tuple[torch.Tensor | None, ...]:
         """The three gradients in their tensors' dtypes; zeros where no row had any."""
-        if self.weight is not None and not self._started:
-            self.weight.zero_()
         weight, self.weight, bias = self.weight, None, self.head.bias
+        if weight is None and self._wants_weight:
+            weight = torch.zeros_like(self.head.weight)
         return (
             self.hidden,
             None if weight is None else weight.to(self.head.weight.dtype),

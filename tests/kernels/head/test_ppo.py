@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gearshift.kernels import dispatch, ops
+from gearshift.kernels.head import projection
 from gearshift.kernels.head.policy import Objective, PolicyRows
 from gearshift.kernels.head.ppo import linear_ppo_reference
 from gearshift.kernels.head.projection import Head, move_live_rows_up_
@@ -326,6 +327,27 @@ def test_chunks_and_compaction_change_only_rounding(backend, objective, monkeypa
     _, uncompacted = problem.run(backend=backend, **objective)
     for a, b in zip(uncompacted, gradients, strict=True):
         assert relative(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("objective", [{}, {"entropy_coef": 0.1}, {"policy_loss": "gspo"}])
+def test_one_product_of_all_chunks_changes_only_rounding(objective, monkeypatch):
+    """As where 16-bit gradients of all logits fit: here in float32, in which the interpreter is
+    exact."""
+    problem = Problem.random(33, 1003)
+    if "policy_loss" in objective:
+        objective |= {"sequence_lengths": [20, 13]}
+    expected, gradients = problem.run(backend="torch", **objective)
+    added, add = [], projection.HeadGradients.add
+    monkeypatch.setattr(projection.Head, "beside", lambda head, rows: 9)
+    monkeypatch.setattr(
+        projection.HeadGradients, "add", lambda *given: added.append(len(given[1])) or add(*given)
+    )
+    result, same = problem.run(backend="triton", **objective)
+    assert len(added) == 1 and added[0] > 9, "once, though no chunk has more than nine rows"
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(result.clipped, expected.clipped)
+    for a, b in zip(same, gradients, strict=True):
+        assert relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("head", [{}, {"logit_softcap": 3.0, "temperature": 0.8}])

@@ -20,6 +20,24 @@ def test_chunks_are_equal_and_within_the_budget():
     assert head.chunks(50) == [slice(0, 50)]
 
 
+def test_gradients_of_all_logits_are_kept_where_they_fit(monkeypatch):
+    """The head of a 7B model at 2 GiB, in bytes alone: [V, H] of 152064 x 3584 in bf16."""
+    weight = torch.empty(152064, 3584, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(Head, "gemm_dtype", torch.bfloat16)  # as on a GPU
+    head = Head(weight, None, LogitMap(1.0), "triton", 2 << 30)
+    row, whole = 152064, weight.numel()
+    assert head.chunk_rows == 2353 and head.beside(2353) == 0  # one chunk
+    for rows in (5461, 8192, 10_500):
+        beside = head.beside(rows)
+        assert 1176 < beside
+        assert 4 * row * beside + 2 * row * rows <= (2 << 30) + 4 * whole  # with logits
+        assert 2 * row * rows + 2 * whole <= (2 << 30) + 4 * whole  # with dweight
+        assert sum(c.stop - c.start for c in head.chunks(rows, beside)) == rows
+        assert max(c.stop - c.start for c in head.chunks(rows, beside)) <= beside
+    assert head.beside(14_000) == 0
+    assert dataclasses.replace(head, backend="torch").beside(8192) == 0
+
+
 def test_chunks_of_a_gpu_are_whole_tiles():
     weight = torch.zeros(128, 8)
     rows = 128 * 4  # bytes of one
