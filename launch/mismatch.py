@@ -168,7 +168,7 @@ def trained(
     predicts = (before >= torch.tensor(starts)[:, None]) & (before < lengths[:, None])
     index = places[predicts.to(device)]
     with captured(model) as outputs:
-        hidden = hidden_states(model, reading)[index]
+        hidden = hidden_states(model, reading, index)
     layers = {name: parts[0][index.cpu()] for name, parts in outputs.items()}
     return Gear(
         layers=layers, logprobs=head_logprobs(model, hidden, _targets(rows, starts, device))

@@ -95,6 +95,30 @@ def adopt(module: nn.Module) -> None:
     """The module reads rows end to end from now on. It must not be `unpackable`."""
     for config in _configs(module):
         config._attn_implementation_internal = NAME
+    layers = getattr(trunk(module), "layers", None)
+    last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    mlp = getattr(last, "mlp", None)
+    known = isinstance(mlp, nn.Module) and not hasattr(mlp, "experts")
+    if known and _select not in mlp._forward_pre_hooks.values():  # a base may be shared
+        mlp.register_forward_pre_hook(_select)
+        mlp.register_forward_hook(_spread)
+
+
+def _select(mlp: nn.Module, inputs: tuple) -> tuple | None:
+    """The last layer's MLP computes the tokens alone that somebody reads: the prompts' are not."""
+    sequences = _current.get()
+    if sequences is None or sequences.read is None or len(inputs) != 1:
+        return None
+    return (inputs[0].flatten(0, -2).index_select(0, sequences.read)[None],)
+
+
+def _spread(mlp: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    """Its results, at the places of their tokens; 0 for the others."""
+    sequences = _current.get()
+    if sequences is None or sequences.read is None or len(inputs) != 1:
+        return None
+    whole = output.new_zeros(sum(sequences.lengths), output.shape[-1])
+    return whole.index_copy(0, sequences.read, output[0])[None]
 
 
 def packs(module: nn.Module) -> bool:

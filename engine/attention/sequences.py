@@ -77,6 +77,9 @@ class Sequences:
     spans: list[Span]
     packed: Packed | None  # where a variable-length kernel may run
     lengths: tuple[int, ...] = ()  # of whole sequences; empty where spans are chunks
+    read: Tensor | None = (
+        None  # [places] int64 of tokens whose last hidden state is used; None: all
+    )
     device: torch.device = CPU
 
     @classmethod

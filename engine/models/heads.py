@@ -64,7 +64,7 @@ class Policy(nn.Module):
 
     def forward(self, reading: Reading, before: Tensor, head: Callable) -> Any:
         """before [N] int64: places in the reading whose next token the head is to predict."""
-        rows = hidden_states(self.lm, reading)[before]
+        rows = hidden_states(self.lm, reading, before)
         output = self.lm.get_output_embeddings()
         bias = getattr(output, "bias", None)
         with gathered(output.weight, bias):
@@ -90,7 +90,7 @@ class ValueModel(nn.Module):
 
     def forward(self, reading: Reading, places: Tensor) -> Tensor:
         """[N] float32: the value after the tokens at `places` [N] int64 of the reading."""
-        hidden = hidden_states(self.model, reading)[places]
+        hidden = hidden_states(self.model, reading, places)
         return self.model.score(hidden)[:, 0].float()
 
 
@@ -189,7 +189,7 @@ def _alike(engine: Any) -> bool:
     together = _alone(engine, lambda: _beside_another(model, others))[:last]
     with packed.padded(model):
         reading, places = lay_out(ids, torch.ones_like(ids, dtype=torch.bool), packs=False)
-        alone = _alone(engine, lambda: hidden_states(model, reading)[places[0]])[:last]
+        alone = _alone(engine, lambda: hidden_states(model, reading, places[0]))[:last]
     error = (together - alone).abs().amax(1) / alone.abs().max()
     excess = trial.excess(error, alone.dtype, has_experts(model.config.get_text_config()))
     return bool(distributed.global_max(excess) <= 0)
@@ -219,7 +219,7 @@ def _beside_another(model: nn.Module, ids: Tensor) -> Tensor:
         rows, mask = torch.cat([ids, ids.flip(1)], 1), torch.cat([live, ~live], 1)
         rows, mask = torch.cat([rows.flip(1), rows]), torch.cat([torch.ones_like(mask), mask])
     reading, places = lay_out(rows, mask, packs=packs)
-    return hidden_states(model, reading)[places[-1, : ids.shape[1]]]
+    return hidden_states(model, reading, places[-1, : ids.shape[1]])
 
 
 def _pad(model: nn.Module) -> None:

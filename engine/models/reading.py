@@ -4,7 +4,7 @@ B rows, T columns of prompt and response, H hidden size. Whoever makes a reading
 of every live token in what the trunk returns, so that nobody else knows how the rows were laid out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,19 @@ def lay_out_rollout(rollout: Rollout, *, packs: bool) -> tuple[Reading, Tensor, 
     return reading, before, ends.gather(1, rollout.lengths[:, None] - 1)[:, 0]
 
 
-def hidden_states(model: nn.Module, reading: Reading) -> Tensor:
-    """[tokens, H] of the trunk, without its head."""
+def hidden_states(model: nn.Module, reading: Reading, places: Tensor) -> Tensor:
+    """[places, H] of the trunk, without its head, at `places` [int64] of the reading's tokens."""
     trunk = packed.trunk(model)
-    mask = reading.attention_mask
+    mask, sequences = reading.attention_mask, reading.sequences
+    if sequences is not None:
+        sequences = replace(sequences, read=places)
     told = packed.accepts(trunk, "position_ids")
     positions = {"position_ids": reading.position_ids} if told else {}
-    with packed.reading(reading.sequences):
+    with packed.reading(sequences):
         output = trunk(
             input_ids=reading.input_ids,
             attention_mask=None if mask is None else mask.long(),  # some subtract it
             use_cache=False,
             **positions,
         )
-    return output.last_hidden_state.flatten(0, 1)
+    return output.last_hidden_state.flatten(0, 1)[places]

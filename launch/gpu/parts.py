@@ -176,7 +176,7 @@ def _gradients(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, t
     from gearshift.engine.models.reading import hidden_states, lay_out
 
     reading, places = lay_out(ids, mask, packs=packed.packs(model))
-    hidden_states(model, reading)[places[mask]].float().pow(2).mean().backward()
+    hidden_states(model, reading, places[mask]).float().pow(2).mean().backward()
     return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 

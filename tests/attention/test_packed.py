@@ -113,7 +113,7 @@ def ragged_rows(vocabulary: int = 64):
 def live_states(model, ids, mask):
     """[live tokens, H] in the order of the rows, padded or packed as the model is."""
     reading, places = lay_out(ids, mask, packs=packed.packs(model))
-    return hidden_states(model, reading)[places[mask]]
+    return hidden_states(model, reading, places[mask])
 
 
 def backward(hidden) -> None:
@@ -165,6 +165,39 @@ def test_packed_rows_are_read_as_padded_ones(family):
     model = from_config(family)
     assert packed.unpackable(model) is None
     check_same(model, 64)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "computed again"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_mlp_computes_what_is_read(family, again):
+    """A third of the tokens: states and gradients are those of all computed."""
+    model = from_config(family)
+    packed.adopt(model)
+    if again:
+        settings = {"use_reentrant": False, "context_fn": packed.recompute_contexts}
+        model.gradient_checkpointing_enable(settings)
+        model.train()
+    ids, mask = ragged_rows()
+    reading, places = lay_out(ids, mask, packs=True)
+    every, some = places[mask], places[mask][::3]
+    found, rows = [], []
+    mlp = getattr(packed.trunk(model).layers[-1], "mlp", None)
+    if mlp is not None and not hasattr(mlp, "experts"):
+        linear = next(part for part in mlp.modules() if isinstance(part, nn.Linear))
+        linear.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
+    for wanted in (every, some):
+        model.zero_grad(set_to_none=True)
+        hidden = hidden_states(model, reading, wanted)
+        hidden = hidden[::3] if wanted is every else hidden
+        backward(hidden)
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((hidden.detach(), grads))
+    (hidden, expected), (same, gradients) = found
+    assert (same - hidden).abs().max() <= HIDDEN * hidden.abs().max()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= GRADIENT * gradient.norm(), name
+    assert rows in ([], [len(every)] * (1 + again) + [len(some)] * (1 + again))
+    assert bool(rows) == (family not in ("qwen3_moe", "gpt_oss", "deepseek_v3"))
 
 
 @pytest.mark.parametrize("family", tiny_rollout.FAMILIES)

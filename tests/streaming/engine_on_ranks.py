@@ -55,7 +55,7 @@ def inputs(role: str, count: int, *, packs: bool) -> list[tuple]:
     draw = torch.Generator().manual_seed(7 + distributed.rank())
     found = []
     for i in range(count):
-        ids = torch.randint(3, 32, (2, 5 + i), generator=draw)
+        ids = torch.randint(3, 32, (2, 6 + i), generator=draw)
         mask = torch.ones_like(ids, dtype=torch.bool)
         if role == "policy":
             mask[0, :2] = False  # left padding
