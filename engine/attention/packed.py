@@ -17,6 +17,7 @@ from gearshift.kernels.paged_attention import Rules
 
 NAME = "gearshift_packed"
 LAYER_TYPES = ("full_attention", "sliding_attention")
+OUTER = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")  # the last product of a plain MLP
 
 # Of a thread: streamed forwards of several rows take turns (streaming/lockstep.py).
 _current: ContextVar[Sequences | None] = ContextVar("sequences", default=None)
@@ -97,9 +98,9 @@ def adopt(module: nn.Module) -> None:
         config._attn_implementation_internal = NAME
     layers = getattr(trunk(module), "layers", None)
     last = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
-    mlp = getattr(last, "mlp", None)
-    known = isinstance(mlp, nn.Module) and not hasattr(mlp, "experts")
-    if known and _select not in mlp._forward_pre_hooks.values():  # a base may be shared
+    mlp: Any = getattr(last, "mlp", None)
+    plain = any(hasattr(mlp, name) for name in OUTER) and not hasattr(mlp, "router")
+    if plain and _select not in mlp._forward_pre_hooks.values():  # a base may be shared
         mlp.register_forward_pre_hook(_select)
         mlp.register_forward_hook(_spread)
 

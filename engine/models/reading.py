@@ -62,7 +62,8 @@ def lay_out_rollout(rollout: Rollout, *, packs: bool) -> tuple[Reading, Tensor, 
 
 
 def hidden_states(model: nn.Module, reading: Reading, places: Tensor) -> Tensor:
-    """[places, H] of the trunk, without its head, at `places` [int64] of the reading's tokens."""
+    """[places, H] of the trunk, without its head, at `places` [int64] of the reading's tokens, each
+    named once."""
     trunk = packed.trunk(model)
     mask, sequences = reading.attention_mask, reading.sequences
     if sequences is not None:

@@ -117,7 +117,7 @@ class _Planner:
             most_tokens=self._most_tokens(),
             kv_slots=slots,
             kv_wanted=wanted,
-            swap_seconds=plan_time.swap_seconds(moving, self.sleeps, self.hw),
+            swap_seconds=plan_time.swap_seconds(moving, self.sleeps, self.hw, joint=self.joint),
             refuse_reason=self._refusal(phases, slots),
         )
 
@@ -144,7 +144,8 @@ class _Planner:
 
     def _states(self, phase: Phase) -> dict[str, float]:
         """Those of the larger role where they take turns: either may have trained last."""
-        lasts = ("critic", "actor") if residence.take_turns(self.sleeps) else ("critic",)
+        turns = residence.take_turns(self.sleeps, joint=self.joint)
+        lasts = ("critic", "actor") if turns else ("critic",)
         found = [self._states_after(phase, last) for last in lasts]
         return max(found, key=lambda states: sum(states.values()))
 

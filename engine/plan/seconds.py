@@ -136,7 +136,9 @@ def generate_seconds(
     return shift + prefill + steps * step
 
 
-def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, Sleep], hw: Hardware) -> float:
+def swap_seconds(
+    sizes: dict[str, float], sleeps: Mapping[str, Sleep], hw: Hardware, *, joint: bool
+) -> float:
     """Sleeping states on their way in one step, both directions at once.
 
     sizes: bytes of each trained role's optimizer. With `exchange` of both they pass one another
@@ -150,7 +152,7 @@ def swap_seconds(sizes: dict[str, float], sleeps: Mapping[str, Sleep], hw: Hardw
     most = max(moving.values(), default=0.0)
     if "always" in sleeps.values():
         return (sum(moving.values()) + most) / rate
-    return (1 if take_turns(sleeps) else 2) * most / rate
+    return (1 if take_turns(sleeps, joint=joint) else 2) * most / rate
 
 
 def useful_flops(shape: Shape, work: Work, *, scored: int, trained: bool) -> float:

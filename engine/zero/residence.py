@@ -53,10 +53,10 @@ GEARS: dict[Sleep, dict[Part, Where]] = {
 }
 
 
-def take_turns(sleeps: Mapping[str, Sleep]) -> bool:
-    """Whether the role that trained last trains first in the next step: its states are there, so
-    the two pass one another once a step, not twice. Their updates do not depend on each other."""
-    return len(sleeps) == 2 and set(sleeps.values()) == {"exchange"}
+def take_turns(sleeps: Mapping[str, Sleep], *, joint: bool) -> bool:
+    """Whether states pass one another once a step, not twice: the role that trained last, whose
+    states are there, trains first in the next step (Residence.order)."""
+    return not joint and len(sleeps) == 2 and set(sleeps.values()) == {"exchange"}
 
 
 def where(phase: Phase, sleeps: Mapping[str, Sleep], last: str = "critic") -> dict[str, Where]:
@@ -97,10 +97,11 @@ class Residence:
         for side, sleeper in enumerate(self.sleepers.values()):
             sleeper.side = side
 
-    def order(self, steps_done: int) -> list[str]:
-        """Who trains first in a step, and who then."""
-        turned = take_turns(self.sleeps) and steps_done % 2
-        return ["critic", "actor"] if turned else ["actor", "critic"]
+    @staticmethod
+    def order(steps_done: int) -> list[str]:
+        """Who trains first in a step, and who then: in turns, whatever sleeps, so that no number
+        depends on that. The updates do not depend on each other, only dropout on their order."""
+        return ["critic", "actor"] if steps_done % 2 else ["actor", "critic"]
 
     def enter(self, phase: Phase) -> int:
         """Moves what the phase wants elsewhere; returns the bytes moved, both ways together.
@@ -109,7 +110,7 @@ class Residence:
         where it was.
         """
         row = where(phase.of_run(joint=self.joint), self.sleeps, self._last)
-        if take_turns(self.sleeps) and len(phase.trains) == 1:
+        if take_turns(self.sleeps, joint=self.joint) and phase.trains:
             (self._last,) = phase.trains
         for role, place in row.items():
             if place.gradients == "freed":

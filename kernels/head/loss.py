@@ -98,7 +98,8 @@ def _passes(hidden, token_ids, head, rows, live, chunks, gradients, kept):
     if not chunks:
         return
     logits = head.buffer(chunks[0].stop, torch.float32)
-    out, formed = None, []
+    out = None
+    formed: list[LogitGradient] = []
     if gradients is not None and head.backend == "triton" and kept is None:
         in_place = head.gemm_dtype == torch.float32
         out = logits if in_place else head.buffer(len(logits), head.gemm_dtype)
@@ -114,15 +115,16 @@ def _passes(hidden, token_ids, head, rows, live, chunks, gradients, kept):
             part, gradient = _finish_triton(
                 x, z, *taken, head, out if kept is None else kept[chunk]
             )
-        if kept is not None:
+        if gradient is not None and kept is not None:
             formed.append(gradient)
         elif gradient is not None:
             gradients.add(index, x, gradient)
         yield part, index
     if kept is not None:
         del logits, z
-        scale, counts = torch.cat([part.scale for part in formed]), [part.live for part in formed]
-        count = None if None in counts else sum(counts)
+        scale = torch.cat([part.scale for part in formed])
+        counts = [part.live for part in formed if part.live is not None]
+        count = sum(counts) if len(counts) == len(formed) else None
         gradients.add(live, head.operand(hidden[live]), LogitGradient(kept, scale, count))
 
 

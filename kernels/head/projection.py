@@ -114,9 +114,10 @@ class Head:
         if self.backend != "triton" or size == 4 or rows <= self.chunk_rows:
             return 0
         room = self.max_logits_bytes + 4 * self.weight.numel() - rows * size * self._row_stride
-        # First logits are beside E, then, without them, dweight.
+        # First logits are beside E, then, without them, dweight and forms of hidden of 10 bytes.
         fitting = int(room // (4 * self._row_stride))
-        enough = 2 * fitting >= self.chunk_rows and room >= size * self.weight.numel()
+        last = size * self.weight.numel() + 10 * rows * self.weight.shape[1]
+        enough = 2 * fitting >= self.chunk_rows and room >= last
         return fitting if enough else 0
 
     def chunks(self, rows: int, most: int | None = None) -> list[slice]:

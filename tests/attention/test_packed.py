@@ -187,8 +187,14 @@ def test_the_last_mlp_computes_what_is_read(family, again):
         linear.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
     for wanted in (every, some):
         model.zero_grad(set_to_none=True)
-        hidden = hidden_states(model, reading, wanted)
-        hidden = hidden[::3] if wanted is every else hidden
+        if wanted is every:
+            with packed.reading(reading.sequences):
+                whole = packed.trunk(model)(
+                    input_ids=reading.input_ids, position_ids=reading.position_ids, use_cache=False
+                )
+            hidden = whole.last_hidden_state[0][some]
+        else:
+            hidden = hidden_states(model, reading, some)
         backward(hidden)
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         found.append((hidden.detach(), grads))

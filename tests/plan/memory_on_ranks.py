@@ -114,7 +114,7 @@ def measure(config: Config) -> tuple[dict[str, int], dict[str, float]]:
     before = live_bytes()
     roles = assemble.build(assemble.draw_up(config), 10, None)
     trainer = PPOTrainer(config, roles)
-    earlier = 2 if take_turns(trainer.residence.sleeps) else 1
+    earlier = 2 if take_turns(trainer.residence.sleeps, joint=False) else 1
     for step in range(earlier):
         trainer.step(prompts(step))
     seen: dict[str, int] = {}

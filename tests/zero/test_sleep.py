@@ -5,6 +5,7 @@ import functools
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from gearshift.engine.phase import Phase, phases
 from gearshift.engine.zero import residence, sleep
+from tests.tiny import models as tiny
 from tests.tiny import on_ranks
 from tests.tiny import run as tiny_run
 from tests.zero import sleep_on_ranks as ranks_sleep
@@ -108,6 +110,21 @@ def test_who_trained_last_trains_first(tmp_path):
             # The first step makes the moments; of each later one half the phases move nothing.
             assert [bool(size) for size in moved[2:]] == [False, True, False, True]
     assert found["exchange"] == found["never"]
+
+
+def test_joint_updates_take_no_turns(tmp_path):
+    """The critic's states are the larger: with tied weights it is the actor and a score head."""
+    models = tiny_run.write_models(tmp_path / "models")
+    config = ranks_sleep.settings(models, "zero3", {}, "exchange")
+    critic = tiny.save_reward(tmp_path / "larger", hidden_size=96)
+    config = tiny_run.with_critic(config, critic)
+    with tiny_run.alone():
+        trainer = tiny_run.trainer(replace(config, ppo=replace(config.ppo, update="joint")))
+        for step in range(2):
+            trainer.step(tiny_run.prompts(trainer.ppo, step))
+        trainer.residence.enter(Phase.GENERATE)
+        sleepers = trainer.residence.sleepers
+        assert sleepers["critic"].awake and not sleepers["actor"].awake
 
 
 def watched(place, moved, order):
