@@ -97,11 +97,11 @@ class Residence:
         for side, sleeper in enumerate(self.sleepers.values()):
             sleeper.side = side
 
-    @staticmethod
-    def order(steps_done: int) -> list[str]:
-        """Who trains first in a step, and who then: in turns, whatever sleeps, so that no number
-        depends on that. The updates do not depend on each other, only dropout on their order."""
-        return ["critic", "actor"] if steps_done % 2 else ["actor", "critic"]
+    def order(self, steps_done: int) -> list[str]:
+        """Who trains first in a step, and who then. The updates do not depend on each other; the
+        masks of adapters' dropout, which all draw from one generator, depend on their order."""
+        turned = take_turns(self.sleeps, joint=self.joint) and steps_done % 2
+        return ["critic", "actor"] if turned else ["actor", "critic"]
 
     def enter(self, phase: Phase) -> int:
         """Moves what the phase wants elsewhere; returns the bytes moved, both ways together.
