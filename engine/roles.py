@@ -60,7 +60,7 @@ class Trained:
     def __init__(self, module: nn.Module, config: TrainedConfig, ds_config: dict, steps: int):
         """steps: optimizer steps of the whole run, for the schedule."""
         optimizer = build_optimizer(module, config.optimizer, ds_config)
-        fetch_by_layer(module, ds_config, packed.trunk(module.model))
+        fetch_by_layer(module, ds_config, module.model, packed.trunk(module.model))
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=module,
             optimizer=optimizer,

@@ -7,24 +7,25 @@ import torch
 from torch import nn
 
 
-def fetch_by_layer(module: nn.Module, ds_config: dict, trunk: nn.Module | None = None) -> None:
+def fetch_by_layer(module: nn.Module, ds_config: dict, *trunks: nn.Module) -> None:
     """Tells DeepSpeed to gather whole layers; before deepspeed.initialize.
 
     By parameter its Python takes longer than a GPU's products: 28 layers, forward and backward at
     one CPU rank: 770 ms of its own without this, 370 with.
-    trunk: of a module that is trained, the part whose forward runs the layers, each once: a forward
-    raises ValueError where one runs again, as DeepSpeed would reduce its gradients too early.
+    trunks: of a module that is trained, the parts whose forward runs the layers, each once: its
+    trunk, and the model with its head, which may call what is inside the trunk (OPT). A forward
+    raises ValueError where a layer runs again, as DeepSpeed would reduce its gradients too early.
     """
     if ds_config["zero_optimization"]["stage"] != 3:
         return
     from deepspeed.utils import set_z3_leaf_module
 
     ran: set[nn.Module] = set()
-    if trunk is not None:
+    for trunk in trunks:
         trunk.register_forward_pre_hook(lambda *_: ran.clear())
     for layer in decoder_layers(module):
         set_z3_leaf_module(layer, True)
-        if trunk is not None:
+        if trunks:
             layer.register_forward_pre_hook(partial(_run_once, ran))
         layer.register_forward_pre_hook(_ask_for_gradient)
         layer.register_forward_hook(_as_tuple)

@@ -45,6 +45,16 @@ def test_forwards_one_after_the_other_are_no_loop(recompute):
         model(torch.ones(1, 4)).sum().backward()
 
 
+def test_a_model_that_calls_what_is_inside_its_trunk_is_no_loop():
+    """OPT's forward calls the decoder of its trunk; scoring calls the trunk."""
+    sizes = dict(hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=16, **sizes))
+    fetch_by_layer(model, ZERO3, model, model.model)
+    ids = torch.arange(5)[None]
+    for part in (model, model.model, model, model):
+        part(input_ids=ids)
+
+
 def test_a_layer_that_runs_again_is_refused():
     model = Loop(times=2)
     model(torch.ones(1, 4))
