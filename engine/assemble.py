@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from transformers import PreTrainedModel
 
 from gearshift.engine.cluster import distributed
@@ -232,9 +231,7 @@ def _load(
     if part.trained:  # recomputing may have been left to the plan
         recompute = getattr(config, part.name).gradient_checkpointing
         source = replace(source, gradient_checkpointing=recompute)
-    own, device = part.lora, torch.device("cpu")
-    if torch.cuda.is_available():  # else DeepSpeed would bring it there, by one thread
-        device = torch.device("cuda", torch.cuda.current_device())
+    own = part.lora
     with part.errors():
         model = load_model(
             source,
@@ -244,7 +241,7 @@ def _load(
             store=store,
             base=base,
             swap=own.swap if own else None,
-            device=device,
+            device=distributed.device(),  # else DeepSpeed would bring it there, by one thread
         )
         if own:
             lora.adapt(model, own, part.settings, config.run.seed)

@@ -7,6 +7,7 @@ the update, to rounding.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,11 +40,12 @@ class Budget:
         """
         return length * (1 + length / (12 * self.hidden))
 
-    def holds(self, rows: int, live: int, longest: int) -> bool:
-        """Whether one micro-batch may hold `rows` rows with `live` tokens in all."""
+    def holds(self, rows: Any, live: Any, longest: int) -> Any:
+        """Whether one micro-batch may hold `rows` rows with `live` tokens in all; of several at
+        once where these are arrays."""
         tokens = live if self.packed else rows * longest
-        full = self.tokens is not None and tokens > self.tokens
-        return rows == 1 or not (full or (self.rows is not None and rows > self.rows))
+        most_tokens, most_rows = self.tokens or math.inf, self.rows or math.inf
+        return (rows == 1) | (tokens <= most_tokens) & (rows <= most_rows)
 
 
 def deal(lengths: Sequence[int], ranks: int, budget: Budget, least: int = 1) -> list[list[Group]]:
@@ -100,12 +102,7 @@ def _fill(
     live, costs, sizes = (np.zeros(count, kind) for kind in (np.int64, np.float64, np.int64))
     for row in order:
         length = lengths[row]
-        full = np.zeros(count, bool)  # as Budget.holds, of all groups at once
-        if budget.tokens is not None:
-            full |= live + length > budget.tokens
-        if budget.rows is not None:
-            full |= sizes + 1 > budget.rows
-        room = (sizes == 0) | ~full
+        room = budget.holds(sizes + 1, live + length, length)
         if not room.any():
             return None
         best = int(np.where(room, costs, np.inf).argmin())

@@ -394,9 +394,7 @@ def frozen_engine(module: nn.Module, settings: dict) -> deepspeed.DeepSpeedEngin
     """An engine without an optimizer. settings: the role's DeepSpeed JSON."""
     module.requires_grad_(False)
     if offloaded(settings, "param"):
-        cuda = torch.cuda.is_available()
-        place = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-        return StreamedEngine(module, place)
+        return StreamedEngine(module, distributed.device())
     fetch_by_layer(module, settings)
     engine, *_ = deepspeed.initialize(model=module, config=settings)
     place_buffers(engine)

@@ -105,21 +105,25 @@ def adopt(module: nn.Module) -> None:
         mlp.register_forward_hook(_spread)
 
 
+def _read_of(inputs: tuple) -> Tensor | None:
+    """Places of the tokens that somebody reads of an MLP with these inputs; None: all."""
+    sequences = _current.get()
+    return sequences.read if sequences is not None and len(inputs) == 1 else None
+
+
 def _select(mlp: nn.Module, inputs: tuple) -> tuple | None:
     """The last layer's MLP computes the tokens alone that somebody reads: the prompts' are not."""
-    sequences = _current.get()
-    if sequences is None or sequences.read is None or len(inputs) != 1:
-        return None
-    return (inputs[0].flatten(0, -2).index_select(0, sequences.read)[None],)
+    read = _read_of(inputs)
+    return None if read is None else (inputs[0].flatten(0, -2).index_select(0, read)[None],)
 
 
 def _spread(mlp: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
     """Its results, at the places of their tokens; 0 for the others."""
-    sequences = _current.get()
-    if sequences is None or sequences.read is None or len(inputs) != 1:
+    read = _read_of(inputs)
+    if read is None:
         return None
-    whole = output.new_zeros(sum(sequences.lengths), output.shape[-1])
-    return whole.index_copy(0, sequences.read, output[0])[None]
+    whole = output.new_zeros(sum(_current.get().lengths), output.shape[-1])  # type: ignore[union-attr]
+    return whole.index_copy(0, read, output[0])[None]
 
 
 def packs(module: nn.Module) -> bool:

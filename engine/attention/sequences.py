@@ -77,9 +77,7 @@ class Sequences:
     spans: list[Span]
     packed: Packed | None  # where a variable-length kernel may run
     lengths: tuple[int, ...] = ()  # of whole sequences; empty where spans are chunks
-    read: Tensor | None = (
-        None  # [places] int64 of tokens whose last hidden state is used; None: all
-    )
+    read: Tensor | None = None  # [n] int64: tokens whose last hidden state is used; None: all
     device: torch.device = CPU
 
     @classmethod
@@ -248,7 +246,7 @@ def _groups_unasked(function: Callable, device: torch.device) -> bool:
     def run(repeats: int) -> list[Tensor]:
         with torch.enable_grad():
             own = [x.detach().requires_grad_() for x in (query, key, value)]
-            k, v = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in own[1:])
+            k, v = (x.repeat_interleave(repeats, 1) for x in own[1:])
             out = function(own[0], k, v, ends, ends, 17, 17, scale=0.125, window_size=(-1, 0))
             return [out.detach(), *torch.autograd.grad(out, own, upstream)]
 

@@ -95,6 +95,13 @@ def start(threads: int = 0, timeout_s: float = 120) -> torch.device:
     return device
 
 
+def device() -> torch.device:
+    """This rank's GPU, after `start`; the host where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _adopt_gpu() -> int:
     """Index of this rank's GPU among those it sees, which becomes LOCAL_RANK, or ConfigError."""
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

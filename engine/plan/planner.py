@@ -132,10 +132,16 @@ class _Planner:
         if rollout.weights != "resident":
             return {}
         kept = {"generation shards": self._shards()}
-        if rollout.kv_cache_gb and not self.hw.shared:
+        if self._keeps_cache and not self.hw.shared:
             kept |= {"grouped weights": self._grouped(), "KV cache": rollout.kv_cache_gb * GB}
             kept["cuBLAS workspaces"] = self._workspaces()  # captured graphs use them
         return kept
+
+    @property
+    def _keeps_cache(self) -> bool:
+        """Whether the KV cache stays between generations; it is then taken whole at once."""
+        rollout = self.config.rollout
+        return rollout.weights == "resident" and rollout.kv_cache_gb > 0
 
     def _workspaces(self) -> float:
         """What a streamed pass leaves: one of each of its threads, which are its micro-batches."""
@@ -223,8 +229,7 @@ class _Planner:
         free = GPU_CACHE_SHARE * (self.hw.usable - sum(gpu.values()) + gpu["prefill and logits"])
         budget = rollout.kv_cache_gb * GB or (CPU_CACHE_GB * GB if self.hw.shared else free)
         slots = max(0, min(wanted, int(budget // sequence)))
-        whole = rollout.weights == "resident" and rollout.kv_cache_gb  # kept, so taken at once
-        gpu["KV cache"] = float(budget if whole else slots * sequence)
+        gpu["KV cache"] = float(budget if self._keeps_cache else slots * sequence)
         apart = bool(shape.adapted) and not self._merges
         seconds = plan_time.generate_seconds(
             shape, actor.zero, work, self.hw, self.tp, slots or wanted, dequantises=apart

@@ -1,4 +1,7 @@
-"""Measurements: `gearshift bench PART [arguments]`. `gearshift bench PART --help` tells them."""
+"""Measurements: `gearshift bench PART [arguments]`.
+
+`gearshift bench PART --help` has the arguments of a part.
+"""
 
 import argparse
 import importlib

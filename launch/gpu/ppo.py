@@ -85,7 +85,7 @@ def write_job(folder: Path, config: Any, rows: int, prompt: int, device: torch.d
         "data.sources.0.path": folder / "prompts.jsonl",
         "data.max_prompt_tokens": prompt,
         "ppo.critic_warmup_steps": 0,  # the first step is to have every phase
-        "rollout.max_sequences": rows,  # all at once: their keys and values fit
+        "rollout.max_sequences": rows,  # all at once, as far as the cache holds them
     }
     return [word for key, value in changes.items() for word in (f"--{key}", str(value))]
 

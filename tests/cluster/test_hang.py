@@ -50,7 +50,7 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
         pytest.param("died", signal.SIGKILL, marks=pytest.mark.slow),
     ),
 )
-def test_the_job_ends_names_the_rank_and_after_a_kill_resumes(tmp_path, what, how):
+def test_the_job_ends_names_the_rank_and_resumes(tmp_path, what, how):
     job, log, run = tiny_job.write(tmp_path), tmp_path / "log", tmp_path / "run"
     long = ("--run.steps", 5000, "--run.save_every", 1, "--run.hang_timeout_s", 6)
     launcher = start(job, log, *long, "--run.export", "false")
@@ -68,8 +68,6 @@ def test_the_job_ends_names_the_rank_and_after_a_kill_resumes(tmp_path, what, ho
     assert status != 0 and not left, "orphans"
     named = rf"fault \(rank 0\): rank 1 \(pid {ranks[1].pid} on \S+\) {what}.*it was in \w+, at \w+"
     assert re.search(named, told), told[-3000:]
-    if how != signal.SIGKILL:
-        return  # what goes on does so as after a kill, there and in checkpoint/test_crash.py
     steps = len((run / "metrics.jsonl").read_text().splitlines())
 
     again = start(job, log, "--run.steps", steps + 1, "--run.export", "false")

@@ -75,15 +75,20 @@ def test_a_long_burst_gives_what_single_steps_give(stop):
         assert [len(c.logprobs) for c in completions] == [len(c.token_ids) for c in completions]
 
 
+def with_graphs(places: int, keeps: bool = False) -> RolloutEngine:
+    """Responses end at their limits. keeps: more buckets than where graphs are thrown away."""
+    model, config = (
+        build("Llama", num_hidden_layers=2),
+        RolloutConfig(block_size=4, max_sequences=places),
+    )
+    engine = RolloutEngine(model, config, eos_token_ids=[-1], pad_token_id=0)
+    engine._use_graphs, engine._keeps = True, keeps
+    return engine
+
+
 def test_draws_reach_the_host_in_one_piece_whatever_the_rows():
     """CUDA copies what has gaps by way of unpinned memory, and waits for the device."""
-    engine = RolloutEngine(
-        build("Llama", num_hidden_layers=2),
-        RolloutConfig(block_size=4, max_sequences=12),
-        eos_token_ids=[-1],
-        pad_token_id=0,
-    )
-    engine._use_graphs = engine._keeps = True  # more buckets, narrower than the buffer
+    engine = with_graphs(12, keeps=True)  # whose buckets are narrower than the buffer
     limits = [20, *range(8, 19)]
     widths: set[int] = set()
     launch, copy = DecodeGraphs.launch, torch.Tensor.copy_
@@ -105,13 +110,7 @@ def test_draws_reach_the_host_in_one_piece_whatever_the_rows():
 
 def test_places_of_a_burst_are_taken_together():
     """An end would else cost all others a forward without a graph."""
-    engine = RolloutEngine(
-        build("Llama", num_hidden_layers=2),
-        RolloutConfig(block_size=4, max_sequences=32),
-        eos_token_ids=[-1],
-        pad_token_id=0,
-    )
-    engine._use_graphs = True
+    engine = with_graphs(32)
     prompts = make_prompts([5] * 48)
     limits = [10 + i for i in range(32)] + [40] * 16
     with mock.patch.object(engine, "_forward", wraps=engine._forward) as forward:
